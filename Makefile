@@ -1,0 +1,69 @@
+# Everything that these targets need is installed into $(VENV) first: a machine with make and Python >= 3.10 will do.
+# The environment is made once, and brought up to date when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Without bytecode files every process compiles torch anew: importing it takes 4 s instead of 1.6 s.
+unexport PYTHONDONTWRITEBYTECODE
+# What is tested is this tree in that environment, and nothing else that the caller's shell points at.
+unexport PYTHONPATH PYTHONHOME
+
+python := "$(VENV)/bin/python"
+# uv where it could be had (seconds), else pip (minutes). Only what is imported is compiled, when it is.
+install = install() { \
+	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
+	else $(python) -m pip install --no-compile "$$@"; fi; }; install
+benchmarks := benchmarks/step_cost.py benchmarks/epoch.py
+
+.PHONY: help train test lint bench clean
+help:
+	@echo "make train    train on the embedded handwritten digits: bar, table, loss.png   (ARGS='...' are passed on)"
+	@echo "make test     run the tests                                  (ARGS='-k name' runs some)"
+	@echo "make lint     ruff and pyright"
+	@echo "make bench    measure against loops written by hand: prints ratios"
+	@echo "make clean    remove what builds, tests and runs left; '$(VENV)' stays: delete it to begin anew"
+	@echo "Variables: PYTHON=$(PYTHON) (the interpreter, >= 3.10), VENV=$(VENV) (where everything is installed)"
+
+train: $(VENV)/.installed
+	$(python) examples/01_digits.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(python) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(python) -m ruff check
+	$(python) -m pyright --pythonpath $(python)
+
+bench: $(VENV)/.installed-bench
+	set -e; for script in $(benchmarks); do echo "== $$script"; $(python) "$$script" $(ARGS); done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
+	find . -path './$(VENV)' -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(VENV)/.made:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "learnkit needs Python >= 3.10, and $(PYTHON) is not: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@"$(PYTHON)" -m venv "$(VENV)" \
+	|| { echo "$(PYTHON) makes no virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(python) -m pip install --quiet --disable-pip-version-check uv==0.13.9 \
+	|| { echo "No uv to be had; going on with pip, which takes longer." >&2; \
+	     $(python) -m pip install --quiet "pip>=25.1"; }
+	@touch "$@"
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.made
+	@$(install) --editable '.[plots,examples]'
+	@touch "$@"
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	@$(install) --group dev
+	@touch "$@"
+
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
+	@$(install) --group bench
+	@touch "$@"

@@ -1,0 +1,6 @@
+"""The callbacks that come with learnkit: one a file, each written as a user would write it."""
+from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler
+from learnkit.callbacks.progress import Progress as Progress
+from learnkit.callbacks.recorder import Recorder as Recorder
+from learnkit.callbacks.stop_after import StopAfter as StopAfter

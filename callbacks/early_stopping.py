@@ -1,0 +1,38 @@
+"""Stopping when a value no longer gets better."""
+from __future__ import annotations
+
+from typing import Any
+
+from learnkit.hooks import Callback, StopFit
+from learnkit.learner import Learner
+from learnkit.monitor import Monitor
+
+
+class EarlyStopping(Callback):
+    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row.
+
+    monitor     a name of learn.values: train_loss, valid_loss or a metric's
+    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest
+    patience    epochs without improvement after which the fit ends, 1 or more
+    min_delta   what counts as an improvement, 0 or more
+
+    >>> stop = EarlyStopping(monitor="accuracy", patience=2)
+    """
+
+    def __init__(self, monitor: str = "valid_loss", mode: str | None = None, patience: int = 3, min_delta: float = 0.) -> None:
+        if patience < 1: raise ValueError(f"patience={patience}: expected 1 or more epochs.")
+        self.monitor, self.patience = Monitor(monitor, mode, min_delta), patience
+        self.n_worse = 0
+
+    def before_fit(self, learn: Learner) -> None:
+        self.monitor.start(learn)
+        self.n_worse = 0
+
+    def after_epoch(self, learn: Learner) -> None:
+        self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
+        if self.n_worse >= self.patience: raise StopFit
+
+    def state_dict(self) -> dict[str, Any]: return {"best": self.monitor.best, "n_worse": self.n_worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.monitor.best, self.n_worse = state["best"], state["n_worse"]

@@ -1,0 +1,57 @@
+"""Hyper-parameters of the optimizer that change with each step, from tables computed before the first one."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from learnkit import optim
+from learnkit.hooks import Callback
+from learnkit.learner import Learner
+from learnkit.schedule import Schedule
+
+PerGroup = Schedule | Sequence[Schedule]
+
+
+class ParamScheduler(Callback):
+    """Set optimizer hyper-parameters before each step: a Schedule for all layer groups, or one for each.
+
+    Names are those of the optimizer's groups ("lr", "weight_decay", "eps", …), and "mom": its momentum or first beta. "wd" is
+    the decoupled weight decay of an optimizer that has none of its own. The fit must know its number of steps: where the
+    loader has no length, give fit(…, max_steps=…). Overrules what fit was given for the same name.
+
+    >>> from learnkit.schedule import linear
+    >>> warm_up = ParamScheduler({"lr": linear(1e-5, 1e-3)})
+    """
+    order = -20
+
+    def __init__(self, schedules: Mapping[str, PerGroup]) -> None:
+        self.schedules = dict(schedules)
+        self.n_steps = 0
+        self.tables: list[tuple[dict, str, list[float]]] = []      # (optimizer group, name, a value for each step)
+
+    def before_fit(self, learn: Learner) -> None:
+        if learn.n_steps is None:
+            raise ValueError(f"a schedule of {', '.join(self.schedules)} needs the number of steps, and {type(learn.data.train_dl).__name__} "
+                             "has no length. Give fit(…, max_steps=…), or train at a constant rate with fit.")
+        assert learn.opt is not None
+        self.n_steps, self.tables = learn.n_steps, []
+        for name, schedule in self.schedules.items():
+            optim.check_hyper(learn.opt, name)
+            for i, group in enumerate(learn.opt.param_groups):
+                if name in ("wd", "weight_decay") and not group.get("decays", True): continue
+                own = schedule if isinstance(schedule, Schedule) else schedule[group.get("layer_group", i)]
+                self.tables.append((group, name, own.values(self.n_steps)))
+
+    def before_step(self, learn: Learner) -> None:
+        step = learn.step
+        if step >= self.n_steps:
+            if step == self.n_steps: warnings.warn(late(learn), stacklevel=2)
+            return
+        for group, name, values in self.tables:
+            if name == "mom": optim.set_hyper(group, name, values[step])
+            else: group[name] = values[step]
+
+
+def late(learn: Learner) -> str:
+    return (f"{type(learn.data.train_dl).__name__} gave more batches than its length says, so the schedule of {learn.n_steps} steps has "
+            "ended; rates stay as they are. Correct its __len__.")

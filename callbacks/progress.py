@@ -1,0 +1,118 @@
+"""A bar per epoch and a table of epochs in a terminal or notebook; one plain line per epoch elsewhere."""
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from learnkit.callbacks.recorder import Recorder
+from learnkit.data import n_batches
+from learnkit.hooks import Callback, Run
+from learnkit.learner import Learner
+
+SMOOTHING = 0.98    # of the training loss beside the bar: a debiased moving average, as in fastai v1
+
+
+class Progress(Callback):
+    """Shows how a fit goes, by fastprogress. `learn.no_bar()` and `learn.no_logging()` quieten it for a while.
+
+    bar     draw bars, where the output is a terminal or a notebook
+    lines   print a line per epoch: a table's row with bars, `epoch 1/5  train_loss 0.31  …` without
+
+    >>> quiet = Progress(bar=False)
+    """
+    order = Recorder.order - 10
+    unique = True
+
+    def __init__(self, *, bar: bool = True, lines: bool = True) -> None:
+        self.bar, self.lines = bar, lines
+        self.master: Any = None                 # fastprogress's bar of all epochs; None: no bars in this fit
+        self.child: Any = None                  # its bar of the pass under way
+        self.next_batch = sys.maxsize           # the batch after which the bar is due again
+        self.n_seen = 0                         # losses in the moving average
+        self.smooth = self.debias = 0.
+        self.epoch_start = 0.
+
+    def around_fit(self, learn: Learner, run: Run) -> None:
+        self.master = new_master(learn.n_epochs) if self.bar and self.lines and is_interactive() else None
+        self.n_seen, self.smooth, self.debias = 0, 0., 0.
+        try:
+            if self.master is not None:
+                self.master.update(0)
+                self.master.write(["epoch", *learn.value_names, "time"], table=True)
+            run()
+        except BaseException:
+            if self.master is not None: self.master.on_interrupt()
+            raise
+        finally:
+            self.end_bar()
+            if self.master is not None and self.master.main_bar.last_v is not None: self.master.on_iter_end()
+            self.master = None
+
+    def before_epoch(self, learn: Learner) -> None:
+        self.epoch_start = time.perf_counter()
+
+    def before_train(self, learn: Learner) -> None: self.start_bar(learn)
+    def before_validate(self, learn: Learner) -> None: self.start_bar(learn)
+    def after_train(self, learn: Learner) -> None: self.end_bar()
+    def after_validate(self, learn: Learner) -> None: self.end_bar()
+
+    def after_batch(self, learn: Learner) -> None:
+        if learn.batch_index >= self.next_batch: self.advance(learn)
+
+    def after_epoch(self, learn: Learner) -> None:
+        if not self.lines: return
+        elapsed = clock(time.perf_counter() - self.epoch_start)
+        cells = {name: f"{learn.values[name]:.6f}" for name in learn.value_names if name in learn.values}
+        if self.master is None:
+            words = "  ".join(f"{name} {cell}" for name, cell in cells.items())
+            print(f"epoch {learn.epoch + 1}/{learn.n_epochs}  {words}  time {elapsed}", flush=True)
+        else:
+            self.master.write([str(learn.epoch), *(cells.get(name, "-") for name in learn.value_names), elapsed], table=True)
+            self.master.update(learn.epoch + 1)
+
+    def start_bar(self, learn: Learner) -> None:
+        self.end_bar()
+        if self.master is None: return
+        from fastprogress.fastprogress import progress_bar
+        n = n_batches(learn.dl)
+        self.child = progress_bar(range(n or 0), total="noinfer" if n is None else n, parent=self.master, leave=False)
+        self.child.update(0)
+        self.next_batch = 0
+
+    def advance(self, learn: Learner) -> None:
+        """Draw the bar; it says itself when it is due again."""
+        if learn.training: self.child.comment = self.loss_so_far(learn)
+        n_done = learn.batch_index + 1
+        self.child.update(n_done)
+        finished = self.child.last_v is None
+        self.next_batch = sys.maxsize if finished else n_done + (0 if n_done < self.child.first_its else self.child.wait_for - 1)
+
+    def end_bar(self) -> None:
+        if self.child is not None and self.child.last_v is not None: self.child.on_iter_end()
+        self.child, self.next_batch = None, sys.maxsize
+
+    def loss_so_far(self, learn: Learner) -> str:
+        recorder = next((cb for cb in learn.callbacks if isinstance(cb, Recorder)), None)
+        if recorder is None: return ""
+        for loss in recorder.trace.since(self.n_seen).tolist():     # reads the device: a few times a second
+            self.n_seen += 1
+            self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
+            self.debias += (1 - SMOOTHING) * (1 - self.debias)
+        return f"train_loss {self.smooth / self.debias:.4f}" if self.n_seen else ""
+
+
+def is_interactive() -> bool:
+    """Whether bars can be drawn: in a terminal or a Jupyter kernel, not in a file or pipe."""
+    return sys.stdout.isatty() or "ipykernel" in sys.modules
+
+
+def new_master(n_epochs: int) -> Any:
+    from fastprogress.fastprogress import master_bar
+    return master_bar(range(n_epochs))
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,132 @@
+"""What a fit went through: loss, rates and momentum of every step, the values of every epoch, and their plots."""
+from __future__ import annotations
+
+import csv
+import math
+from operator import mul
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from learnkit.batch import count_samples
+from learnkit.hooks import Callback
+from learnkit.learner import Learner
+from learnkit.optim import momentum_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLD_EVERY = 256     # losses kept as separate tensors; 64 to 4096 cost the same (2026-11-21)
+
+
+class Trace:
+    """A growing row of numbers on the device: 0-d tensors go in without a read, Python floats come out late."""
+
+    def __init__(self) -> None:
+        self.folded: list[torch.Tensor] = []
+        self.recent: list[torch.Tensor] = []
+
+    def append(self, value: torch.Tensor) -> None:
+        self.recent.append(value)
+        if len(self.recent) >= FOLD_EVERY: self.fold()
+
+    def fold(self) -> None:
+        self.folded.append(torch.stack(self.recent).float())
+        self.recent = []
+
+    def since(self, start: int) -> torch.Tensor:
+        """The numbers from index `start` on: float (n,), on the device."""
+        if self.recent: self.fold()
+        if len(self.folded) > 1: self.folded = [torch.cat(self.folded)]
+        return self.folded[0][start:] if self.folded else torch.zeros(0)
+
+    def __len__(self) -> int: return sum(len(part) for part in self.folded) + len(self.recent)
+
+
+class Recorder(Callback):
+    """Keeps the last fit's history. Reading an attribute is what reads the device; recording never does.
+
+    losses         training loss of every optimizer step
+    lrs, moms      the last layer group's rate, and its momentum or first beta, used in that step
+    metric_names   names of the columns of `values`: train_loss, valid_loss, metrics
+    values         one row an epoch; train_loss is the mean over the epoch's samples
+
+    >>> learn.recorder.values[-1]  # doctest: +SKIP
+    [0.31, 0.35, 0.91]
+    """
+    order = 100
+    unique = True
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+        self.counts: list[int] = []
+        self.lrs: list[float] = []
+        self.moms: list[float] = []
+        self.metric_names: tuple[str, ...] = ()
+        self.values: list[list[float]] = []
+        self.ends: list[int] = []       # steps done at the end of each epoch
+        self.momentum: str | None = None
+
+    @property
+    def losses(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
+
+    def before_fit(self, learn: Learner) -> None:
+        assert learn.opt is not None
+        self.__init__()
+        self.metric_names, self.momentum = learn.value_names, momentum_name(learn.opt)
+
+    def after_step(self, learn: Learner) -> None:
+        self.trace.append(learn.loss.detach())
+        self.counts.append(count_samples(learn.inputs, learn.target))
+        group = learn.opt.param_groups[-1]      # type: ignore[union-attr]
+        self.lrs.append(group["lr"])
+        if self.momentum is not None:
+            mom = group[self.momentum]
+            self.moms.append(mom[0] if self.momentum == "betas" else mom)
+
+    def after_train(self, learn: Learner) -> None:
+        start = self.ends[-1] if self.ends else 0
+        losses, counts = self.trace.since(start).tolist(), self.counts[start:]      # reads the device, once an epoch
+        if counts: learn.values["train_loss"] = math.fsum(map(mul, losses, counts)) / sum(counts)
+
+    def after_epoch(self, learn: Learner) -> None:
+        self.ends.append(len(self.counts))
+        self.values.append([learn.values.get(name, float("nan")) for name in self.metric_names])
+
+    def plot_losses(self, ax: Axes | None = None, *, skip_start: int = 0) -> Axes:
+        """Training loss of every step, thin, and its moving average, thick; validation loss at each epoch's end."""
+        from learnkit.plots import new_axes, plot_loss_curve
+        column = self.metric_names.index("valid_loss") if "valid_loss" in self.metric_names else None
+        valid = [] if column is None else [row[column] for row in self.values]
+        return plot_loss_curve(ax or new_axes(), self.losses, valid, self.ends, skip_start)
+
+    def plot_lr(self, ax: Axes | None = None) -> Axes:
+        """The rate of every step, and the momentum on an axis of its own."""
+        from learnkit.plots import new_axes, plot_rates
+        return plot_rates(ax or new_axes(), self.lrs, self.moms)
+
+    def plot_metrics(self, ax: Axes | None = None) -> Axes:
+        """Every metric by epoch, without the losses."""
+        from learnkit.plots import new_axes, plot_columns
+        columns = {name: [row[i] for row in self.values] for i, name in enumerate(self.metric_names) if not name.endswith("_loss")}
+        if not columns: raise ValueError("there are no metrics to plot: give Learner(…, metrics=…) and validation data.")
+        return plot_columns(ax or new_axes(), columns)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write one row an epoch, with a header, to a CSV file."""
+        path = Path(path)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["epoch", *self.metric_names])
+            writer.writerows([i, *row] for i, row in enumerate(self.values))
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.trace.since(0), "counts": self.counts, "lrs": self.lrs, "moms": self.moms, "values": self.values,
+                "metric_names": list(self.metric_names), "ends": self.ends}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trace.folded, self.trace.recent = [state["losses"]], []
+        self.metric_names = tuple(state["metric_names"])
+        for name in ("counts", "lrs", "moms", "values", "ends"): setattr(self, name, state[name])

@@ -1,0 +1,70 @@
+"""The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or `target`."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_KEYS = ("labels", "target")
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+def split_batch(batch: Any) -> tuple[Inputs, Any]:
+    """The model's inputs, as a tuple (by position) or a dict (by keyword), and the target, None where there is none.
+
+    A bare tensor and a one-tuple are inputs without a target.
+    """
+    if isinstance(batch, (tuple, list)):
+        n = len(batch)
+        if n == 2: return (batch[0],), batch[1]
+        return (tuple(batch[:-1]), batch[-1]) if n > 1 else (tuple(batch), None)
+    if isinstance(batch, Mapping):
+        for key in TARGET_KEYS:
+            if key in batch: return {k: v for k, v in batch.items() if k != key}, batch[key]
+        return dict(batch), None
+    return (batch,), None
+
+
+def target_key(batch: Any) -> str | None:
+    """The key under which a mapping holds its target."""
+    return next((key for key in TARGET_KEYS if key in batch), None) if isinstance(batch, Mapping) else None
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`; copies from pinned memory do not wait."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=True)
+    if isinstance(value, Mapping): return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(to_device(v, device) for v in value))
+    if isinstance(value, (tuple, list)): return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor of a nested structure of tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor): return [value]
+    if isinstance(value, Mapping): value = tuple(value.values())
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, (tuple, list)) else []
+
+
+def count_samples(inputs: Any, target: Any) -> int:
+    """The number of samples in a batch: the first dimension of its target, else of its first tensor, else 1."""
+    first = target if isinstance(target, Tensor) else next(iter(tensors_in(target) or tensors_in(inputs)), None)
+    return first.shape[0] if first is not None and first.ndim else 1
+
+
+def prediction(output: Any) -> Any:
+    """What metrics and `get_preds` see of a model's output: its `.logits` where it is an object that has them."""
+    return output if isinstance(output, (Tensor, tuple, list)) else getattr(output, "logits", output)
+
+
+def describe(value: Any) -> str:
+    """A batch, prediction or target in words for an error message: `(float32 (8, 3, 32, 32), int64 (8,))`."""
+    if isinstance(value, Tensor): return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping): return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"{'(' if isinstance(value, tuple) else '['}{', '.join(describe(v) for v in value)}" \
+               f"{')' if isinstance(value, tuple) else ']'}"
+    return type(value).__name__

@@ -1,0 +1,323 @@
+"""Loaders and their order. The order of samples is a pure function of (seed, epoch), and of nothing else: not of the
+number of workers, of validation passes in between, or of the global random number generator."""
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, TensorDataset
+
+from learnkit.batch import describe
+
+BatchTransform = Callable[[Tensor], Tensor]
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed made of several numbers, so that neighbouring epochs or ranks get unrelated streams."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n samples in an epoch: int64 (n,), on the CPU."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+
+
+class PrivateGenerator(torch.Generator):
+    """A loader's own source of randomness, seeded anew by (seed, epoch) at each pass."""
+
+
+class EpochSampler(Sampler[int]):
+    """Each index of `range(n)` once, in an order that depends on (seed, epoch) alone.
+
+    Iterating it by hand walks through the epochs 0, 1, 2, …; `set_epoch` says which one comes next.
+    `seed=None` takes torch's initial seed, so `torch.manual_seed` before it is enough for the same order in every run.
+    """
+
+    def __init__(self, n: int, *, shuffle: bool = True, seed: int | None = None) -> None:
+        self.n, self.shuffle = n, shuffle
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        """Make `epoch` the next one; `seed` replaces the sampler's own."""
+        self.epoch, self.seed = epoch, self.seed if seed is None else seed
+
+    def __len__(self) -> int: return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        return iter(permutation(self.n, self.seed, epoch).tolist() if self.shuffle else range(self.n))
+
+
+class TensorLoader:
+    """Batches cut by index out of whole tensors: no worker, no per-sample Python, no copy where the order is plain.
+
+    `tensors`: at least one, of equal length (samples, …), wherever they are to stay. `batch_tfms` are applied to the first
+    one of each batch. Yields tuples with as many tensors. Iterating it walks through the epochs, as EpochSampler does.
+
+    >>> x, y = torch.arange(6.), torch.arange(6)
+    >>> [len(yb) for xb, yb in TensorLoader((x, y), bs=4, drop_last=False)]
+    [4, 2]
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, bs: int = 64, shuffle: bool = False, drop_last: bool = False,
+                 batch_tfms: Sequence[BatchTransform] = (), seed: int | None = None) -> None:
+        check_batch_size("bs", bs)
+        self.tensors = check_tensors(tensors)
+        self.batch_size, self.drop_last, self.batch_tfms = bs, drop_last, tuple(batch_tfms)
+        self.sampler = EpochSampler(len(self.tensors[0]), shuffle=shuffle, seed=seed)
+
+    @property
+    def n_samples(self) -> int: return self.sampler.n
+
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        """Make `epoch` the next one; `seed` replaces the loader's own."""
+        self.sampler.set_epoch(epoch, seed)
+
+    def in_order(self) -> TensorLoader:
+        """The same samples in dataset order, each once."""
+        return TensorLoader(self.tensors, bs=self.batch_size, batch_tfms=self.batch_tfms)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.n_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        sampler = self.sampler
+        order = None
+        if sampler.shuffle:
+            order = permutation(sampler.n, sampler.seed, sampler.epoch).to(self.tensors[0].device, non_blocking=True)
+        sampler.epoch += 1
+        return self.batches(order)
+
+    def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+        bs = self.batch_size
+        for start in range(0, len(self) * bs, bs):
+            if order is None: batch = tuple([t[start:start + bs] for t in self.tensors])
+            else:
+                index = order[start:start + bs]
+                batch = tuple([t.index_select(0, index) for t in self.tensors])
+            if self.batch_tfms:
+                x = batch[0]
+                for transform in self.batch_tfms: x = transform(x)
+                batch = (x, *batch[1:])
+            yield batch
+
+
+class DataBunch:
+    """The loaders of one task, under the names that the Learner looks for.
+
+    `train_dl`, `valid_dl`, `test_dl`: DataLoaders or any re-iterable of batches; not a generator, which can be read only
+    once. `loss_func`: what a Learner uses where it is not given one. `classes`: the names of the targets' classes.
+
+    >>> data = DataBunch.from_tensors((torch.randn(32, 4), torch.randn(32)), bs=8)
+    >>> len(data.train_dl)
+    4
+    """
+
+    def __init__(self, train_dl: Iterable[Any], valid_dl: Iterable[Any] | None = None, test_dl: Iterable[Any] | None = None, *,
+                 loss_func: Callable[..., Tensor] | None = None, classes: Sequence[str] | None = None) -> None:
+        self.train_dl, self.valid_dl, self.test_dl = train_dl, valid_dl, test_dl
+        self.loss_func = loss_func
+        self.classes = list(classes) if classes is not None else None
+        for name in ("train_dl", "valid_dl", "test_dl"):
+            if getattr(self, name) is not None: check_loader(getattr(self, name), name)
+
+    @classmethod
+    def create(cls, train_ds: Any, valid_ds: Any = None, test_ds: Any = None, *, bs: int = 64, val_bs: int | None = None,
+               num_workers: int | None = None, collate_fn: Callable[[list[Any]], Any] | None = None, drop_last: bool = True,
+               seed: int | None = None) -> DataBunch:
+        """DataLoaders over datasets: the training one shuffled by (seed, epoch), the others in order and complete.
+
+        `bs` and `num_workers` are per process; `val_bs` defaults to `bs`. `num_workers=None`: none for a TensorDataset,
+        else this process's share of the cores, at most 16, where workers can be forked. `drop_last` leaves out a last
+        training batch that is smaller than `bs`.
+        """
+        check_batch_size("bs", bs)
+        check_batch_size("val_bs", val_bs or bs)
+
+        def loader(dataset: Any, size: int, *, train: bool) -> DataLoader[Any] | None:
+            if dataset is None: return None
+            sampler = None if isinstance(dataset, IterableDataset) else \
+                EpochSampler(check_dataset(dataset), shuffle=train, seed=seed)
+            return DataLoader(dataset, batch_size=size, sampler=sampler, drop_last=train and drop_last, collate_fn=collate_fn,
+                              num_workers=default_workers(dataset) if num_workers is None else num_workers,
+                              pin_memory=torch.accelerator.is_available(), generator=PrivateGenerator())
+
+        return cls(loader(train_ds, bs, train=True),  # type: ignore[arg-type]
+                   loader(valid_ds, val_bs or bs, train=False), loader(test_ds, val_bs or bs, train=False),
+                   classes=getattr(train_ds, "classes", None))
+
+    @classmethod
+    def from_tensors(cls, train: Sequence[Tensor], valid: Sequence[Tensor] | None = None, test: Sequence[Tensor] | None = None, *,
+                     bs: int = 64, val_bs: int | None = None, batch_tfms: Any = (), drop_last: bool = True,
+                     seed: int | None = None, device: torch.device | str | None = None,
+                     classes: Sequence[str] | None = None) -> DataBunch:
+        """Whole tensors `(x, …, y)`, moved to `device` once, batches cut by index.
+
+        `batch_tfms`: functions of a batch's first input, `x -> x`, applied in order to every batch; or a pair of such
+        sequences, one for training and one for the rest. `device=None`: the accelerator, else the CPU.
+        """
+        place = default_device() if device is None else torch.device(device)
+        train_tfms, other_tfms = split_transforms(batch_tfms)
+
+        def loader(tensors: Sequence[Tensor] | None, size: int, *, training: bool) -> TensorLoader | None:
+            if tensors is None: return None
+            return TensorLoader([t.to(place) for t in check_tensors(tensors)], bs=size, shuffle=training, seed=seed,
+                                drop_last=training and drop_last, batch_tfms=train_tfms if training else other_tfms)
+
+        train_dl = loader(train, bs, training=True)
+        assert train_dl is not None
+        return cls(train_dl, loader(valid, val_bs or bs, training=False), loader(test, val_bs or bs, training=False),
+                   classes=classes)
+
+    def one_batch(self) -> Any:
+        """The first batch that the next training pass would give; nothing moves on because of it."""
+        return first_batch(self.train_dl)
+
+
+def first_batch(loader: Any) -> Any:
+    """A loader's next first batch; its epoch and the global random state stay as they are."""
+    samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochSampler)]
+    state = [(part.generator, part.generator.get_state()) for part in parts_of(loader) if generator_of(part) is not None]
+    with torch.random.fork_rng(devices=[]):
+        for batch in loader: break
+        else: raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
+    for part, epoch in samplers: part.epoch = epoch
+    for generator, value in state: generator.set_state(value)
+    return batch
+
+
+def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
+    """(for training, for the rest) from one sequence of functions for both, or from a pair of sequences."""
+    tfms = (batch_tfms,) if callable(batch_tfms) else tuple(batch_tfms)
+    if all(callable(t) for t in tfms): return tfms, tfms
+    if len(tfms) == 2 and not any(callable(t) for t in tfms): return tuple(tfms[0]), tuple(tfms[1])
+    raise TypeError(f"batch_tfms={batch_tfms!r}: expected a sequence of functions x -> x, or a pair of such sequences "
+                    "(for training, for validation).")
+
+
+def parts_of(loader: Any) -> list[Any]:
+    """The loader and those of its samplers that exist: where an order, an epoch or a generator may live."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    unique = {id(part): part for part in found if part is not None}
+    return list(unique.values())
+
+
+def generator_of(part: Any) -> torch.Generator | None:
+    generator = getattr(part, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None
+
+
+def set_epoch(loader: Any, seed: int | None, epoch: int) -> None:
+    """Make the loader's next pass that of (seed, epoch), as far as it lets us: see `private_order`.
+
+    `seed=None` keeps the seeds that the loader's own samplers have.
+    """
+    for i, part in enumerate(parts_of(loader)):
+        if isinstance(part, (EpochSampler, TensorLoader)): part.set_epoch(epoch, seed)
+        elif callable(getattr(part, "set_epoch", None)): part.set_epoch(epoch)
+        if isinstance(generator := generator_of(part), PrivateGenerator):
+            generator.manual_seed(mix(torch.initial_seed() if seed is None else seed, epoch, i))
+
+
+@contextmanager
+def private_order(*loaders: Any) -> Iterator[None]:
+    """For a while, give DataLoaders and samplers that would draw from the global random state generators of their own.
+
+    Without this, iterating even an unshuffled DataLoader advances the global state, and a validation pass changes the
+    order of the next epoch. A generator that the user gave is left alone.
+    """
+    owners = [part for loader in loaders for part in parts_of(loader)
+              if isinstance(part, (DataLoader, Sampler)) and getattr(part, "generator", part) is None]
+    for owner in owners: owner.generator = PrivateGenerator()   # type: ignore[union-attr]
+    try: yield
+    finally:
+        for owner in owners: owner.generator = None             # type: ignore[union-attr]
+
+
+def in_order(loader: Any) -> Any:
+    """The loader for an evaluation: each sample once, in dataset order, where the order is ours or torch's to choose.
+
+    A loader with a sampler or batch sampler of the user's own, and any other iterable, is taken as it is.
+    """
+    if isinstance(loader, TensorLoader): return loader.in_order()
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return loader
+    shuffled = isinstance(loader.sampler, RandomSampler) or isinstance(loader.sampler, EpochSampler) and loader.sampler.shuffle
+    if not shuffled and not loader.drop_last: return loader
+    settings = dict(batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
+                    pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
+                    multiprocessing_context=loader.multiprocessing_context, prefetch_factor=loader.prefetch_factor,
+                    generator=PrivateGenerator())
+    return DataLoader(loader.dataset, sampler=None if shuffled else loader.sampler, **settings)  # type: ignore[arg-type]
+
+
+def n_batches(loader: Any) -> int | None:
+    """The loader's length, None where it does not know."""
+    if not isinstance(loader, Sized): return None
+    try: return len(loader)
+    except TypeError: return None      # a DataLoader over an IterableDataset without a length
+
+
+def default_device() -> torch.device:
+    """The accelerator that this process uses, else the CPU."""
+    if not torch.accelerator.is_available(): return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def default_workers(dataset: Any) -> int:
+    """Workers of one process: its share of the cores, at most 16; none where they would not help, or need a main guard."""
+    if isinstance(dataset, TensorDataset) or multiprocessing.get_start_method() != "fork": return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_batch_size(name: str, bs: Any) -> None:
+    if isinstance(bs, bool) or not isinstance(bs, int): raise TypeError(f"{name}={bs!r} is not a whole number.")
+    if bs < 1: raise ValueError(f"{name}={bs}: a batch has at least one sample.")
+
+
+def check_dataset(dataset: Any) -> int:
+    if not isinstance(dataset, Sized) or not callable(getattr(dataset, "__getitem__", None)):
+        raise TypeError(f"{type(dataset).__name__} is not a dataset: expected __len__ and __getitem__, or an IterableDataset. "
+                        "Ready-made loaders go to DataBunch(train_dl, valid_dl).")
+    return len(dataset)
+
+
+def check_tensors(tensors: Any) -> tuple[Tensor, ...]:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"got {describe(tensors)}, expected a tuple of tensors such as (x, y).")
+    if not tensors or any(t.ndim == 0 for t in tensors) or len({len(t) for t in tensors}) > 1:
+        raise ValueError(f"got {describe(tensors)}, expected at least one tensor, all with the same first dimension.")
+    return tuple(tensors)
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Refuse what cannot be iterated anew at each epoch, and what holds no batch."""
+    if isinstance(loader, Tensor) or not callable(getattr(loader, "__iter__", None)):
+        raise TypeError(f"{name} is {describe(loader)}, which is no loader: expected a DataLoader or any re-iterable of batches. "
+                        "Tensors go to DataBunch.from_tensors, datasets to DataBunch.create.")
+    if isinstance(loader, Iterator):
+        raise TypeError(f"{name} is a {type(loader).__name__}, which can be read only once, so the second epoch would be empty. "
+                        "Give a DataLoader, a list of batches, or an object whose __iter__ starts anew.")
+    if n_batches(loader) == 0: raise ValueError(f"{name} is empty: {why_empty(loader)}")
+
+
+def why_empty(loader: Any) -> str:
+    n, bs = getattr(loader, "n_samples", None), getattr(loader, "batch_size", None)
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized): n = len(loader.dataset)
+    if n and getattr(loader, "drop_last", False):
+        return f"its {n} samples are fewer than the batch size {bs}, and drop_last=True drops the incomplete batch. " \
+               f"Take bs={n} or less, or drop_last=False."
+    return f"it holds {0 if n is None else n} samples. Check the path or the filter that selected them."

@@ -1,0 +1,278 @@
+"""The hook grammar: eight stages, three words, and two ways to leave a stage early.
+
+    fit
+    └─ epoch
+       ├─ train
+       │  └─ batch
+       │     ├─ forward     pred, loss
+       │     ├─ backward
+       │     └─ step        optimizer step, zero_grad
+       └─ validate
+          └─ batch
+             └─ forward
+
+A stage X runs as one flat sequence, resolved once per fit:
+
+    for cb in callbacks, low order first:  cb.before_X(learn)         told
+    around_X(learn, run), low order outermost, around the stage       owned
+    for cb in callbacks, high order first: cb.after_X(learn)          told
+
+| raised while stage X runs | the rest of X | after_X            | stages between X and the raise |
+| ------------------------- | ------------- | ------------------ | ------------------------------ |
+| StopX                     | is left out   | told               | left where they are, not told  |
+| SkipX                     | is left out   | not told           | left where they are, not told  |
+| any other exception       | is left out   | not told           | left where they are, not told  |
+
+In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. A Stop* or Skip* raised by
+an after_X hook waits until the other after_X hooks were told.
+"""
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
+
+STAGES = ("fit", "epoch", "train", "validate", "batch", "forward", "backward", "step")
+WORDS = ("before", "around", "after")
+HOOKS = tuple(f"{word}_{stage}" for stage in STAGES for word in WORDS)
+Run = Callable[[], None]
+
+
+class ControlFlow(Exception):
+    """Base of Stop* and Skip*: raised by hooks to leave a stage; never an error in itself."""
+    stage = ""
+
+
+class Stop(ControlFlow):
+    """Base of StopFit … StopStep: end that stage early; its after_ hooks are told."""
+
+
+class Skip(ControlFlow):
+    """Base of SkipFit … SkipStep: that stage did not happen; its after_ hooks are not told."""
+
+
+class StopFit(Stop): stage = "fit"
+class StopEpoch(Stop): stage = "epoch"
+class StopTrain(Stop): stage = "train"
+class StopValidate(Stop): stage = "validate"
+class StopBatch(Stop): stage = "batch"
+class StopForward(Stop): stage = "forward"
+class StopBackward(Stop): stage = "backward"
+class StopStep(Stop): stage = "step"
+class SkipFit(Skip): stage = "fit"
+class SkipEpoch(Skip): stage = "epoch"
+class SkipTrain(Skip): stage = "train"
+class SkipValidate(Skip): stage = "validate"
+class SkipBatch(Skip): stage = "batch"
+class SkipForward(Skip): stage = "forward"
+class SkipBackward(Skip): stage = "backward"
+class SkipStep(Skip): stage = "step"
+
+
+STOPS: dict[str, type[Stop]] = {cls.stage: cls for cls in Stop.__subclasses__()}
+SKIPS: dict[str, type[Skip]] = {cls.stage: cls for cls in Skip.__subclasses__()}
+
+
+class Callback:
+    """Something that happens during training: override the hooks that you need, and only those cost anything.
+
+    `order` decides who is first (and outermost): low before high, equal ones as they were added. Write it relative to
+    another callback's: `order = Recorder.order + 10`. A callback whose class sets `unique = True` may be there once only.
+    A misspelt hook, or one with the wrong parameters, is a TypeError when the class is defined.
+
+    >>> class StopWhenGood(Callback):
+    ...     def after_epoch(self, learn):
+    ...         if learn.values["valid_loss"] < 0.1:
+    ...             raise StopFit
+    """
+    order: int = 0
+    unique: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for owner in cls.__mro__[:cls.__mro__.index(Callback)]:
+            for name, value in vars(owner).items():
+                if callable(value) or isinstance(value, (staticmethod, classmethod, property)):
+                    check_hook(owner, name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback: plain types and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def before_fit(self, learn: Learner) -> None: "Told before anything happens; `learn.n_epochs`, `learn.opt` are set."
+    def around_fit(self, learn: Learner, run: Run) -> None: run()
+    def after_fit(self, learn: Learner) -> None: "Told when the fit ended, by itself or by StopFit."
+    def before_epoch(self, learn: Learner) -> None: "Told at each epoch's start; `learn.epoch` counts from 0."
+    def around_epoch(self, learn: Learner, run: Run) -> None: run()
+    def after_epoch(self, learn: Learner) -> None: "Told when training and validation are over; `learn.values` has both."
+    def before_train(self, learn: Learner) -> None: "Told when the model is in training mode."
+    def around_train(self, learn: Learner, run: Run) -> None: run()
+    def after_train(self, learn: Learner) -> None: "Told after an epoch's last training batch."
+    def before_validate(self, learn: Learner) -> None: "Told before a pass without gradients (also get_preds, predict)."
+    def around_validate(self, learn: Learner, run: Run) -> None: run()
+    def after_validate(self, learn: Learner) -> None: "Told when `learn.values` has the new loss and metrics."
+    def before_batch(self, learn: Learner) -> None: "Told when `learn.batch` is on the device; see `learn.training`."
+    def around_batch(self, learn: Learner, run: Run) -> None: run()
+    def after_batch(self, learn: Learner) -> None: "Told after a batch, in training and validation."
+    def before_forward(self, learn: Learner) -> None: "Told before `learn.pred` and `learn.loss` are computed."
+    def around_forward(self, learn: Learner, run: Run) -> None: run()
+    def after_forward(self, learn: Learner) -> None: "Told with the batch's `learn.pred` and `learn.loss`."
+    def before_backward(self, learn: Learner) -> None: "Told before `learn.loss` is differentiated."
+    def around_backward(self, learn: Learner, run: Run) -> None: run()
+    def after_backward(self, learn: Learner) -> None: "Told with the gradients in place."
+    def before_step(self, learn: Learner) -> None: "Told before the optimizer's step number `learn.step`, from 0."
+    def around_step(self, learn: Learner, run: Run) -> None: run()
+    def after_step(self, learn: Learner) -> None: "Told when `learn.step` steps are done and the gradients are gone."
+
+
+def overridden(callback: Callback, hook: str) -> bool:
+    return getattr(type(callback), hook) is not getattr(Callback, hook)
+
+
+def check_hook(owner: type, name: str, value: Any) -> None:
+    """Refuse a method of a Callback class that looks like a hook and is none, or could never be called."""
+    where = f"{owner.__qualname__}.{name}"
+    if name not in HOOKS:
+        near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.6 if is_reserved(name) else 0.85)
+        if is_reserved(name) or near:
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise TypeError(f"{where} is not a hook: {hint}Hooks are before_, around_ or after_ one of {', '.join(STAGES)}. "
+                            "A method of your own needs a name unlike these, or a leading underscore.")
+        return
+    wanted = "(self, learn, run)" if name.startswith("around_") else "(self, learn)"
+    if isinstance(value, (staticmethod, classmethod, property)):
+        raise TypeError(f"{where} is a {type(value).__name__}; a hook is a plain method {name}{wanted}.")
+    if inspect.isgeneratorfunction(value) or inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value):
+        raise TypeError(f"{where} is a generator or coroutine, so calling it would do nothing. Write a plain method "
+                        f"{name}{wanted}; an around_ hook brackets its stage by calling run().")
+    try: inspect.signature(value).bind(*[None] * (wanted.count(",") + 1))
+    except TypeError:
+        raise TypeError(f"{where}{inspect.signature(value)} cannot be called as a hook: expected {name}{wanted}.") from None
+
+
+def is_reserved(name: str) -> bool:
+    return name.startswith(tuple(f"{word}_" for word in WORDS))
+
+
+class Stages:
+    """The eight stages of one fit, each a function of no arguments with its hooks already resolved."""
+    __slots__ = STAGES
+    fit: Run
+    epoch: Run
+    train: Run
+    validate: Run
+    batch: Run
+    forward: Run
+    backward: Run
+    step: Run
+
+    def __init__(self, learn: Learner, callbacks: Sequence[Callback], bodies: dict[str, Run]) -> None:
+        for stage in STAGES:
+            setattr(self, stage, resolve(stage, bodies[stage], callbacks, learn))
+
+
+def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner) -> Run:
+    """One stage as a function: the before_ hooks, the composed around_ chain, the after_ hooks; only overridden ones."""
+    def bound(word: str) -> list[Any]:
+        return [getattr(cb, f"{word}_{stage}") for cb in callbacks if overridden(cb, f"{word}_{stage}")]
+
+    befores, arounds, afters = bound("before"), bound("around"), bound("after")[::-1]
+    stop, skip = STOPS[stage], SKIPS[stage]
+    run = blaming(body, None, stage, learn) if arounds else body
+    for around in reversed(arounds):
+        run = blaming(partial(around, learn, run), around, stage, learn)
+
+    def run_stage() -> None:
+        hook = None
+        try:
+            try:
+                for hook in befores: hook(learn)
+                hook = None
+                run()
+            except stop: pass
+            if afters: tell(afters, learn, stop, skip)
+        except skip: pass
+        except ControlFlow: raise
+        except BaseException as error:
+            blame(error, hook, stage, learn)
+            raise
+    return run_stage
+
+
+def blaming(run: Run, hook: Any, stage: str, learn: Learner) -> Run:
+    """`run`, with errors that start in it blamed on `hook` (None: on the stage itself)."""
+    def blamed() -> None:
+        try: run()
+        except ControlFlow: raise
+        except BaseException as error:
+            blame(error, hook, stage, learn)
+            raise
+    return blamed
+
+
+def tell(afters: Iterable[Callable[[Learner], None]], learn: Learner, stop: type[Stop], skip: type[Skip]) -> None:
+    """Call every after_ hook; a Stop* or Skip* of an outer stage goes on only when all were told."""
+    pending: ControlFlow | None = None
+    for hook in afters:
+        try: hook(learn)
+        except (stop, skip): pass     # the stage is over already
+        except ControlFlow as signal: pending = pending or signal
+        except BaseException as error:
+            blame(error, hook, stop.stage, learn)
+            raise
+    if pending is not None: raise pending
+
+
+def blame(error: BaseException, hook: Any, stage: str, learn: Learner) -> None:
+    """Add one line to `error`: where in the loop it started. The first, innermost place counts; later ones are ignored."""
+    if learn.failure is not None and (learn.failure is error or learn.failure in causes(error)): return
+    learn.failure = error
+    add_note(error, f"learnkit: raised in {place(hook, stage)}, {learn.where()}")
+
+
+def place(hook: Any, stage: str) -> str:
+    if hook is None: return f"the stage {stage}"
+    return f"{type(hook.__self__).__name__}.{hook.__name__}"
+
+
+def causes(error: BaseException) -> Iterable[BaseException]:
+    """The exceptions during whose handling `error` was raised, nearest first."""
+    seen: list[BaseException] = []
+    while (error := error.__context__) is not None and error not in seen:  # type: ignore[assignment]
+        seen.append(error)
+    return seen
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """`BaseException.add_note`, also on Python 3.10, where tracebacks show no notes: there it joins the message."""
+    if sys.version_info >= (3, 11): error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        if len(error.args) == 1 and isinstance(error.args[0], str): error.args = (f"{error.args[0]}\n{note}",)
+
+
+class HookTable(dict[str, list[str]]):
+    """Who runs when: for each hook that somebody overrides, the callbacks in the order in which they are called."""
+
+    def __str__(self) -> str:
+        width = max((len(hook) for hook in self), default=0)
+        return "\n".join(f"{hook:{width}}  {', '.join(names)}" for hook, names in self.items()) or "no hooks"
+
+    __repr__ = __str__
+
+
+def hook_table(callbacks: Sequence[Callback]) -> HookTable:
+    table = HookTable()
+    for hook in HOOKS:
+        names = [type(cb).__name__ for cb in callbacks if overridden(cb, hook)]
+        if names: table[hook] = names[::-1] if hook.startswith("after_") else names
+    return table

@@ -1,0 +1,514 @@
+"""The Learner: data, model, loss and optimizer bundled, and the training loop that runs them through the hooks."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from learnkit import checkpoint, optim
+from learnkit.batch import Inputs, split_batch, target_key, tensors_in, to_device
+from learnkit.data import (DataBunch, check_loader, default_device, first_batch, in_order, mix, n_batches, private_order,
+                           set_epoch)
+from learnkit.evaluate import Collect, Measure
+from learnkit.hooks import (STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table)
+from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
+from learnkit.metrics import as_metrics
+from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
+
+if TYPE_CHECKING:
+    from learnkit.callbacks.recorder import Recorder
+
+Rate = float | slice
+
+
+class Learner:
+    """Trains `model` on `data` and measures it.
+
+    data        a DataBunch, or a pair (train_dl, valid_dl) of re-iterables of batches
+    model       moved to `device` in place
+    loss_func   (prediction, target) -> 0-d tensor. None: the data's, else a model output's own `.loss`, else cross-entropy
+                for integer targets and mean squared error for float ones
+    opt_func    a callable of parameter groups such as torch.optim.SGD, whose weight decay becomes decoupled, or a built
+                torch.optim.Optimizer, which is used as it is: with its own rates where fit is given none
+    lr, wd      defaults of the fit methods; `bn_wd=False` spares normalization layers and biases from weight decay
+    metrics     one or several: functions (pred, target) -> mean over the batch, torchmetrics objects, or objects with
+                reset/update/compute. Functions are averaged over samples
+    callbacks   more of them, beside the Recorder and the Progress that every Learner has
+    splitter    model -> sequence of modules or parameter lists: the layer groups, first layers first
+    path        where `model_dir` lies, in which save and load keep their files
+    seed        None: sample order follows torch's seed at the data's construction. A number: it decides the order, and fit
+                seeds torch's global generator with it, so that two fits of equal Learners are equal
+    device      None: the accelerator if there is one, else the CPU
+
+    >>> data = DataBunch.from_tensors((torch.randn(64, 4), torch.randint(3, (64,))), bs=16)
+    >>> learn = Learner(data, nn.Linear(4, 3)).fit_one_cycle(2, 1e-2)
+    """
+
+    def __init__(self, data: DataBunch | Sequence[Any], model: nn.Module, *, loss_func: LossFunc | None = None,
+                 opt_func: optim.OptFunc | Optimizer = AdamW, lr: Rate = 3e-3, wd: float = 1e-2, bn_wd: bool = True,
+                 metrics: Any = (), callbacks: Callback | Iterable[Callback] = (), splitter: optim.Splitter | None = None,
+                 path: str | Path = ".", model_dir: str = "models", seed: int | None = None,
+                 device: torch.device | str | None = None) -> None:
+        from learnkit.callbacks.progress import Progress
+        from learnkit.callbacks.recorder import Recorder
+        if not isinstance(model, nn.Module): raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module.")
+        self.device = default_device() if device is None else torch.zeros(0, device=device).device   # "cuda" -> "cuda:0"
+        self.data = as_data(data)
+        self.model = model.to(self.device)
+        self.loss_func = loss_func if loss_func is not None else self.data.loss_func
+        self.opt_func, self.splitter = opt_func, splitter
+        self.opt: Optimizer | None = opt_func if isinstance(opt_func, Optimizer) else None
+        self.lr, self.wd, self.bn_wd = lr, optim.check_rate("wd", wd), bn_wd
+        self.metrics = as_metrics(metrics)
+        self.path, self.model_dir, self.seed = Path(path), model_dir, seed
+        self.callbacks: list[Callback] = []
+        optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
+
+        # Where the loop is: read by callbacks, put back by nested evaluations.
+        self.n_epochs = 0                       # of this fit
+        self.n_steps: int | None = None         # optimizer steps planned for this fit; None: a loader has no length
+        self.epoch = 0                          # of this fit, from 0
+        self.step = 0                           # optimizer steps done in this fit
+        self.epochs_trained = 0                 # in this learner's life: decides the order of samples
+        self.training = False
+        self.dl: Any = None                     # the loader of the pass under way
+        self.batch_index = 0                    # within the pass
+        self.inputs: Inputs = ()                # of the batch: by position (tuple) or by keyword (dict)
+        self.target: Any = None
+        self.pred: Any = None                   # the model's output
+        self.loss: Any = None                   # 0-d tensor with its graph
+        self.values: dict[str, float] = {}      # the last train_loss, valid_loss and metrics
+        self.failure: BaseException | None = None   # the first error of the session, which is the one that surfaces
+
+        self._run: Any = None                   # the resolved Stages; None outside fit, validate and predict
+        self._loss_of: Callable[[Any, Any], Any] = self._first_loss
+        self._zero_grad: Callable[[], None] = lambda: None
+        self._meter: Measure | Collect = Measure(())
+        self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
+        self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
+        given = as_callbacks(callbacks)
+        defaults = [cls() for cls in (Recorder, Progress) if not any(isinstance(cb, cls) for cb in given)]
+        for callback in (*defaults, *given): self.add_callback(callback)
+
+    # ------------------------------------------------------------------ the loop: one method a stage
+    def _fit(self) -> None:
+        for self.epoch in range(self.n_epochs):
+            self._run.epoch()
+
+    def _epoch(self) -> None:
+        self.values = {}
+        self.dl, self.training = self.data.train_dl, True
+        self.model.train()
+        self._run.train()
+        self.training = False
+        if self.data.valid_dl is not None: self._evaluate(self.data.valid_dl, Measure(self.metrics))
+
+    def _train(self) -> None:
+        set_epoch(self.dl, self.seed, self.epochs_trained)
+        with closing(self._feed(self.dl)) as batches:
+            for _ in batches: self._run.batch()
+        self.epochs_trained += 1
+
+    def _validate(self) -> None:
+        set_epoch(self.dl, self.seed, 0)
+        with torch.no_grad(), closing(self._feed(self.dl)) as batches:
+            for _ in batches: self._run.batch()
+        self.values.update(self._meter.results())
+
+    def _batch(self) -> None:
+        self.pred = self.loss = None            # the last graph is free before the next one is built
+        self._run.forward()
+        if self.pred is None: return            # SkipForward: nothing to measure, nothing to learn from
+        if self.training:
+            self._run.backward()
+            self._run.step()
+        else: self._meter.update(self.inputs, self.target, self.pred, self.loss)
+
+    def _forward(self) -> None:
+        inputs = self.inputs
+        self.pred = self.model(*inputs) if type(inputs) is tuple else self.model(**inputs)
+        self.loss = self._loss_of(self.pred, self.target)
+
+    def _backward(self) -> None:
+        self.loss.backward()
+
+    def _step(self) -> None:
+        self.opt.step()                         # type: ignore[union-attr]
+        self._zero_grad()
+        self.step += 1
+
+    def _feed(self, loader: Any) -> Iterator[None]:
+        """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
+        self._loss_of = self._first_loss
+        self.batch_index, moves = -1, False
+        for self.batch_index, batch in enumerate(loader):
+            if self.batch_index == 0: moves = self._see_first(batch)
+            if moves: batch = to_device(batch, self.device)
+            self.inputs, self.target = split_batch(batch)
+            if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
+            yield
+        if self.batch_index < 0: raise ValueError(f"the loader of this pass ({type(loader).__name__}) gave no batch: it is empty.")
+
+    def _see_first(self, batch: Any) -> bool:
+        """Remember what a pass's batches look like; return whether they have to be moved to the device."""
+        key = target_key(batch)
+        self._passes_target = key if key is not None and accepts(self.model.forward, key) else ""
+        tensors = tensors_in(split_batch(batch)[0])
+        if tensors: self._input_ndim = tensors[0].ndim
+        return any(t.device != self.device for t in tensors_in(batch))
+
+    def _first_loss(self, pred: Any, target: Any) -> Any:
+        """A pass's first loss: chosen, checked, and then computed by the loss function alone."""
+        loss_of = choose_loss(self.loss_func, pred, target, training=self.training)
+        loss = loss_of(pred, target)
+        if loss is not None: check_loss(loss, training=self.training)
+        self._loss_of = getattr(loss_of, "plain", loss_of)
+        return loss
+
+    # ------------------------------------------------------------------ fitting
+    def fit(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
+            max_steps: int | None = None) -> Learner:
+        """Train for `epochs` at a constant rate (`lr=None`: the Learner's), but for `max_steps` optimizer steps at most."""
+        return self._fit_with(epochs, {"lr": lr}, wd, callbacks, max_steps)
+
+    def fit_one_cycle(self, epochs: int, max_lr: Rate | None = None, *, wd: float | None = None,
+                      moms: tuple[float, float] | None = (.95, .85), div_factor: float = 25., final_div: float | None = None,
+                      pct_start: float = .3, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+        """One cycle (Smith & Topin, 2018): from max_lr / div_factor by cosine to max_lr, then to max_lr / final_div.
+
+        Of n optimizer steps the peak is at int(n * pct_start); `final_div=None` is div_factor * 1e4. Momentum, or Adam's
+        beta1, mirrors it from moms[0] to moms[1] and back; `moms=None` leaves it alone.
+        """
+        def cycle(peak: float) -> Schedule: return one_cycle(peak, div_factor, final_div, pct_start)
+        momentum = {} if moms is None else {"mom": one_cycle_momentum(moms, pct_start)}
+        return self._fit_with(epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps)
+
+    def fit_flat_cos(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, div_final: float = 1e5,
+                     pct_start: float = .75, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+        """A flat rate for the first `pct_start` of the steps, then by cosine to lr / div_final."""
+        return self._fit_with(epochs, {"lr": (lr, lambda rate: flat_cos(rate, div_final, pct_start))}, wd, callbacks, max_steps)
+
+    def fit_sgdr(self, n_cycles: int, lr: Rate | None = None, *, cycle_len: int = 1, cycle_mult: int = 2,
+                 wd: float | None = None, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+        """Cosine with warm restarts (Loshchilov & Hutter, 2017): `n_cycles` from lr to 0, the first one `cycle_len` epochs
+        long, each next one `cycle_mult` times as long as the one before."""
+        for name, value in (("n_cycles", n_cycles), ("cycle_len", cycle_len), ("cycle_mult", cycle_mult)): check_count(name, value)
+        epochs = sum(cycle_len * cycle_mult ** i for i in range(n_cycles))
+        cycles = partial(cyclic, n_cycles=n_cycles, cycle_mult=cycle_mult)
+        return self._fit_with(epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps)
+
+    def fine_tune(self, epochs: int, base_lr: Rate | None = None, freeze_epochs: int = 1, *, lr_mult: float = 100.,
+                  pct_start: float = .3, div_factor: float = 5., **options: Any) -> Learner:
+        """Train the last layer group for `freeze_epochs`, then everything for `epochs` at half the rate, spread over the
+        layer groups from base_lr / lr_mult to base_lr; both as one cycle. `options` are those of fit_one_cycle."""
+        rate = optim.spread(self.lr if base_lr is None else base_lr, 2)[-1]
+        if freeze_epochs:
+            self.freeze()
+            self.fit_one_cycle(freeze_epochs, slice(rate), pct_start=.99, **options)
+        self.unfreeze()
+        return self.fit_one_cycle(epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options)
+
+    def _fit_with(self, epochs: int, schedules: dict[str, Any], wd: float | None, callbacks: Iterable[Callback],
+                  max_steps: int | None) -> Learner:
+        """All fit methods: `schedules["lr"]` is a rate, or a pair of it and a function of a rate that gives its schedule."""
+        from learnkit.callbacks.param_scheduler import ParamScheduler
+        from learnkit.callbacks.stop_after import StopAfter
+        if self._run is not None: raise RuntimeError("fit was called while this Learner runs: let the fit under way end first.")
+        check_count("epochs", epochs)
+        check_loader(self.data.train_dl, "train_dl")
+        extra = as_callbacks(callbacks)
+        if max_steps is not None: extra.append(StopAfter(steps=check_count("max_steps", max_steps)))
+        lr, cycle = schedules.pop("lr") if isinstance(schedules["lr"], tuple) else (schedules.pop("lr"), None)
+        opt = self._optimizer()
+        rates = self._rates(lr)
+        if cycle: schedules["lr"] = [cycle(rate) for rate in rates]
+        else: optim.set_rates(opt, rates)
+        if "mom" in schedules and optim.momentum_name(opt) is None: del schedules["mom"]
+        if schedules: extra.append(ParamScheduler(schedules))
+        if wd is not None or not isinstance(self.opt_func, Optimizer):
+            optim.set_weight_decay(opt, optim.check_rate("wd", self.wd if wd is None else wd))
+        length = n_batches(self.data.train_dl)
+        planned = [n for n in (None if length is None else length * epochs, max_steps) if n is not None]
+        self.n_epochs, self.n_steps = epochs, min(planned, default=None)
+        self.epoch = self.step = self.batch_index = 0
+        self._zero_grad = optim.zero_grad_of(opt)
+        if self.seed is not None: torch.manual_seed(mix(self.seed, self.epochs_trained))
+        with self._session(extra):
+            self._zero_grad()                   # what an interrupted loop or a backward by hand left behind
+            try: self._run.fit()
+            finally: self._zero_grad()
+        return self
+
+    def _optimizer(self) -> Optimizer:
+        """The optimizer of the model as it is now; one that exists is kept, with its state."""
+        if self.opt is None:
+            assert not isinstance(self.opt_func, Optimizer)
+            groups = optim.param_groups(self.model, optim.layer_groups(self.model, self.splitter), bn_wd=self.bn_wd)
+            if not groups: raise ValueError(f"the model ({type(self.model).__name__}) has no parameters: there is nothing to train.")
+            self.opt = optim.make_optimizer(self.opt_func, groups, optim.spread(self.lr, 1)[-1])
+        held = {id(p) for group in self.opt.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.model.parameters()):
+            raise ValueError("the optimizer holds none of the model's parameters: it was built for another model, or before the "
+                             "model was replaced. Build it from learn.model.parameters(), or set learn.opt = None.")
+        return self.opt
+
+    def _rates(self, lr: Rate | None) -> list[float]:
+        """One rate a layer group."""
+        opt = self._optimizer()
+        if lr is None and isinstance(self.opt_func, Optimizer): return [group["lr"] for group in opt.param_groups]
+        n_groups = 1 + max(group.get("layer_group", i) for i, group in enumerate(opt.param_groups))
+        return optim.spread(self.lr if lr is None else lr, n_groups)
+
+    # ------------------------------------------------------------------ evaluating
+    def validate(self, dl: Any = None) -> dict[str, float]:
+        """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without gradients."""
+        kept = self.values
+        self.values = {}
+        try:
+            self._evaluate(self._evaluation_loader(dl, "validate"), Measure(self.metrics))
+            return self.values
+        finally: self.values = kept
+
+    def get_preds(self, dl: Any = None, with_loss: bool = False) -> tuple[Any, ...]:
+        """(preds, targets[, losses]) of `dl` (None: valid_dl) on the CPU: dataset order, each sample once.
+
+        `with_loss=True` adds each sample's own loss, float (samples,). Targets are None where batches have none.
+        """
+        dl = self._evaluation_loader(dl, "get_preds")
+        collect = Collect(self._per_sample_loss if with_loss else None)
+        self._evaluate(dl, collect)
+        return collect.joined()
+
+    def predict(self, x: Any) -> Any:
+        """The prediction for one sample or for one batch of them, on the CPU; the model is in evaluation mode, without gradients.
+
+        x: a tensor shaped like a batch's first input, or like one sample of it; a tuple for several inputs; a mapping.
+        """
+        first = next(iter(tensors_in(x)), None)
+        if first is None: raise TypeError(f"predict takes a tensor, or a tuple or mapping of tensors; got {type(x).__name__}.")
+        ndim = self._batch_ndim()
+        if first.ndim not in (ndim, ndim - 1):
+            raise ValueError(f"predict was given an input of {first.ndim} dimensions (shape {tuple(first.shape)}), expected {ndim} "
+                             f"for a batch or {ndim - 1} for one sample.")
+        single = first.ndim == ndim - 1
+        batch = as_batch(x, single=single)
+        collect = Collect()
+        self._evaluate([batch if isinstance(batch, Mapping) else (*batch, None)], collect)
+        preds = collect.joined()[0]
+        return preds[0] if single and isinstance(preds, Tensor) else preds
+
+    def _evaluate(self, dl: Any, meter: Measure | Collect) -> None:
+        """One pass without gradients over `dl`, also in the middle of a fit, whose place is kept."""
+        if self._run is None:
+            with self._session(dls=(dl,)): return self._evaluate(dl, meter)
+        names = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "_meter", "_passes_target")
+        kept = {name: getattr(self, name) for name in names}
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.dl, self._meter, self.training = in_order(dl), meter, False
+        self.model.eval()
+        try:
+            with private_order(self.dl): self._run.validate()
+        finally:
+            for module, mode in modes: module.training = mode
+            for name, value in kept.items(): setattr(self, name, value)
+
+    def _evaluation_loader(self, dl: Any, caller: str) -> Any:
+        if dl is None: dl = self.data.valid_dl
+        if dl is None: raise ValueError(f"{caller}() has no data: the DataBunch has no valid_dl. Give one, or call {caller}(dl).")
+        check_loader(dl, "dl")
+        return dl
+
+    def _batch_ndim(self) -> int:
+        if self._input_ndim is None: self._see_first(first_batch(self.data.train_dl))
+        assert self._input_ndim is not None
+        return self._input_ndim
+
+    def _per_sample_loss(self, pred: Any, target: Any) -> Tensor:
+        return per_sample(self.loss_func or default_loss(pred, target))(pred, target)
+
+    # ------------------------------------------------------------------ a session: one fit, validation or prediction
+    @contextmanager
+    def _session(self, extra: Sequence[Callback] = (), dls: Sequence[Any] = ()) -> Iterator[None]:
+        """Hooks resolved and loaders with an order of their own; afterwards all is as it was, whatever was raised."""
+        everyone = sorted(check_callbacks([*self.callbacks, *extra]), key=lambda callback: callback.order)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self._run = Stages(self, everyone, {stage: getattr(self, f"_{stage}") for stage in STAGES})
+        try:
+            with private_order(self.data.train_dl, *dls): yield
+        except ControlFlow as signal:
+            raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
+                               f"{self.where()}.") from signal
+        except BaseException as error:
+            raise surfacing(error, self.failure)
+        finally:
+            for module, mode in modes: module.training = mode
+            self._run = self.failure = self.pred = self.loss = None
+            self.training = False
+
+    def where(self) -> str:
+        """The place in the loop, for messages: "epoch 2, training batch 17"."""
+        kind = "training" if self.training else "validation"
+        batch = f"{kind} batch {self.batch_index}" if self.batch_index >= 0 else f"before the first {kind} batch"
+        return f"epoch {self.epoch}, {batch}"
+
+    # ------------------------------------------------------------------ callbacks
+    def add_callback(self, callback: Callback) -> Learner:
+        """Add a callback for all fits to come."""
+        if self._run is not None:
+            raise RuntimeError(f"{type(callback).__name__} was added while this Learner runs, when its hooks are already resolved. "
+                               "Add it before, or give it to fit(…, callbacks=[…]).")
+        check_callbacks([*self.callbacks, callback])
+        self.callbacks.append(callback)
+        return self
+
+    def remove_callback(self, callback: Callback | type[Callback]) -> Learner:
+        """Remove a callback, or all of a class."""
+        gone = [cb for cb in self.callbacks if cb is callback or isinstance(callback, type) and type(cb) is callback]
+        if not gone:
+            name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise ValueError(f"there is no {name} to remove; this Learner has {', '.join(type(cb).__name__ for cb in self.callbacks)}.")
+        self.callbacks = [cb for cb in self.callbacks if cb not in gone]
+        return self
+
+    def hooks(self) -> HookTable:
+        """Who runs when: print it."""
+        return hook_table(sorted(self.callbacks, key=lambda callback: callback.order))
+
+    @property
+    def recorder(self) -> Recorder:
+        """The callback that keeps losses, rates and metrics of the last fit."""
+        from learnkit.callbacks.recorder import Recorder
+        found = next((cb for cb in self.callbacks if isinstance(cb, Recorder)), None)
+        if found is None: raise AttributeError("this Learner has no Recorder: it was removed.")
+        return found
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """The names that `values` has after an epoch, in order."""
+        measured = () if self.data.valid_dl is None else ("valid_loss", *(name for m in self.metrics for name in m.names))
+        return ("train_loss", *measured)
+
+    @contextmanager
+    def no_bar(self) -> Iterator[Learner]:
+        """For the length of a with block: no progress bar; one plain line per epoch stays."""
+        with self._quieted(bar=False): yield self
+
+    @contextmanager
+    def no_logging(self) -> Iterator[Learner]:
+        """For the length of a with block: nothing is printed."""
+        with self._quieted(bar=False, lines=False): yield self
+
+    @contextmanager
+    def _quieted(self, **switches: bool) -> Iterator[None]:
+        from learnkit.callbacks.progress import Progress
+        bars = [cb for cb in self.callbacks if isinstance(cb, Progress)]
+        kept = [(cb, name, getattr(cb, name)) for cb in bars for name in switches]
+        for cb, name, _ in kept: setattr(cb, name, switches[name])
+        try: yield
+        finally:
+            for cb, name, value in kept: setattr(cb, name, value)
+
+    # ------------------------------------------------------------------ layer groups
+    def freeze(self) -> Learner:
+        """Train the last layer group only."""
+        return self.freeze_to(-1)
+
+    def unfreeze(self) -> Learner:
+        """Train every layer group."""
+        return self.freeze_to(0)
+
+    def freeze_to(self, n: int) -> Learner:
+        """Freeze the first n layer groups (all but the last -n, if negative); train the others. Batch norm's running
+        statistics still follow the data."""
+        groups = optim.layer_groups(self.model, self.splitter)
+        if len(groups) == 1 and n != 0:
+            raise ValueError("the model is one layer group, so there is nothing to freeze: give Learner(…, splitter=…), for example "
+                             "splitter=lambda model: [model.body, model.head].")
+        if not -len(groups) < n < len(groups):
+            raise ValueError(f"freeze_to({n}): the model has {len(groups)} layer groups, so n is between {1 - len(groups)} and "
+                             f"{len(groups) - 1}.")
+        for i, group in enumerate(groups):
+            for p in group: p.requires_grad_(i >= n % len(groups))
+        return self
+
+    # ------------------------------------------------------------------ files
+    def save(self, name: str, with_opt: bool = True) -> Path:
+        """Write the model's state (and the optimizer's) to path/model_dir/name.pt, at once or not at all; return the path."""
+        state: dict[str, Any] = {"model": checkpoint.plain_state(self.model)}
+        if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
+        return checkpoint.write(self.path / self.model_dir / f"{name}.pt", state)
+
+    def load(self, name: str, strict: bool = True) -> Learner:
+        """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
+        `strict=False` takes what fits. Nothing in the file is executed."""
+        state = checkpoint.read(self.path / self.model_dir / f"{name}.pt", self.device)
+        checkpoint.load_model(self.model, state.get("model", state), strict=strict)
+        if "opt" in state: self._optimizer().load_state_dict(state["opt"])
+        return self
+
+    def summary(self) -> str:
+        """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
+        from learnkit.summary import summarize
+        return summarize(self)
+
+
+# ---------------------------------------------------------------------- arguments
+def as_data(data: Any) -> DataBunch:
+    if isinstance(data, DataBunch): return data
+    if isinstance(data, (tuple, list)) and len(data) == 2: return DataBunch(*data)
+    raise TypeError(f"data is {type(data).__name__}, expected a DataBunch or a pair (train_dl, valid_dl).")
+
+
+def as_callbacks(callbacks: Callback | Iterable[Callback]) -> list[Callback]:
+    return [callbacks] if isinstance(callbacks, Callback) or isinstance(callbacks, type) else list(callbacks)
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
+    """Refuse what is no callback, the same one twice, and two of a kind that may be there once only."""
+    for i, callback in enumerate(callbacks):
+        if isinstance(callback, type) and issubclass(callback, Callback):
+            raise TypeError(f"{callback.__name__} is a class, expected an object: write {callback.__name__}().")
+        if not isinstance(callback, Callback):
+            raise TypeError(f"{callback!r} is {type(callback).__name__}, expected a Callback: derive its class from learnkit.Callback.")
+        name = type(callback).__name__
+        if any(callback is other for other in callbacks[:i]): raise ValueError(f"the same {name} was added twice. Add it once.")
+        if callback.unique and any(type(callback) is type(other) for other in callbacks[:i]):
+            raise ValueError(f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
+                             f"remove_callback({name}).")
+    return callbacks
+
+
+def check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name}={value!r} is not a whole number.")
+    if value < 1: raise ValueError(f"{name}={value}: expected 1 or more.")
+    return value
+
+
+def as_batch(x: Any, *, single: bool) -> Any:
+    """What predict was given, as a batch without a target; one sample becomes a batch of one."""
+    def lift(value: Any) -> Any: return value.unsqueeze(0) if single and isinstance(value, Tensor) else value
+    if isinstance(x, Mapping): return {k: lift(v) for k, v in x.items()}
+    return tuple(lift(v) for v in (x if isinstance(x, (tuple, list)) else (x,)))
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with an argument of this name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def surfacing(error: BaseException, first: BaseException | None) -> BaseException:
+    """The error that the user gets: the first one, where another was raised only while cleaning up after it.
+
+    An error raised with `from` translates the first one on purpose, and stays.
+    """
+    if first is None or error is first or error.__cause__ is not None or first not in causes(error): return error
+    add_note(first, f"learnkit: cleaning up after this error failed too: {type(error).__name__}: {error}")
+    return first

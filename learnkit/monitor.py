@@ -1,0 +1,41 @@
+"""Watching one value for its best, for the callbacks that decide by it."""
+from __future__ import annotations
+
+import difflib
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
+
+SMALLER_IS_BETTER = ("loss", "error", "perplexity")
+
+
+class Monitor:
+    """The best value so far of `name` in learn.values. `mode`: "min", "max", or None, which infers it from the name."""
+
+    def __init__(self, name: str, mode: str | None = None, min_delta: float = 0.) -> None:
+        if mode not in (None, "min", "max"): raise ValueError(f"mode={mode!r}: expected 'min', 'max' or None.")
+        if not (math.isfinite(min_delta) and min_delta >= 0): raise ValueError(f"min_delta={min_delta}: expected a finite number, 0 or more.")
+        self.name, self.min_delta = name, min_delta
+        self.mode = mode or ("min" if any(word in name for word in SMALLER_IS_BETTER) else "max")
+        self.best: float | None = None
+
+    def start(self, learn: Learner) -> None:
+        """Begin anew; refuse a name that this fit will not measure."""
+        self.best = None
+        if self.name in learn.value_names: return
+        near = difflib.get_close_matches(self.name, learn.value_names, n=1)
+        raise ValueError(f"there is no value {self.name!r} to monitor{f': did you mean {near[0]}?' if near else '.'} "
+                         f"This fit measures {', '.join(learn.value_names)}"
+                         f"{'; there is no validation data' if learn.data.valid_dl is None else ''}.")
+
+    def improved(self, learn: Learner) -> bool:
+        """Whether the value just measured is better than the best by more than min_delta; if so, it is the best now."""
+        value = learn.values[self.name]
+        if math.isnan(value): return False
+        gain = math.inf if self.best is None else (self.best - value if self.mode == "min" else value - self.best)
+        if gain > self.min_delta:
+            self.best = value
+            return True
+        return False

@@ -1,0 +1,171 @@
+"""From a model to its optimizer: layer groups, decoupled weight decay, fused kernels, hyper-parameters by name."""
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+OptFunc = Callable[..., Optimizer]
+Splitter = Callable[[nn.Module], Sequence[Any]]
+
+
+def layer_groups(model: nn.Module, splitter: Splitter | None = None) -> list[list[Parameter]]:
+    """The model's parameters in layer groups, first layers first; one group without a `splitter`.
+
+    A splitter takes the model and returns a sequence whose items are modules, or iterables of parameters or modules. It
+    must name every parameter exactly once.
+    """
+    if splitter is None: return [list(model.parameters())]
+    groups = [parameters_of(part) for part in splitter(model)]
+    found = [id(p) for group in groups for p in group]
+    names = {id(p): name for name, p in model.named_parameters()}
+    if len(set(found)) < len(found):
+        twice = sorted({names.get(i, "?") for i in found if found.count(i) > 1})
+        raise ValueError(f"splitter puts parameters into more than one layer group: {', '.join(twice)}. "
+                         "Each parameter belongs to exactly one group.")
+    if set(found) != set(names):
+        lost = [name for i, name in names.items() if i not in found] or ["(a parameter that is not the model's)"]
+        raise ValueError(f"splitter does not split the model's parameters: check {', '.join(lost[:5])}. "
+                         "Every parameter of the model belongs to exactly one group.")
+    return groups
+
+
+def parameters_of(part: Any) -> list[Parameter]:
+    if isinstance(part, Parameter): return [part]
+    if isinstance(part, nn.Module): return list(part.parameters())
+    return [p for item in part for p in parameters_of(item)]
+
+
+def norm_and_bias_ids(model: nn.Module) -> set[int]:
+    """The ids of all parameters of normalization layers, and of all biases."""
+    ids = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower(): ids |= {id(p) for p in module.parameters(recurse=False)}
+    return ids
+
+
+def param_groups(model: nn.Module, groups: Sequence[Sequence[Parameter]], *, bn_wd: bool) -> list[dict[str, Any]]:
+    """One optimizer group a layer group, or two where norms and biases (`bn_wd=False`) are spared weight decay."""
+    spared = set() if bn_wd else norm_and_bias_ids(model)
+    parts = []
+    for i, group in enumerate(groups):
+        for decays in (True, False):
+            params = [p for p in group if (id(p) not in spared) == decays]
+            if params: parts.append({"params": params, "layer_group": i, "decays": decays})
+    return parts
+
+
+def make_optimizer(opt_func: OptFunc, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """`opt_func(groups, lr=lr)`, fused where torch can, and with weight decay decoupled whatever the algorithm.
+
+    Weight decay is decoupled as in AdamW (Loshchilov & Hutter, 2019): a step first multiplies the weights by
+    `1 - lr * wd`. Where the algorithm does not do that itself, a step pre-hook does.
+    """
+    if isinstance(opt_func, partial) and "weight_decay" in opt_func.keywords:
+        raise ValueError(f"opt_func sets weight_decay={opt_func.keywords['weight_decay']}, which would be overruled: "
+                         "give it to the Learner or to fit as wd=…, where it is decoupled.")
+    accepted = inspect.signature(opt_func).parameters
+    extra: dict[str, Any] = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in accepted else {}
+    if can_fuse(opt_func, accepted, groups): extra["fused"] = True
+    opt = opt_func(groups, lr=lr, **extra)
+    if not isinstance(opt, Optimizer):
+        raise TypeError(f"opt_func returned {type(opt).__name__}, expected a torch.optim.Optimizer: give a class such as "
+                        "torch.optim.SGD, or functools.partial(torch.optim.SGD, momentum=0.9).")
+    if not is_decoupled(opt):
+        for group in opt.param_groups: group.update({"wd": 0.} | ({"weight_decay": 0.} if "weight_decay" in group else {}))
+        opt.register_step_pre_hook(decay_weights)
+    return opt
+
+
+def can_fuse(opt_func: OptFunc, accepted: Any, groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether torch has one fused kernel for all these parameters, and the user did not ask for another implementation."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+    chosen = opt_func.keywords if isinstance(opt_func, partial) else {}
+    if "fused" not in accepted or any(chosen.get(k) is not None for k in ("fused", "foreach", "differentiable")): return False
+    devices = _get_fused_kernels_supported_devices()
+    return all(p.is_floating_point() and p.device.type in devices for group in groups for p in group["params"])
+
+
+def is_decoupled(opt: Optimizer) -> bool:
+    return bool(opt.defaults.get("decoupled_weight_decay", False))
+
+
+def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
+    """Multiply the weights that are about to be stepped by `1 - lr * wd`."""
+    for group in opt.param_groups:
+        if not (wd := group.get("wd", 0.)): continue
+        params = [p for p in group["params"] if p.grad is not None]
+        if params:
+            with torch.no_grad(): torch._foreach_mul_(params, 1 - group["lr"] * wd)
+
+
+def set_weight_decay(opt: Optimizer, wd: float) -> None:
+    """Give every group that decays the rate `wd`, under the key that its algorithm reads."""
+    for group in opt.param_groups:
+        rate = wd if group.get("decays", True) else 0.
+        if "layer_group" not in group or is_decoupled(opt): group["weight_decay"] = rate
+        else: group["wd"] = rate
+
+
+def set_rates(opt: Optimizer, rates: Sequence[float], name: str = "lr") -> None:
+    """Set a hyper-parameter of every group from one value a layer group; a built optimizer's groups are its layer groups."""
+    for i, group in enumerate(opt.param_groups): set_hyper(group, name, rates[group.get("layer_group", i)])
+
+
+def spread(rate: float | slice, n_groups: int) -> list[float]:
+    """One rate per layer group. `slice(lo, hi)`: evenly by ratio from lo (first layers) to hi (last ones);
+    `slice(hi)`: hi / 10 for all but the last group; a number: the same for all."""
+    if not isinstance(rate, slice): return [check_rate("lr", rate)] * n_groups
+    hi = check_rate("the slice's end", rate.stop)
+    if rate.start is None: return [hi / 10] * (n_groups - 1) + [hi]
+    lo = check_rate("the slice's start", rate.start)
+    if lo <= 0 or hi <= 0: raise ValueError(f"lr={rate}: rates are spread by ratio, so both ends must be above 0.")
+    return [hi if i == n_groups - 1 else lo * (hi / lo) ** (i / (n_groups - 1)) for i in range(n_groups)]
+
+
+def check_rate(name: str, value: Any) -> float:
+    """`value` as a float if it can be a rate: a finite number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}, expected a number.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r} cannot be used: expected a finite number, 0 or more.")
+    return float(value)
+
+
+def momentum_name(opt: Optimizer) -> str | None:
+    """What the optimizer's momentum is called: "momentum" (SGD), "betas" (Adam: the first of them), None: it has none."""
+    return next((name for name in ("momentum", "betas") if name in opt.param_groups[0]), None)
+
+
+def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
+    """Set one hyper-parameter of an optimizer group; "mom" is its momentum, or the first of its betas."""
+    if name == "mom":
+        if "momentum" in group: group["momentum"] = value
+        else: group["betas"] = (value, *group["betas"][1:])
+    else: group[name] = value
+
+
+def check_hyper(opt: Optimizer, name: str) -> None:
+    """Refuse the name of a hyper-parameter that the optimizer does not have."""
+    group = opt.param_groups[0]
+    known = sorted(k for k in group if k not in ("params", "layer_group", "decays"))
+    if (momentum_name(opt) is None) if name == "mom" else (name not in group):
+        raise ValueError(f"{type(opt).__name__} has no hyper-parameter {name!r} to schedule; it has {', '.join(known)}"
+                         f"{', and mom' if momentum_name(opt) else ''}.")
+
+
+def zero_grad_of(opt: Optimizer) -> Callable[[], None]:
+    """`opt.zero_grad()` without its profiler scope, which costs more than the work on a small model."""
+    if type(opt).zero_grad is not Optimizer.zero_grad: return opt.zero_grad
+    params = [p for group in opt.param_groups for p in group["params"]]
+
+    def zero_grad() -> None:
+        for p in params: p.grad = None
+    return zero_grad
