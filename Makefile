@@ -18,7 +18,7 @@ python := "$(VENV)/bin/python"
 install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
-benchmarks := benchmarks/step_cost.py benchmarks/epoch.py
+benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py
 
 .PHONY: help train test lint bench clean
 help:

@@ -10,6 +10,7 @@ from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 
+WIDE = 76           # columns of a terminal that has room for the loss; a longer line would wrap and not be overwritten
 SMOOTHING = 0.98    # of the training loss beside the bar: a debiased moving average, as in fastai v1
 
 
@@ -82,7 +83,7 @@ class Progress(Callback):
 
     def advance(self, learn: Learner) -> None:
         """Draw the bar; it says itself when it is due again."""
-        if learn.training: self.child.comment = self.loss_so_far(learn)
+        if learn.training and getattr(self.child, "cols", WIDE) >= WIDE: self.child.comment = self.loss_so_far(learn)
         n_done = learn.batch_index + 1
         self.child.update(n_done)
         finished = self.child.last_v is None

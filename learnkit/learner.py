@@ -66,7 +66,7 @@ class Learner:
         self.opt_func, self.splitter = opt_func, splitter
         self.opt: Optimizer | None = opt_func if isinstance(opt_func, Optimizer) else None
         self.lr, self.wd, self.bn_wd = lr, optim.check_rate("wd", wd), bn_wd
-        self.metrics = as_metrics(metrics)
+        self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
         self.path, self.model_dir, self.seed = Path(path), model_dir, seed
         self.callbacks: list[Callback] = []
         optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit

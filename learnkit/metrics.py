@@ -297,8 +297,8 @@ def _check_classes(name: str, pred: Tensor, target: Tensor) -> None:
     if several and target.shape == pred.shape[:1] + pred.shape[2:] and not target.is_floating_point():
         return
     raise ValueError(
-        f"{name} got pred {describe(pred)} and target {describe(target)}, expected pred (batch, classes, *) with scores "
-        "of 2 classes or more, and target (batch, *) with integer class numbers. Classes in the last dimension: "
+        f"{name} got pred {describe(pred)} and target {describe(target)}, expected pred (batch, classes, *), scores "
+        "of 2 classes or more, and target (batch, *), integer class numbers. Classes in the last dimension: "
         "pred.movedim(-1, 1). One-hot targets: target.argmax(1). Targets (batch, 1): target.squeeze(1). "
         "One binary score per sample: write your own function (pred, target)."
     )

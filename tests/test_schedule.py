@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -154,6 +155,14 @@ def test_a_chain_as_a_function_meets_its_ends_and_joints_exactly():
         assert schedule(0) == (0.1 if pct_start == 0 else 0.1 / 25)
 
 
+@pytest.mark.parametrize("make", [linear, cosine, exponential, lambda start, end: polynomial(start, end, 0.7)])
+def test_both_ends_of_a_curve_are_exact_to_the_bit(make: Callable[[float, float], Schedule]):
+    ends = [1e-7, 0.1, 0.3, 1 / 3, 0.7, 10.0]
+    for start, end in product(ends, ends):
+        values = make(start, end).values(4)
+        assert (values[0], values[-1]) == (start, end)
+
+
 def test_linear_is_the_straight_line_of_torch():
     ours = linear(0.1, 0.5).values(21)
     assert ours == pytest.approx(rates_of_torch(lambda o: LinearLR(o, 0.2, 1.0, total_iters=20), 0.5, 21), rel=1e-9)
@@ -197,11 +206,11 @@ def test_cyclic_restarts_as_torch_does(cycle_mult: int, n_cycles: int, n: int):
 
 
 def test_cycles_restart_at_exactly_the_maximum_on_whole_steps():
-    for steps in range(1, 60):
-        rates = cyclic(0.3, n_cycles=3, cycle_mult=2).values(7 * steps)
-        restarts = [k for k, rate in enumerate(rates) if rate == 0.3]
-        assert restarts == [0, steps, 3 * steps]
-        assert rates[-1] == 0.0 or steps == 0
+    for cycle_mult, n_cycles, steps in product((1, 2, 3), (1, 2, 3, 7), (2, 3, 7, 10, 49)):
+        lengths = [steps * cycle_mult**i for i in range(n_cycles)]
+        rates = cyclic(0.3, n_cycles=n_cycles, cycle_mult=cycle_mult).values(sum(lengths))
+        assert [k for k, rate in enumerate(rates) if rate == 0.3] == [0, *accumulate(lengths[:-1])]
+        assert rates[-1] == 0.0
 
 
 def test_cycle_lengths_are_in_the_ratio_asked_for():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import Progress, Recorder
+from learnkit.callbacks import Recorder
 
 
 class Annotated(Callback):
@@ -53,9 +53,14 @@ def error_rate(pred: Tensor, target: Tensor) -> Tensor:
     return 1 - accuracy(pred, target)
 
 
+def halves(model: nn.Module) -> list[nn.Module]:
+    return list(model.children())
+
+
 x, y = torch.randn(64, 8), torch.randint(0, 2, (64,))
 data = DataBunch.from_tensors(train=(x, y), valid=(x, y), bs=16)
-learn = Learner(data, nn.Linear(8, 2), metrics=accuracy, callbacks=[Annotated(), Bare()])
+learn = Learner(data, nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), metrics=accuracy, splitter=halves,
+                callbacks=[Annotated(), Bare()])
 assert_type(learn.fit(1, 1e-3), Learner)
 assert_type(learn.fit_one_cycle(2, slice(1e-4, 1e-2), wd=0.1, callbacks=[Bare()]), Learner)
 losses: dict[str, float] = learn.validate()
@@ -67,7 +72,7 @@ learn.save("first")
 learn.load("first")
 learn.predict(x[0])
 Learner((data.train_dl, data.valid_dl), nn.Linear(8, 2), loss_func=nn.CrossEntropyLoss(), opt_func=torch.optim.SGD,
-        metrics=[accuracy, error_rate]).add_callback(Progress())
+        metrics=[accuracy, error_rate]).add_callback(Annotated(every=3))
 """
 
 # pyright must mark each line that ends in "# wrong", and no other

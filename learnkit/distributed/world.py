@@ -1,4 +1,5 @@
-"""Who am I among how many: rank, world, device and process group, read from the group if there is one, else from the environment."""
+"""Who am I among how many: rank, world, device and process group, read from the group, else from the environment."""
+from __future__ import annotations
 
 import os
 import random
@@ -13,13 +14,13 @@ import torch.distributed as dist
 COMMAND = "torchrun --nproc-per-node=2 train.py"
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
 
-# The group that this library made (and may destroy), the store it was made over, and how many were made: one process, one of each.
+# Whether the group is ours (and may be destroyed), the stores opened, and how many groups were made over them.
 _owns_group = False
 _stores: dict[tuple[str, int, int, int], dist.Store] = {}
 _n_groups = 0
 
 
-# --- who am I -------------------------------------------------------------------------------------------------------------------
+# --- who am I ---------------------------------------------------------------------------------------------------------
 
 
 def has_group() -> bool:
@@ -38,7 +39,10 @@ def get_world_size() -> int:
 
 
 def get_local_rank() -> int:
-    """This process's number on its machine: `LOCAL_RANK`, else `--local-rank`/`--local_rank` on the command line, else SLURM's, else 0."""
+    """This process's number on its machine.
+
+    `LOCAL_RANK`, else `--local-rank` or `--local_rank` on the command line, else SLURM's, else 0.
+    """
     if not os.environ.get("LOCAL_RANK"):
         from_command_line = _local_rank_in(sys.argv[1:])
         if from_command_line is not None:
@@ -68,8 +72,8 @@ def as_local_rank(local_rank: int | str | None) -> int | None:
     if local_rank is None or local_rank in (-1, "-1"):
         return None
     if isinstance(local_rank, bool) or not re.fullmatch(r"\d+", str(local_rank)):
-        raise ValueError(f"local_rank={local_rank!r}: expected this process's number on its machine (0, 1, …), or None to read it "
-                         "from LOCAL_RANK or --local-rank")
+        raise ValueError(f"local_rank={local_rank!r}: expected this process's number on its machine (0, 1, …), or None "
+                         "to read it from LOCAL_RANK or --local-rank.")
     return int(local_rank)
 
 
@@ -91,21 +95,21 @@ def _device_index(local_rank: int | None) -> int:
         return index
     if n_devices == 1 and _shows_each_process_its_own_device():
         return 0
-    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: "
-                     "start as many processes a machine as it has devices (--nproc-per-node)")
+    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start "
+                     "as many processes a machine as it has devices (--nproc-per-node).")
 
 
 def _shows_each_process_its_own_device() -> bool:
-    """SLURM's --gpus-per-task and container runtimes hide the other processes' devices: number 0 is then everybody's own."""
-    visible = (os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"))
-    return any(value and "," not in value for value in visible)
+    """SLURM's --gpus-per-task and containers hide the other processes' devices: number 0 is then everybody's own."""
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    return any(os.environ.get(name) and "," not in os.environ[name] for name in names)
 
 
-# --- what the launcher said -----------------------------------------------------------------------------------------------------
+# --- what the launcher said -------------------------------------------------------------------------------------------
 
 
 def launch_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as far as set by a launcher or derived from SLURM's variables."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: a launcher's, else derived from SLURM's variables."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = {name: environment[name] for name in names if environment.get(name)}
     launched_by_slurm = "RANK" not in given and "WORLD_SIZE" not in given and _n_slurm_tasks(environment) > 1
@@ -113,7 +117,7 @@ def launch_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
 
 
 def _n_slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Tasks of this `srun` step; 1 in a batch script or shell, which see SLURM's variables without being one of several."""
+    """Tasks of this `srun` step; 1 in a batch script or shell, which see SLURM's variables too."""
     if not environment.get("SLURM_PROCID"):
         return 1
     of_job = "" if environment.get("ENVIRONMENT") == "BATCH" else environment.get("SLURM_NTASKS", "")
@@ -122,20 +126,21 @@ def _n_slurm_tasks(environment: Mapping[str, str]) -> int:
 
 
 def _slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    nodes = next(filter(None, map(environment.get, ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))), None)
-    job_id = environment.get("SLURM_JOB_ID") or environment.get("SLURM_JOBID")
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    nodes = next((environment[name] for name in names if environment.get(name)), None)
+    job_id = environment.get("SLURM_JOB_ID") or environment.get("SLURM_JOBID") or ""
     derived = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(_n_slurm_tasks(environment)),
         "LOCAL_RANK": environment.get("SLURM_LOCALID"),
         "MASTER_ADDR": first_host(nodes) if nodes else None,
-        "MASTER_PORT": _slurm_port(int(job_id), environment.get("SLURM_STEP_ID", "")) if job_id and job_id.isdigit() else None,
+        "MASTER_PORT": _slurm_port(int(job_id), environment.get("SLURM_STEP_ID", "")) if job_id.isdigit() else None,
     }
     return {name: value for name, value in derived.items() if value is not None}
 
 
 def _slurm_port(job_id: int, step_id: str) -> str:
-    """A port that all tasks of a step agree on; below Linux's ephemeral range, apart for neighbouring jobs and steps."""
+    """A port that a step's tasks agree on: below Linux's ephemeral range, apart for neighbouring jobs and steps."""
     return str(20_000 + (job_id * 8 + (int(step_id) % 8 if step_id.isdigit() else 0)) % 10_000)
 
 
@@ -150,7 +155,7 @@ def _integer(name: str, default: int) -> int:
     if value is None:
         return default
     if not re.fullmatch(r"\d+", value.strip()):
-        raise RuntimeError(f"the environment has {name}={value!r}: expected a whole number, as `{COMMAND}` sets it")
+        raise RuntimeError(f"the environment has {name}={value!r}: expected a whole number, as `{COMMAND}` sets it.")
     return int(value)
 
 
@@ -162,25 +167,26 @@ def _check_environment() -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]
     if missing and given.get("WORLD_SIZE") != "1":
         present = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise RuntimeError(f"cannot join a process group: {present} given, but not {', '.join(missing)}. Start the script with "
-                           f"`{COMMAND}`, which sets them all, or unset {', '.join(given)} to train in one process")
+        raise RuntimeError(f"cannot join a process group: {present} given, but not {', '.join(missing)}. Start the "
+                           f"script with `{COMMAND}`, which sets them all, or unset {', '.join(given)} to train alone.")
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     if rank >= world_size:
-        raise RuntimeError(f"cannot join a process group: RANK={rank} with WORLD_SIZE={world_size}, expected a rank of 0 to "
-                           f"{world_size - 1}. `{COMMAND}` sets both")
+        raise RuntimeError(f"cannot join a process group: RANK={rank} with WORLD_SIZE={world_size}, expected a rank "
+                           f"of 0 to {world_size - 1}. `{COMMAND}` sets both.")
 
 
-# --- the process group ----------------------------------------------------------------------------------------------------------
+# --- the process group ------------------------------------------------------------------------------------------------
 
 
 def init_process_group(backend: str | None = None, seed: int | None = None, timeout: float | timedelta | None = None,
                        local_rank: int | str | None = None) -> bool:
     """Joins this process to the others that the launcher started; returns whether a group was made.
 
-    Makes none where one exists (it is used and left alone) or in a world of one. `backend`: by default gloo for tensors on the CPU
-    and the accelerator's own (NCCL on CUDA) for those on a device. `timeout` in seconds, for joining and for every collective; by
-    default PyTorch's. `seed` seeds every rank alike, so that models built afterwards have equal weights; `seed_by_rank` then makes
-    dropout differ. Raises RuntimeError that names all missing variables and the command to use.
+    Makes none where one exists (it is used and left alone) or in a world of one. `backend`: by default gloo for tensors
+    on the CPU and the accelerator's own (NCCL on CUDA) for those on a device. `timeout` in seconds, for joining and for
+    every collective; by default PyTorch's. `seed` seeds every rank alike, so that models built afterwards have equal
+    weights; `seed_by_rank` then makes dropout differ. Raises RuntimeError that names all missing variables and the
+    command to use.
     """
     global _owns_group
     if seed is not None:
@@ -221,8 +227,8 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
     _n_groups += 1  # a second group of the same processes must not meet the first one's keys
     store = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout))
     bound = device if device.type != "cpu" and backend != "gloo" else None
-    try:
-        dist.init_process_group(backend, store=store, rank=get_rank(), world_size=get_world_size(), timeout=timeout, device_id=bound)
+    place = {"rank": get_rank(), "world_size": get_world_size()}
+    try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
     except (dist.DistError, RuntimeError) as error:
         raise _cannot_join(error, timeout) from error
 
@@ -230,14 +236,15 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
 def _rendezvous(timeout: timedelta | None) -> dist.Store:
     """The store of this launch, opened once: torchelastic's if it runs one, else rank 0's.
 
-    torchelastic keeps its store over a restart: without a prefix of its own a restarted gloo group reads the dead one's addresses
-    and fails (4 of 4 with --master-port, torch 2.15; 0 of 3 with the prefix).
+    torchelastic keeps its store over a restart: without a prefix of its own a restarted gloo group reads the dead one's
+    addresses and fails (4 of 4 with --master-port, torch 2.15; 0 of 3 with the prefix).
     """
     given = launch_environment()
     place = (given["MASTER_ADDR"], _integer("MASTER_PORT", 0), get_rank(), get_world_size())
     if place not in _stores:
         _stores[place] = _open_store(*place, timeout or dist.default_pg_timeout)
-    return dist.PrefixStore(f"learnkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _stores[place])
+    n_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"learnkit/{n_restarts}", _stores[place])
 
 
 def _open_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -252,12 +259,12 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
     given = launch_environment()
     address = f"{given.get('MASTER_ADDR')}:{given.get('MASTER_PORT')}"
     in_use = re.search(r"EADDRINUSE|address already in use", str(error), re.IGNORECASE)
-    advice = (f"port {given.get('MASTER_PORT')} belongs to another program, perhaps to another training: choose another with "
-              "--master-port, or use `torchrun --standalone`") if in_use else (
+    advice = ("the port belongs to another program, perhaps to another training: choose another with --master-port, or "
+              "use `torchrun --standalone`") if in_use else (
               f"see that all {get_world_size()} ranks were started, reach {address}, and have not failed before")
-    waited = f" after {timeout.total_seconds():g} s" if timeout else ""
-    return RuntimeError(f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{waited}: {advice}. "
-                        f"PyTorch says: {str(error).splitlines()[0]}")
+    limit = f" within {timeout.total_seconds():g} s" if timeout and not in_use else ""
+    return RuntimeError(f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{limit}: "
+                        f"{advice}. PyTorch says: {str(error).splitlines()[0]}")
 
 
 def _checked_backend(backend: str | None, device: torch.device) -> str:
@@ -266,8 +273,8 @@ def _checked_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:  # gloo beside it: flags and counts are then agreed without a device synchronisation
         return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
     if "nccl" in backend.lower() and not torch.cuda.is_available():
-        raise RuntimeError(f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out (gloo is then "
-                           "used), or see that the driver and a CUDA build of PyTorch are installed")
+        raise RuntimeError(f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out "
+                           "(gloo is then used), or see that the driver and a CUDA build of PyTorch are installed.")
     return backend
 
 
@@ -275,7 +282,7 @@ def _as_timedelta(seconds: float | timedelta | None) -> timedelta | None:
     return timedelta(seconds=seconds) if isinstance(seconds, (int, float)) else seconds
 
 
-# --- random numbers -------------------------------------------------------------------------------------------------------------
+# --- random numbers ---------------------------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,27 @@
+"""Ranks and worlds: the same numbers on one process, on many, and on many machines. Everything is a no-op when alone.
+
+    from learnkit.distributed import *
+
+    init_process_group(seed=42)                       # torchrun, torch.distributed.launch, SLURM, launch(), or alone
+    model = prepare_model(Net())
+    loader = prepare_data_loader(loader, seed=42)
+"""
+import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
+
+from learnkit.distributed.launch import RankFailed as RankFailed
+from learnkit.distributed.launch import launch as launch
+from learnkit.distributed.reduce import agree as agree
+from learnkit.distributed.reduce import all_sum as all_sum
+from learnkit.distributed.reduce import barrier as barrier
+from learnkit.distributed.reduce import broadcast_from_main as broadcast_from_main
+from learnkit.distributed.reduce import gather_for_metrics as gather_for_metrics
+from learnkit.distributed.reduce import gather_objects as gather_objects
+from learnkit.distributed.reduce import rank0_first as rank0_first
+from learnkit.distributed.world import destroy_process_group as destroy_process_group
+from learnkit.distributed.world import get_device as get_device
+from learnkit.distributed.world import get_local_rank as get_local_rank
+from learnkit.distributed.world import get_rank as get_rank
+from learnkit.distributed.world import get_world_size as get_world_size
+from learnkit.distributed.world import init_process_group as init_process_group
+from learnkit.distributed.world import is_main as is_main
+from learnkit.distributed.world import seed_by_rank as seed_by_rank

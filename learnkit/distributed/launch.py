@@ -1,0 +1,243 @@
+"""Starts ranks on this machine from a notebook or a plain script, and ends them all together."""
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from learnkit.distributed.process import (
+    ERROR_FILE,
+    die_with_parent,
+    full_traceback,
+    one_line,
+    read_failure,
+    record_failure,
+)
+from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
+
+GRACE = 1.0  # seconds in which the other ranks may end by themselves after one has failed; then SIGTERM
+PATIENCE = 2.0  # seconds from SIGTERM to SIGKILL
+
+
+class RankFailed(RuntimeError):
+    """A rank that `launch` started failed; the message ends with its traceback. `rank` is the first one to fail.
+
+    >>> try: raise RankFailed(1, 2, "ValueError: bad", "Traceback …")
+    ... except RankFailed as failure: print(failure.rank)
+    1
+    """
+
+    def __init__(self, rank: int, world_size: int, reason: str, stack: str = "") -> None:
+        super().__init__(f"rank {rank} of {world_size} failed: {reason}" + (f"\n\n{stack}" if stack else ""))
+        self.rank = rank
+
+
+def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None, every_rank: bool = False,
+           start_method: str | None = None) -> Any:
+    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned.
+
+    `every_rank=True` returns the list of what all returned. In `fn`, `init_process_group()` or
+    `Learner.to_distributed()` joins them; each rank has its share of the cores as threads. nprocs=1 calls `fn` here.
+    Ranks are forked, so `fn` may be a notebook's; where CUDA is in use here already they are spawned, and `fn` must be
+    importable. Raises RankFailed with the culprit's traceback, TimeoutError after `timeout` seconds; no rank outlives
+    the call, nor this process.
+    """
+    method = start_method or choose_start_method(fn)
+    check_can_launch(fn, nprocs, method)
+    if nprocs == 1:
+        alone = fn(*args)
+        return [alone] if every_rank else alone
+    with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
+        # Port 0 is free by construction: asking for a free port first, and opening it later, races with other programs.
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
+    return results if every_rank else results[0]
+
+
+def choose_start_method(fn: Callable[..., Any]) -> str:
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    if can_fork and not torch.cuda.is_initialized(): return "fork"
+    main = sys.modules["__main__"]
+    if getattr(fn, "__module__", None) == "__main__" and getattr(main, "__file__", None) is None:
+        why = "CUDA is in use in this process already" if can_fork else "this system does not fork processes"
+        raise RuntimeError(f"launch cannot start {fn!r}: {why}, so ranks must import the function, and a notebook's "
+                           "cannot be imported. Restart the kernel and use the GPU only inside the function, or move "
+                           "the function into a .py file.")
+    return "spawn"
+
+
+def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str) -> None:
+    if not callable(fn): raise TypeError(f"launch(fn, nprocs): fn is {fn!r}, expected a function.")
+    if isinstance(nprocs, bool) or not isinstance(nprocs, int) or nprocs < 1:
+        raise ValueError(f"launch(fn, nprocs): nprocs={nprocs!r}, expected a whole number of 1 or more.")
+    if nprocs > 1 and (has_group() or get_world_size() > 1):
+        raise RuntimeError(f"launch would start {nprocs} ranks inside rank {get_rank()} of {get_world_size()}: this "
+                           "process is in a group already. Call the function itself, or start the script without a "
+                           "launcher.")
+    if nprocs > 1 and method == "fork" and torch.cuda.is_initialized():
+        raise RuntimeError("launch cannot fork: CUDA is in use in this process already. Leave start_method out, or use "
+                           "the GPU only inside the function.")
+
+
+class Ranks:
+    """The processes of one `launch`: started, watched and ended by one thread.
+
+    A thread of its own, for OpenMP's sake: a forked copy of a thread that has run an OpenMP loop hangs in its next one
+    (torch 2.15 with GNU's libgomp: a matmul with two threads before and after, always), the copy of a fresh thread does
+    not. It lives as long as the ranks, as the kernel kills them when the thread that started them ends.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int, port: int, folder: Path,
+                 method: str) -> None:
+        self.fn, self.args, self.nprocs, self.port, self.folder = fn, args, nprocs, port, folder
+        self.context: Any = multiprocessing.get_context(method)
+        self.n_threads = max(1, min(torch.get_num_threads(), n_cores() // nprocs))
+        self.processes: list[Any] = []
+        self.receivers: list[Any] = []
+        self.answers: dict[int, bytes] = {}
+        self.error: BaseException | None = None
+        self.cancelled, self.finished = threading.Event(), threading.Event()
+
+    def run(self, timeout: float | None) -> list[Any]:
+        for stream in (sys.stdout, sys.stderr): stream.flush()  # else each rank prints what is waiting once more
+        thread = threading.Thread(target=self.supervise, args=(timeout,), name="launch")
+        thread.start()
+        try: self.finished.wait()
+        finally:  # Ctrl-C, say
+            self.cancelled.set()
+            thread.join()
+        if self.error is not None: raise self.error
+        return [pickle.loads(self.answers[rank]) for rank in range(self.nprocs)]  # from our own children
+
+    def supervise(self, timeout: float | None) -> None:
+        try:
+            for rank in range(self.nprocs): self.start(rank)
+            self.watch(None if timeout is None else time.monotonic() + timeout, timeout)
+        except BaseException as error: self.error = error
+        finally:
+            self.end()
+            self.finished.set()
+
+    def start(self, rank: int) -> None:
+        receiver, sender = self.context.Pipe(duplex=False)
+        arguments = (self.environment(rank), os.getpid(), self.n_threads, sender, self.fn, self.args)
+        process = self.context.Process(target=run_rank, args=arguments, name=f"rank {rank}")
+        with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads; ours only waits
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        sender.close()
+        self.processes.append(process)
+        self.receivers.append(receiver)
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """As torchrun sets it; the store is served by this process, as torchrun's is by its agent."""
+        n = str(self.nprocs)
+        return {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "GLOO_SOCKET_IFNAME": loopback(), ERROR_FILE: str(self.note(rank))}
+
+    def note(self, rank: int) -> Path: return self.folder / f"rank_{rank}.json"
+
+    def watch(self, deadline: float | None, timeout: float | None) -> None:
+        while len(self.answers) < self.nprocs and not self.cancelled.is_set():
+            waiting = [r for rank, r in enumerate(self.receivers) if rank not in self.answers]
+            connection.wait(waiting, 0.05)
+            # An exit code is asked for first: what a rank sent before it ended is then there to be read.
+            codes = [process.exitcode for process in self.processes]
+            for rank in range(self.nprocs): self.receive(rank)
+            ended = [rank for rank, code in enumerate(codes) if code is not None and rank not in self.answers]
+            if ended: raise self.failure(ended[0])
+            if deadline is not None and time.monotonic() > deadline: raise self.too_late(timeout)
+
+    def receive(self, rank: int) -> None:
+        if rank in self.answers or not self.receivers[rank].poll(): return
+        with suppress(EOFError):  # it ended without an answer
+            self.answers[rank] = self.receivers[rank].recv_bytes()
+
+    def failure(self, ended: int) -> RankFailed:
+        """The earliest note is the culprit's: others fail because of it. A rank that was killed leaves none."""
+        notes = {rank: note for rank in range(self.nprocs) if (note := read_failure(str(self.note(rank))))}
+        if not notes:
+            return RankFailed(ended, self.nprocs, f"it ended with {exit_reason(self.processes[ended].exitcode)}")
+        rank = min(notes, key=lambda r: notes[r]["time"])
+        return RankFailed(rank, self.nprocs, notes[rank]["message"], notes[rank]["stack"])
+
+    def too_late(self, timeout: float | None) -> TimeoutError:
+        late = [rank for rank in range(self.nprocs) if rank not in self.answers]
+        for rank in late: os.kill(self.processes[rank].pid, signal.SIGUSR1)  # shows where each is, on standard error
+        time.sleep(0.3)
+        return TimeoutError(f"launch: ranks {late} of {self.nprocs} were still running after {timeout:g} s; "
+                            "where they were stands on standard error.")
+
+    def end(self) -> None:
+        wait_for(self.processes, GRACE)
+        for process in self.processes: process.terminate()
+        wait_for(self.processes, PATIENCE)
+        for process in self.processes: process.kill()
+        for process in self.processes: process.join()
+        for receiver in self.receivers: receiver.close()
+
+
+def run_rank(environment: dict[str, str], parent: int, n_threads: int, sender: Any, fn: Callable[..., Any],
+             args: tuple[Any, ...]) -> None:
+    """What each new process does."""
+    die_with_parent(parent)
+    os.environ.update(environment)
+    os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
+    torch.set_num_threads(n_threads)
+    if "SIGUSR1" in signal.Signals.__members__: faulthandler.register(signal.SIGUSR1, file=2)
+    try:
+        sender.send_bytes(as_answer(result_of(fn, args)))
+        destroy_process_group()
+    except BaseException as error:
+        if not os.path.exists(environment[ERROR_FILE]): record_failure(one_line(error), full_traceback(error))
+        sys.exit(1)
+
+
+def result_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A function written like a script may end with sys.exit(0)."""
+    try: return fn(*args)
+    except SystemExit as leave:
+        if leave.code: raise
+        return None
+
+
+def as_answer(result: Any) -> bytes:
+    try: return pickle.dumps(result)
+    except Exception as error:
+        raise TypeError(f"rank {get_rank()} returned a {type(result).__name__} that cannot be sent back: "
+                        f"{one_line(error)}. Return numbers, tensors, or a state_dict.") from error
+
+
+def wait_for(processes: list[Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline: time.sleep(0.01)
+
+
+def exit_reason(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def loopback() -> str:
+    """The interface for ranks of one machine: the one of the host's name may be slow, or firewalled."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+
+
+def n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,0 +1,82 @@
+"""Processes of this machine: whether they live, dying with the parent, and the note that a failed one leaves."""
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable in which torchrun names the file that a failed rank writes
+
+
+def machine_id() -> str:
+    """The same for two processes if they share a machine and see each other: boot, process namespace, host name."""
+    seen = [platform.node()]
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file: seen.append(file.read().strip())
+        seen.append(os.readlink("/proc/self/ns/pid"))
+    except OSError: pass  # not Linux: the name alone
+    return " ".join(seen)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended but was not yet reaped does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file: return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        if os.path.exists("/proc/self/stat"): return False
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+
+
+def die_with_parent(parent: int) -> bool:
+    """Lets the kernel kill this process when the thread that started it ends; returns whether it will (Linux only)."""
+    if sys.platform != "linux": return False
+    done = ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+    if os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL)  # it ended before we asked
+    return done
+
+
+def parent_is_torchrun() -> bool:
+    """Whether torchrun (or torch.distributed.launch) is the direct parent: only there is the variable absent."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ: return False
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file: return b"TORCHELASTIC_RUN_ID=" not in file.read()
+    except OSError: return False
+
+
+def record_failure(message: str, stack: str, *, delay: float = 0.0) -> None:
+    """Leaves the note that a launcher reads, as torchrun's `record` does. `delay` dates it later."""
+    path = os.environ.get(ERROR_FILE)
+    if not path: return
+    when = time.time() + delay
+    extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when}
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as file: json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    os.replace(partial, path)  # a launcher that looks now must not see half a note
+
+
+def read_failure(path: str) -> dict[str, Any] | None:
+    """{"message": …, "stack": …, "time": …} of a note, or None where there is none."""
+    try:
+        with open(path) as file: note = json.load(file)["message"]
+    except FileNotFoundError: return None
+    extra = note["extraInfo"]
+    when = extra.get("time", float(extra["timestamp"]))
+    return {"message": note["message"], "stack": extra["py_callstack"], "time": when}
+
+
+def one_line(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(type(error), error)).strip().replace("\n", " ")
+
+
+def full_traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))

@@ -1,0 +1,329 @@
+"""What ranks tell each other: sums, rows, plain objects and flags.
+
+Sums and counts travel, never means; lengths travel before rows. Nothing here unpickles what another process sent:
+objects travel as JSON beside the raw bytes of their tensors.
+"""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learnkit.distributed.process import is_alive, machine_id
+from learnkit.distributed.world import COMMAND, get_device, get_rank, get_store, get_world_size, has_group
+
+HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
+_n_turns = 0  # of rank0_first, the same on every rank
+_machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> (rank, pid) of this machine's first
+
+
+# --- flags and sums ---------------------------------------------------------------------------------------------------
+
+
+def agree(flag: int) -> int:
+    """The largest `flag` of all ranks (for bools: whether any is true), the same on every rank.
+
+    One number in one collective, on the CPU where the group has a CPU backend, so no device is waited for. Signal
+    handlers run while it waits.
+    """
+    if not needs_group(): return flag
+    value = torch.tensor([int(flag)], device=collective_device())
+    finish(dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value.device)
+    return type(flag)(value.item())
+
+
+def barrier() -> None:
+    """Waits until every rank is here. Ctrl-C and other signals are still heard."""
+    agree(0)
+
+
+def all_sum(tensors: Any) -> Any:
+    """The sums over all ranks of a tensor, a number, or a nested list, tuple or dict of them, in the same structure.
+
+    One collective however many there are: as float64, or exactly as int64 if all are whole numbers or bools. What was
+    given stays as it is; results have its shapes, devices and dtypes (bools count as int64, half precision as float32).
+    """
+    leaves = list(leaves_of(tensors))
+    whole = not any(is_float(leaf) for leaf in leaves)
+    given = [torch.as_tensor(leaf).detach() for leaf in leaves]
+    device = collective_device(given) if needs_group() else None
+    parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else torch.float64) for t in given]
+    if device is not None and parts:
+        packed = torch.cat(parts)
+        finish(dist.all_reduce(packed, async_op=True), device)
+        parts = list(packed.split([t.numel() for t in given]))
+    summed = (as_given(total, t, leaf) for total, t, leaf in zip(parts, given, leaves, strict=True))
+    return rebuilt(tensors, summed)
+
+
+def is_float(leaf: Any) -> bool:
+    return leaf.is_floating_point() if isinstance(leaf, Tensor) else isinstance(leaf, float)
+
+
+def as_given(total: Tensor, given: Tensor, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor): return type(leaf)(total.item()) if not isinstance(leaf, bool) else int(total)
+    wider = {torch.bool: torch.int64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+    return total.reshape(given.shape).to(given.device, wider.get(given.dtype, given.dtype), copy=True)
+
+
+# --- rows and objects -------------------------------------------------------------------------------------------------
+
+
+def gather_for_metrics(tensors: Any) -> Any:
+    """The rows of all ranks, in rank order, of a tensor or a nested list, tuple or dict of them, on every rank.
+
+    Ranks may hold different numbers of rows, or none; a rank without any batch gives None. Where each rank holds its
+    contiguous part of a global batch (see `shard_batch`) the result is the global batch in order. Numbers and 0-d
+    tensors become one row a rank. Two collectives, whatever the structure. Raises ValueError on all ranks where rows do
+    not fit.
+    """
+    shares = [share for share in gather_objects(tensors) if share is not None]
+    if not shares: return None
+    columns = [list(leaves_of(share)) for share in shares]
+    if len({len(column) for column in columns}) > 1:
+        counts = [len(column) for column in columns]
+        raise ValueError(f"gather_for_metrics got {counts} tensors from the ranks: expected equally many.")
+    return rebuilt(shares[0], (joined([torch.as_tensor(row) for row in rows]) for rows in zip(*columns, strict=True)))
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Concatenates; a rank without rows need not know the others' shape or dtype."""
+    rows = [t.reshape(1) if t.ndim == 0 else t for t in rows]
+    filled = [t for t in rows if len(t)] or [rows[0]]
+    if len({(t.dtype, t.shape[1:]) for t in filled}) > 1:
+        seen = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in filled)
+        raise ValueError(f"gather_for_metrics cannot join {seen}: only the first dimension may differ between ranks.")
+    return torch.cat(filled) if len(filled) > 1 else filled[0]
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """What each rank gave, in rank order, on every rank: None, bools, numbers, strings, tensors, and lists, tuples or
+    dicts of them, nested at will.
+
+    Other types raise TypeError, on all ranks. (`torch.distributed.all_gather_object` takes anything, by pickle.)
+    """
+    if not needs_group(): return [obj]
+    description, payload = packed(obj)
+    descriptions = [json.loads(text) for text in gather_texts(description)]
+    raise_for(descriptions)
+    payloads = gather_bytes(payload, [d["bytes"] for d in descriptions])
+    return [unpacked(d, p, payload.device) for d, p in zip(descriptions, payloads, strict=True)]
+
+
+def broadcast_from_main(obj: Any = None) -> Any:
+    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes."""
+    if not needs_group(): return obj
+    description, payload = packed(obj if get_rank() == 0 else None)
+    received = json.loads(broadcast_text(description))
+    raise_for([received])
+    if get_rank() == 0: content = payload
+    else: content = torch.empty(received["bytes"], dtype=torch.uint8, device=collective_device())
+    if received["bytes"]: finish(dist.broadcast(content, 0, async_op=True), content.device)
+    return obj if get_rank() == 0 else unpacked(received, content, content.device)
+
+
+def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """A rank that cannot describe its object says so to all: raising alone would leave the others waiting."""
+    errors = [f"rank {rank}: {d['error']}" for rank, d in enumerate(descriptions) if "error" in d]
+    if errors: raise TypeError("; ".join(errors))
+
+
+# --- descriptions: a structure as JSON, its tensors as bytes ----------------------------------------------------------
+
+
+def packed(obj: Any) -> tuple[str, Tensor]:
+    tensors: list[Tensor] = []
+    try: description: dict[str, Any] = {"is": described(obj, tensors)}
+    except TypeError as error: description, tensors = {"error": str(error)}, []
+    parts = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in tensors]
+    device = collective_device(tensors)
+    payload = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *(part.to(device) for part in parts)])
+    return json.dumps({**description, "bytes": payload.numel()}), payload
+
+
+def described(obj: Any, tensors: list[Tensor]) -> Any:
+    """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
+    if obj is None or isinstance(obj, (bool, int, float, str)): return obj
+    if isinstance(obj, Tensor) and obj.layout == torch.strided:
+        tensors.append(obj)
+        return ["tensor", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
+    if isinstance(obj, Mapping):
+        return ["dict", [[described(key, tensors), described(value, tensors)] for key, value in obj.items()]]
+    if isinstance(obj, list): return ["list", [described(v, tensors) for v in obj]]
+    if isinstance(obj, tuple): return ["tuple", [described(v, tensors) for v in obj]]
+    raise TypeError(f"cannot send a {type(obj).__name__} between ranks: expected None, a bool, number, string or dense "
+                    "tensor, or a list, tuple or dict of them.")
+
+
+def unpacked(description: Mapping[str, Any], payload: Tensor, device: torch.device) -> Any:
+    offset = 0
+
+    def build(node: Any) -> Any:
+        nonlocal offset
+        if not isinstance(node, list): return node
+        kind, *content = node
+        if kind == "dict": return {build(k): build(v) for k, v in content[0]}
+        if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](build(v) for v in content[0])
+        dtype, shape = getattr(torch, content[0]), content[1]
+        n_bytes = torch.Size(shape).numel() * dtype.itemsize
+        offset += n_bytes  # clone: a view as another dtype must start at a multiple of its size
+        return payload[offset - n_bytes:offset].clone().view(dtype).reshape(shape).to(device)
+
+    return build(description["is"])
+
+
+# --- the collectives beneath ------------------------------------------------------------------------------------------
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text. One collective for up to HEADER - 8 bytes, two beyond."""
+    data = text.encode()
+    heads = [bytes(head.tolist()) for head in all_gather(as_header(data))]
+    lengths = [int.from_bytes(head[:8], "big") for head in heads]
+    if max(lengths) <= HEADER - 8: return [head[8:8 + n].decode() for head, n in zip(heads, lengths, strict=True)]
+    return [bytes(whole.tolist()).decode() for whole in gather_bytes(as_bytes(data), lengths)]
+
+
+def broadcast_text(text: str) -> str:
+    data = text.encode()
+    head = as_header(data)
+    finish(dist.broadcast(head, 0, async_op=True), head.device)
+    n = int.from_bytes(bytes(head[:8].tolist()), "big")
+    if n <= HEADER - 8: return bytes(head[8:8 + n].tolist()).decode()
+    whole = as_bytes(data if get_rank() == 0 else bytes(n))
+    finish(dist.broadcast(whole, 0, async_op=True), whole.device)
+    return bytes(whole.tolist()).decode()
+
+
+def gather_bytes(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Every rank's bytes, `lengths` of which all ranks know: unequal all-gathers would yield uninitialised memory."""
+    longest = max(lengths)
+    if not longest: return [own.new_empty(0) for _ in lengths]
+    shares = all_gather(torch.cat([own, own.new_zeros(longest - len(own))]))
+    return [share[:n] for share, n in zip(shares, lengths, strict=True)]
+
+
+def all_gather(own: Tensor) -> list[Tensor]:
+    shares = [torch.empty_like(own) for _ in range(get_world_size())]
+    finish(dist.all_gather(shares, own, async_op=True), own.device)
+    return shares
+
+
+def as_header(data: bytes) -> Tensor:
+    return as_bytes((len(data).to_bytes(8, "big") + data)[:HEADER].ljust(HEADER, b"\0"))
+
+
+def as_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(collective_device())
+
+
+def needs_group() -> bool:
+    """False in a world of one; RuntimeError where the launcher started several ranks that have no group yet."""
+    if has_group(): return get_world_size() > 1
+    if get_world_size() > 1:
+        raise RuntimeError(f"this is rank {get_rank()} of {get_world_size()}, but there is no process group yet: call "
+                           f"learnkit.distributed.init_process_group(), or unset what `{COMMAND}` sets.")
+    return False
+
+
+def collective_device(tensors: Sequence[Tensor] = ()) -> torch.device:
+    """Where to communicate: where a tensor is already, else the CPU, else (a group of NCCL alone) its own device."""
+    able = {pair.partition(":")[0] for pair in dist.get_backend_config().split(",")}
+    for tensor in tensors:
+        if tensor.device.type in able and tensor.device.type != "cpu": return tensor.device
+    return torch.device("cpu") if "cpu" in able else get_device()
+
+
+def finish(work: Any, device: torch.device) -> None:
+    """Waits for a collective; on the CPU by looking again and again: signal handlers do not run in a blocking one."""
+    n_looks = 0
+    while device.type == "cpu" and not work.is_completed():
+        time.sleep(5e-5 if n_looks < 40 else 1e-3)
+        n_looks += 1
+    work.wait()
+
+
+# --- nested structures ------------------------------------------------------------------------------------------------
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """The tensors and numbers of a nested structure, in order; None holds none."""
+    if tree is None: return
+    if isinstance(tree, (Tensor, int, float)): yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values(): yield from leaves_of(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree: yield from leaves_of(value)
+    else: raise TypeError(f"got a {type(tree).__name__}, expected a tensor, number, or list, tuple or dict of them.")
+
+
+def rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
+    """`tree` with `leaves` in the place of its own."""
+    if tree is None: return None
+    if isinstance(tree, (Tensor, int, float)): return next(leaves)
+    if isinstance(tree, Mapping): return {key: rebuilt(value, leaves) for key, value in tree.items()}
+    values = [rebuilt(value, leaves) for value in tree]
+    if isinstance(tree, list): return values
+    make: Callable[..., Any] = getattr(type(tree), "_make", tuple)  # named tuples
+    return make(values)
+
+
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rank0_first() -> Iterator[None]:
+    """Runs the block on one rank of each machine first (rank 0 on its own), then on the others: downloads, caches.
+
+    Works before the process group exists too. Where the first one fails, the others raise RuntimeError that says so:
+    there is no collective that they could be left in. All ranks must come by, equally often.
+    """
+    global _n_turns
+    _n_turns += 1
+    store = get_store()
+    if store is None:
+        yield
+        return
+    leader, pid = first_on_this_machine(store)
+    key = f"rank0_first/{_n_turns}/{leader}"
+    if get_rank() == leader:
+        outcome = "left without a word"
+        try:
+            yield
+            outcome = ""
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally: store.set(key, outcome)
+    else:
+        wait_for_turn(store, key, leader, pid)
+        yield
+
+
+def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:
+    while not store.check([key]):
+        if not is_alive(pid) and not store.check([key]):
+            raise RuntimeError(f"rank {leader}, which goes first on this machine, is gone: its process {pid} ended.")
+        time.sleep(0.02)
+    outcome = store.get(key).decode()
+    if outcome:
+        raise RuntimeError(f"rank {leader} goes first on this machine, and failed in rank0_first: {outcome}")
+
+
+def first_on_this_machine(store: dist.Store) -> tuple[int, int]:
+    """(rank, pid) of the lowest rank here; by asking, as LOCAL_RANK may be missing or hold for a container."""
+    place = (get_rank(), get_world_size())
+    if place not in _machines:
+        own = machine_id()
+        store.set(f"machine/{place[0]}", f"{os.getpid()} {own}")
+        answers = store.multi_get([f"machine/{rank}" for rank in range(place[1])])
+        said = [answer.decode().split(" ", 1) for answer in answers]
+        _machines[place] = next((rank, int(pid)) for rank, (pid, machine) in enumerate(said) if machine == own)
+    return _machines[place]

@@ -1,0 +1,23 @@
+"""Ranks forked from this warm process: about 0.1 s a case, where torchrun takes several seconds."""
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from learnkit.distributed import destroy_process_group, init_process_group, launch
+
+
+def in_group(fn: Callable[..., Any], *args: Any) -> Any:
+    init_process_group(timeout=20)
+    try: return fn(*args)
+    finally: destroy_process_group()
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """ranks(n, fn, *args): what fn(*args) returns on each of n ranks of one group; a hang ends after `timeout` s."""
+
+    def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
+        return launch(in_group, n, fn, *args, timeout=timeout, every_rank=True)
+
+    return run

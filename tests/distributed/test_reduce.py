@@ -1,0 +1,214 @@
+"""Sums, rows, objects and flags: what ranks tell each other."""
+import signal
+import threading
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+
+from learnkit.distributed import (
+    RankFailed,
+    agree,
+    all_sum,
+    barrier,
+    broadcast_from_main,
+    destroy_process_group,
+    gather_for_metrics,
+    gather_objects,
+    get_rank,
+    init_process_group,
+    launch,
+    rank0_first,
+)
+
+Pair = namedtuple("Pair", "loss, n")
+
+
+def same(a, b) -> bool:
+    """Equal in structure, types, dtypes, shapes and values."""
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+def test_sums_keep_structure_shape_and_dtype(ranks):
+    def fn():
+        r = get_rank() + 1
+        return all_sum({"loss": torch.tensor(0.5 * r), "counts": [torch.tensor([r, 10 * r]), r], "pair": Pair(1.5 * r, r)})
+
+    expected = {"loss": torch.tensor(1.5), "counts": [torch.tensor([3, 30]), 3], "pair": Pair(4.5, 3)}
+    assert all(same(result, expected) for result in ranks(2, fn))
+
+
+def test_whole_numbers_are_summed_exactly(ranks):
+    big = 2**62 + 1
+    assert ranks(2, lambda: all_sum(torch.tensor([big if get_rank() else -3]))) == [torch.tensor([big - 3])] * 2
+
+
+def test_flags_count_and_half_precision_does_not_overflow(ranks):
+    def fn(): return all_sum([torch.tensor([True, False]), torch.tensor(60000.0, dtype=torch.float16)])
+
+    assert same(ranks(2, fn)[0], [torch.tensor([2, 0]), torch.tensor(120000.0)])
+
+
+def test_all_sums_travel_in_one_collective_and_what_was_given_stays():
+    def fn():
+        init_process_group()
+        given = {"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.float64), "c": torch.tensor(4)}
+        with torch.profiler.profile() as profile: all_sum(given)
+        destroy_process_group()
+        n = sum("gloo:all_reduce" in event.name for event in profile.events())
+        return n, [t.sum().item() for t in given.values()]
+
+    assert launch(fn, 2) == (1, [3, 4, 4])
+
+
+def test_sums_and_counts_of_two_ranks_are_the_single_process_ones(ranks):
+    losses = torch.randn(33, dtype=torch.float32)
+
+    def fn():
+        own = losses.split([20, 13])[get_rank()]
+        total, n = all_sum((own.sum(), len(own)))
+        return (total / n).item()
+
+    assert ranks(2, fn) == pytest.approx([losses.mean().item()] * 2, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+@pytest.mark.parametrize("sizes", [(2, 3), (0, 4), (5, 0), (0, 0)])
+def test_unequal_numbers_of_rows_are_gathered_in_rank_order(ranks, sizes):
+    rows, labels = torch.randn(sum(sizes), 3, dtype=torch.bfloat16), torch.arange(sum(sizes))
+
+    def fn():
+        r = get_rank()
+        return gather_for_metrics((rows.split(sizes)[r], {"label": labels.split(sizes)[r]}))
+
+    assert all(same(result, (rows, {"label": labels})) for result in ranks(2, fn))
+
+
+def test_a_rank_without_any_batch_gives_none_or_shapeless_rows(ranks):
+    def fn():
+        empty = get_rank() == 0
+        first = gather_for_metrics(None if empty else {"x": torch.ones(2, 3)})
+        return first, gather_for_metrics(torch.empty(0) if empty else torch.ones(2, 3, dtype=torch.int32))
+
+    expected = ({"x": torch.ones(2, 3)}, torch.ones(2, 3, dtype=torch.int32))
+    assert all(same(result, expected) for result in ranks(2, fn))
+
+
+def test_numbers_and_scalars_become_one_row_a_rank(ranks):
+    assert ranks(3, lambda: gather_for_metrics((torch.tensor(get_rank()), get_rank() * 2))[0].tolist())[1] == [0, 1, 2]
+
+
+def test_rows_that_do_not_fit_raise_on_every_rank(ranks):
+    def fn():
+        try: gather_for_metrics(torch.ones(2, 3 + get_rank()))
+        except ValueError as error: return str(error)
+
+    message = "gather_for_metrics cannot join float32 (2, 3), float32 (2, 4): only the first dimension may differ between ranks."
+    assert ranks(2, fn) == [message, message]
+
+
+# ------------------------------------------------------------------------------------------------------------- objects
+OBJECT = {"name": "wrn", 3: (1, None, [True, 2.5, float("inf")]), ("a", 1): torch.tensor([[1j, 2]]), "long": "é" * 3000}
+
+
+def test_objects_of_any_length_arrive_as_they_were(ranks):
+    def fn(): return gather_objects({**OBJECT, "rank": get_rank()}), broadcast_from_main(OBJECT if get_rank() == 0 else 1)
+
+    for gathered, received in ranks(2, fn):
+        assert same(received, OBJECT)
+        assert same(gathered, [{**OBJECT, "rank": 0}, {**OBJECT, "rank": 1}])
+
+
+def test_an_object_that_cannot_travel_raises_on_every_rank(ranks):
+    def fn():
+        messages = []
+        for send in (gather_objects, broadcast_from_main):
+            try: send({1} if get_rank() == 0 else 1)
+            except TypeError as error: messages.append(str(error))
+        return messages
+
+    for messages in ranks(2, fn):
+        assert len(messages) == 2
+        assert all(m.startswith("rank 0: cannot send a set between ranks: expected None, a bool") for m in messages)
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+def test_one_raised_flag_is_everybodys(ranks):
+    def fn(): return agree(get_rank() == 1), agree(False), agree(10 * get_rank())
+
+    results = ranks(2, fn)
+    assert results == [(True, False, 10)] * 2
+    assert [type(value) for value in results[0]] == [bool, bool, int]
+
+
+def test_signals_are_heard_while_a_rank_waits_for_another(ranks):
+    def fn():
+        heard = []
+        signal.signal(signal.SIGUSR2, lambda *_: heard.append(time.monotonic()))
+        start = time.monotonic()
+        if get_rank() == 0: threading.Timer(0.2, signal.raise_signal, (signal.SIGUSR2,)).start()
+        else: time.sleep(1)
+        barrier()
+        return heard[0] - start if heard else None
+
+    assert ranks(2, fn)[0] < 0.9
+
+
+def test_a_group_must_be_there_before_its_collectives():
+    with pytest.raises(RankFailed, match=r"this is rank \d of 2, but there is no process group yet: call"):
+        launch(lambda: all_sum(1), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- alone
+def test_a_world_of_one_gives_back_what_it_was_given():
+    x = torch.randn(3, 2)
+    assert same(all_sum({"x": x, "n": 3}), {"x": x, "n": 3})
+    assert same(gather_for_metrics((x, torch.tensor(2))), (x, torch.tensor([2])))
+    assert gather_objects("a") == ["a"]
+    assert broadcast_from_main("a") == "a"
+    assert agree(True) is True and agree(5) == 5
+    barrier()
+    with rank0_first(): pass
+
+
+# ------------------------------------------------------------------------------------------------------ one by one
+def test_rank_0_goes_first_before_and_after_the_group_exists(tmp_path):
+    def fn():
+        seen = []
+        for file in (tmp_path / "a", tmp_path / "b"):
+            with rank0_first():
+                seen.append(file.exists())
+                if get_rank() == 0: time.sleep(0.2)
+                file.touch()
+            init_process_group()
+        destroy_process_group()
+        return seen
+
+    assert launch(fn, 3, every_rank=True, timeout=30) == [[False, False], [True, True], [True, True]]
+
+
+def test_an_error_of_the_first_one_is_told_to_those_who_wait(ranks):
+    def fn():
+        try:
+            with rank0_first():
+                if get_rank() == 0: raise OSError("no space left")
+        except (OSError, RuntimeError) as error: return f"{type(error).__name__}: {error}"
+
+    expected = "RuntimeError: rank 0 goes first on this machine, and failed in rank0_first: OSError: no space left"
+    assert ranks(2, fn) == ["OSError: no space left", expected]
+
+
+def test_a_death_of_the_first_one_is_noticed_by_those_who_wait():
+    def fn():
+        import os
+        with rank0_first():
+            if get_rank() == 0: os._exit(9)
+            return "went in"
+
+    with pytest.raises(RankFailed, match=r"rank 0, which goes first on this machine, is gone|rank 0 of 2 failed: it ended with"):
+        launch(fn, 2, timeout=20)
