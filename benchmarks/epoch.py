@@ -1,4 +1,4 @@
-"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation: the Learner against a loop by hand.
+"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, against a loop by hand.
 
     python benchmarks/epoch.py [--rounds 11] [--images 12800]
 

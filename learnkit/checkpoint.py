@@ -16,7 +16,7 @@ WRAPPERS = ("module.", "_orig_mod.")     # what DDP and torch.compile put before
 def plain_key(key: str) -> str:
     """A state's key as the bare model has it."""
     for wrapper in WRAPPERS:
-        while key.startswith(wrapper) or f".{wrapper}" in key and wrapper == "_orig_mod.":
+        while key.startswith(wrapper) or (f".{wrapper}" in key and wrapper == "_orig_mod."):
             key = key.replace(wrapper, "", 1)
     return key
 

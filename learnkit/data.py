@@ -197,7 +197,7 @@ def first_batch(loader: Any) -> Any:
 
 def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
     """(for training, for the rest) from one sequence of functions for both, or from a pair of sequences."""
-    tfms = (batch_tfms,) if callable(batch_tfms) else tuple(batch_tfms)
+    tfms: tuple[Any, ...] = (batch_tfms,) if callable(batch_tfms) else tuple(batch_tfms)
     if all(callable(t) for t in tfms): return tfms, tfms
     if len(tfms) == 2 and not any(callable(t) for t in tfms): return tuple(tfms[0]), tuple(tfms[1])
     raise TypeError(f"batch_tfms={batch_tfms!r}: expected a sequence of functions x -> x, or a pair of such sequences "
@@ -252,7 +252,7 @@ def in_order(loader: Any) -> Any:
     if isinstance(loader, TensorLoader): return loader.in_order()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
-    shuffled = isinstance(loader.sampler, RandomSampler) or isinstance(loader.sampler, EpochSampler) and loader.sampler.shuffle
+    shuffled = isinstance(loader.sampler, RandomSampler) or (isinstance(loader.sampler, EpochSampler) and loader.sampler.shuffle)
     if not shuffled and not loader.drop_last: return loader
     settings = dict(batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
                     pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,

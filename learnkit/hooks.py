@@ -256,7 +256,7 @@ def add_note(error: BaseException, note: str) -> None:
     """`BaseException.add_note`, also on Python 3.10, where tracebacks show no notes: there it joins the message."""
     if sys.version_info >= (3, 11): error.add_note(note)
     else:
-        error.__notes__ = [*getattr(error, "__notes__", []), note]
+        setattr(error, "__notes__", [*getattr(error, "__notes__", []), note])  # noqa: B010
         if len(error.args) == 1 and isinstance(error.args[0], str): error.args = (f"{error.args[0]}\n{note}",)
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, split_batch, target_key, tensors_in, to_device
-from learnkit.data import (DataBunch, check_loader, default_device, first_batch, in_order, mix, n_batches, private_order,
-                           set_epoch)
+from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, mix, n_batches, private_order, set_epoch
 from learnkit.evaluate import Collect, Measure
-from learnkit.hooks import (STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table)
+from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
 from learnkit.metrics import as_metrics
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
@@ -133,7 +132,7 @@ class Learner:
 
     def _forward(self) -> None:
         inputs = self.inputs
-        self.pred = self.model(*inputs) if type(inputs) is tuple else self.model(**inputs)
+        self.pred = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs)
         self.loss = self._loss_of(self.pred, self.target)
 
     def _backward(self) -> None:
@@ -144,7 +143,7 @@ class Learner:
         self._zero_grad()
         self.step += 1
 
-    def _feed(self, loader: Any) -> Iterator[None]:
+    def _feed(self, loader: Any) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
         self.batch_index, moves = -1, False
@@ -220,7 +219,7 @@ class Learner:
         """All fit methods: `schedules["lr"]` is a rate, or a pair of it and a function of a rate that gives its schedule."""
         from learnkit.callbacks.param_scheduler import ParamScheduler
         from learnkit.callbacks.stop_after import StopAfter
-        if self._run is not None: raise RuntimeError("fit was called while this Learner runs: let the fit under way end first.")
+        if self.is_running: raise RuntimeError("fit was called while this Learner runs: let the fit under way end first.")
         check_count("epochs", epochs)
         check_loader(self.data.train_dl, "train_dl")
         extra = as_callbacks(callbacks)
@@ -306,7 +305,7 @@ class Learner:
 
     def _evaluate(self, dl: Any, meter: Measure | Collect) -> None:
         """One pass without gradients over `dl`, also in the middle of a fit, whose place is kept."""
-        if self._run is None:
+        if not self.is_running:
             with self._session(dls=(dl,)): return self._evaluate(dl, meter)
         names = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "_meter", "_passes_target")
         kept = {name: getattr(self, name) for name in names}
@@ -346,11 +345,16 @@ class Learner:
             raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
                                f"{self.where()}.") from signal
         except BaseException as error:
-            raise surfacing(error, self.failure)
+            raise surfacing(error, self.failure)  # noqa: B904
         finally:
             for module, mode in modes: module.training = mode
             self._run = self.failure = self.pred = self.loss = None
             self.training = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a fit, validation or prediction is under way."""
+        return self._run is not None
 
     def where(self) -> str:
         """The place in the loop, for messages: "epoch 2, training batch 17"."""
@@ -361,7 +365,7 @@ class Learner:
     # ------------------------------------------------------------------ callbacks
     def add_callback(self, callback: Callback) -> Learner:
         """Add a callback for all fits to come."""
-        if self._run is not None:
+        if self.is_running:
             raise RuntimeError(f"{type(callback).__name__} was added while this Learner runs, when its hooks are already resolved. "
                                "Add it before, or give it to fit(…, callbacks=[…]).")
         check_callbacks([*self.callbacks, callback])
@@ -370,7 +374,7 @@ class Learner:
 
     def remove_callback(self, callback: Callback | type[Callback]) -> Learner:
         """Remove a callback, or all of a class."""
-        gone = [cb for cb in self.callbacks if cb is callback or isinstance(callback, type) and type(cb) is callback]
+        gone = [cb for cb in self.callbacks if cb is callback or (isinstance(callback, type) and type(cb) is callback)]
         if not gone:
             name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
             raise ValueError(f"there is no {name} to remove; this Learner has {', '.join(type(cb).__name__ for cb in self.callbacks)}.")
@@ -467,7 +471,7 @@ def as_data(data: Any) -> DataBunch:
 
 
 def as_callbacks(callbacks: Callback | Iterable[Callback]) -> list[Callback]:
-    return [callbacks] if isinstance(callbacks, Callback) or isinstance(callbacks, type) else list(callbacks)
+    return [callbacks] if isinstance(callbacks, (Callback, type)) else list(callbacks)  # type: ignore[list-item]
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:

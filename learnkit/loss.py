@@ -117,9 +117,9 @@ def per_sample(loss_func: LossFunc) -> LossFunc:
     def losses(output: Any, target: Any) -> Tensor:
         if isinstance(loss_func, nn.Module) and isinstance(getattr(loss_func, "reduction", None), str):
             was = loss_func.reduction
-            loss_func.reduction = "none"
+            setattr(loss_func, "reduction", "none")  # noqa: B010
             try: values = loss_func(output, target)
-            finally: loss_func.reduction = was
+            finally: setattr(loss_func, "reduction", was)  # noqa: B010
         else:
             try: values = loss_func(output, target, reduction="none")
             except TypeError as error:

@@ -16,7 +16,8 @@ class Monitor:
 
     def __init__(self, name: str, mode: str | None = None, min_delta: float = 0.) -> None:
         if mode not in (None, "min", "max"): raise ValueError(f"mode={mode!r}: expected 'min', 'max' or None.")
-        if not (math.isfinite(min_delta) and min_delta >= 0): raise ValueError(f"min_delta={min_delta}: expected a finite number, 0 or more.")
+        if not (math.isfinite(min_delta) and min_delta >= 0):
+            raise ValueError(f"min_delta={min_delta}: expected a finite number, 0 or more.")
         self.name, self.min_delta = name, min_delta
         self.mode = mode or ("min" if any(word in name for word in SMALLER_IS_BETTER) else "max")
         self.best: float | None = None

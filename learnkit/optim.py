@@ -103,7 +103,7 @@ def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
         if not (wd := group.get("wd", 0.)): continue
         params = [p for p in group["params"] if p.grad is not None]
         if params:
-            with torch.no_grad(): torch._foreach_mul_(params, 1 - group["lr"] * wd)
+            with torch.no_grad(): torch._foreach_mul_(params, 1 - group["lr"] * wd)  # type: ignore[reportPrivateImportUsage]
 
 
 def set_weight_decay(opt: Optimizer, wd: float) -> None:

@@ -52,10 +52,11 @@ def plot_rates(ax: Axes, lrs: Sequence[float], moms: Sequence[float]) -> Axes:
 
 def plot_columns(ax: Axes, columns: Mapping[str, Sequence[float]]) -> Axes:
     """One line a column, by epoch."""
+    from matplotlib.ticker import MaxNLocator
     for name, values in columns.items():
         ax.plot(range(1, len(values) + 1), values, linewidth=1.8, marker="o", markersize=4, label=name)
     ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(columns) == 1: ax.set_ylabel(next(iter(columns)))
     else: ax.legend(frameon=False)
     return ax

@@ -22,7 +22,8 @@ def summarize(learn: Learner) -> str:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             shapes = " ".join(str(tuple(t.shape)) for t in tensors_in(output)) or type(output).__name__
             params = list(module.parameters())
-            rows.append((f"{name} ({type(module).__name__})", shapes, sum(p.numel() for p in params), any(p.requires_grad for p in params)))
+            trained = any(p.requires_grad for p in params)
+            rows.append((f"{name} ({type(module).__name__})", shapes, sum(p.numel() for p in params), trained))
         return module.register_forward_hook(hook)
 
     leaves = [(name or type(m).__name__, m) for name, m in learn.model.named_modules() if not any(m.children())]
@@ -40,7 +41,8 @@ def summarize(learn: Learner) -> str:
 
 def table(title: str, shapes: list[tuple[int, ...]], rows: list[tuple[str, str, int, bool]], model: nn.Module) -> str:
     widths = [max([len(str(row[i])) for row in rows] + [len(head)]) for i, head in enumerate(("layer", "output shape"))]
-    lines = [f"{title}, input {' '.join(map(str, shapes))}", f"{'layer':{widths[0]}}  {'output shape':{widths[1]}}  {'parameters':>12}  trained"]
+    lines = [f"{title}, input {' '.join(map(str, shapes))}",
+             f"{'layer':{widths[0]}}  {'output shape':{widths[1]}}  {'parameters':>12}  trained"]
     for name, shape, n, trained in rows:
         lines.append(f"{name:{widths[0]}}  {shape:{widths[1]}}  {n:>12,}  {'' if not n else 'yes' if trained else 'no'}".rstrip())
     total = sum(p.numel() for p in model.parameters())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -12,8 +13,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
     with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
         # Port 0 is free by construction: asking for a free port first, and opening it later, races with other programs.
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
+        try: results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
+        finally: del store  # an error's traceback would keep its server running
     return results if every_rank else results[0]
 
 
@@ -136,11 +138,9 @@ class Ranks:
 
     def start(self, rank: int) -> None:
         receiver, sender = self.context.Pipe(duplex=False)
-        arguments = (self.environment(rank), os.getpid(), self.n_threads, sender, self.fn, self.args)
+        arguments = (self.environment(rank), os.getpid(), gc.isenabled(), self.n_threads, sender, self.fn, self.args)
         process = self.context.Process(target=run_rank, args=arguments, name=f"rank {rank}")
-        with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads; ours only waits
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
+        with forking(): process.start()
         sender.close()
         self.processes.append(process)
         self.receivers.append(receiver)
@@ -194,10 +194,26 @@ class Ranks:
         for receiver in self.receivers: receiver.close()
 
 
-def run_rank(environment: dict[str, str], parent: int, n_threads: int, sender: Any, fn: Callable[..., Any],
-             args: tuple[Any, ...]) -> None:
+@contextmanager
+def forking() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()  # see run_rank
+    try:
+        with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads; ours only waits
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if collecting: gc.enable()
+
+
+def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threads: int, sender: Any,
+             fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """What each new process does."""
     die_with_parent(parent)
+    # What came along from the parent is never collected here: objects that own a thread there, such as a store of an
+    # earlier group in a cycle of garbage, have none here, and their destructors crash (torch 2.15: segmentation fault).
+    gc.freeze()
+    if collecting: gc.enable()
     os.environ.update(environment)
     os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
     torch.set_num_threads(n_threads)
