@@ -75,7 +75,7 @@ def hand_bare(n: int, *, one_cycle: bool) -> Callable[[], None]:
     return fit
 
 
-def ours_bare(n: int, *, one_cycle: bool) -> Callable[[], None]:
+def ours_bare(n: int, *, one_cycle: bool) -> Callable[[], object]:
     learn = Learner((loader(n), None), model(), loss_func=F.cross_entropy, opt_func=sgd, wd=0.)
     learn.remove_callback(Progress).remove_callback(Recorder)
     return lambda: learn.fit_one_cycle(1, LR) if one_cycle else learn.fit(1, LR)
@@ -116,14 +116,14 @@ def ours_default(n: int) -> Callable[[], None]:
     return fit
 
 
-CASES: dict[str, tuple[Callable[[int], Callable[[], None]], Callable[[int], Callable[[], None]]]] = {
+CASES: dict[str, tuple[Callable[[int], Callable[[], object]], Callable[[int], Callable[[], object]]]] = {
     "no extras, constant rate": (lambda n: hand_bare(n, one_cycle=False), lambda n: ours_bare(n, one_cycle=False)),
     "no extras, one cycle": (lambda n: hand_bare(n, one_cycle=True), lambda n: ours_bare(n, one_cycle=True)),
     "default": (hand_default, ours_default),
 }
 
 
-def calls_per_step(make: Callable[[int], Callable[[], None]], few: int = 100, many: int = 300) -> float:
+def calls_per_step(make: Callable[[int], Callable[[], object]], few: int = 100, many: int = 300) -> float:
     """Python calls of one step more: what a fit costs once is not in it."""
     counts = []
     for n in (few, many):

@@ -12,7 +12,8 @@ SMOOTH, RAW, VALID, SECOND = "#1f4e9c", "#b9cbe8", "#d1603d", "#3b8f5a"
 
 def new_axes() -> Axes:
     """Axes of a new figure, 6.4 × 4 inches."""
-    try: from matplotlib import pyplot
+    try:
+        from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plots need matplotlib, which is not installed: it is the extra 'plots' of this library.") from error
     ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")[1]

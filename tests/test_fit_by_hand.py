@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.utils.data import DataLoader, TensorDataset
 
-from learnkit import DataBunch, Learner, accuracy
+from learnkit import Callback, DataBunch, Learner, accuracy
 
 N, BS, EPOCHS = 28, 8, 3
 
@@ -273,7 +273,7 @@ def test_one_cycle_with_a_slice_scales_each_groups_cycle():
     x, y = make_tensors()
     seen: list[list[float]] = []
 
-    class Rows(learnkit_callback()):
+    class Rows(Callback):
         def before_step(self, learn): seen.append([group["lr"] for group in learn.opt.param_groups])
 
     learn = Learner(([(x, y)] * 6, None), make_model(), splitter=splitter, callbacks=Rows()).fit_one_cycle(1, slice(1e-4, 1e-2))
@@ -281,11 +281,6 @@ def test_one_cycle_with_a_slice_scales_each_groups_cycle():
         expected = [closed_form(k, 6, peak / 25, peak, peak / 25e4, .3) for peak in (1e-4, 1e-3, 1e-2)]
         assert row == pytest.approx(expected, rel=1e-9)
     assert learn.recorder.lrs == [row[-1] for row in seen]
-
-
-def learnkit_callback() -> Any:
-    from learnkit import Callback
-    return Callback
 
 
 @pytest.mark.parametrize("freeze, trained", [
@@ -324,7 +319,7 @@ def test_fine_tune_trains_the_head_alone_first_and_then_everything():
     model = make_model()
     start, changed = model[0].weight.clone(), []
 
-    class Watch(learnkit_callback()):
+    class Watch(Callback):
         def after_epoch(self, learn): changed.append(not torch.equal(model[0].weight, start))
 
     learn = Learner(([(x, y)] * 3, None), model, splitter=splitter, callbacks=Watch())

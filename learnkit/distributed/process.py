@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ import traceback
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOST = re.compile(r"gloo|nccl|TCPStore|connection (was )?(closed|reset|refused|aborted)|broken pipe", re.IGNORECASE)
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable in which torchrun names the file that a failed rank writes
 
 
@@ -53,25 +55,30 @@ def parent_is_torchrun() -> bool:
     except OSError: return False
 
 
-def record_failure(message: str, stack: str, *, delay: float = 0.0) -> None:
-    """Leaves the note that a launcher reads, as torchrun's `record` does. `delay` dates it later."""
+def record_failure(message: str, stack: str, *, dragged_along: bool = False) -> None:
+    """Leaves the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest."""
     path = os.environ.get(ERROR_FILE)
     if not path: return
-    when = time.time() + delay
-    extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when}
+    when = time.time()
+    extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
     partial = f"{path}.{os.getpid()}"
     with open(partial, "w") as file: json.dump({"message": {"message": message, "extraInfo": extra}}, file)
     os.replace(partial, path)  # a launcher that looks now must not see half a note
 
 
 def read_failure(path: str) -> dict[str, Any] | None:
-    """{"message": …, "stack": …, "time": …} of a note, or None where there is none."""
+    """{"message": …, "stack": …, "time": …, "dragged_along": …} of a note, or None where there is none."""
     try:
         with open(path) as file: note = json.load(file)["message"]
     except FileNotFoundError: return None
     extra = note["extraInfo"]
-    when = extra.get("time", float(extra["timestamp"]))
-    return {"message": note["message"], "stack": extra["py_callstack"], "time": when}
+    return {"message": note["message"], "stack": extra["py_callstack"], "time": extra.get("time", int(extra["timestamp"])),
+            "dragged_along": extra.get("dragged_along", False)}
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether this error only says that another rank, or the way to it, is gone."""
+    return isinstance(error, (RuntimeError, ConnectionError)) and LOST.search(str(error)) is not None
 
 
 def one_line(error: BaseException) -> str:
