@@ -34,7 +34,6 @@ class ParamScheduler(Callback):
             raise ValueError(f"a schedule of {', '.join(self.schedules)} needs the number of steps, and "
                              f"{type(learn.data.train_dl).__name__} has no length. "
                              "Give fit(…, max_steps=…), or train at a constant rate with fit.")
-        assert learn.opt is not None
         self.n_steps, self.tables = learn.n_steps, []
         for name, schedule in self.schedules.items():
             optim.check_hyper(learn.opt, name)

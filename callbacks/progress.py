@@ -35,7 +35,8 @@ class Progress(Callback):
         self.epoch_start = 0.
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        self.master = new_master(learn.n_epochs) if self.bar and self.lines and is_interactive() else None
+        shows = self.bar and self.lines and learn.rank == 0 and is_interactive()
+        self.master = new_master(learn.n_epochs) if shows else None
         self.n_seen, self.smooth, self.debias = 0, 0., 0.
         try:
             if self.master is not None:
@@ -62,7 +63,7 @@ class Progress(Callback):
         if learn.batch_index >= self.next_batch: self.advance(learn)
 
     def after_epoch(self, learn: Learner) -> None:
-        if not self.lines: return
+        if not self.lines or learn.rank != 0: return
         elapsed = clock(time.perf_counter() - self.epoch_start)
         cells = {name: f"{learn.values[name]:.6f}" for name in learn.value_names if name in learn.values}
         if self.master is None:
@@ -100,7 +101,8 @@ class Progress(Callback):
             self.n_seen += 1
             self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
             self.debias += (1 - SMOOTHING) * (1 - self.debias)
-        return f"train_loss {self.smooth / self.debias:.4f}" if self.n_seen else ""
+        name = "train_loss" if learn.world_size == 1 else "loss of rank 0"
+        return f"{name} {self.smooth / self.debias:.4f}" if self.n_seen else ""
 
 
 def is_interactive() -> bool:

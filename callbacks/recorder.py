@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import csv
-import math
-from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +39,17 @@ class Trace:
         if len(self.folded) > 1: self.folded = [torch.cat(self.folded)]
         return self.folded[0][start:] if self.folded else torch.zeros(0)
 
+    def replace(self, start: int, values: torch.Tensor) -> None:
+        """Put `values` in the place of the numbers from `start` on."""
+        self.folded = [torch.cat([self.since(0)[:start], values])]
+
     def __len__(self) -> int: return sum(len(part) for part in self.folded) + len(self.recent)
 
 
 class Recorder(Callback):
     """Keeps the last fit's history. Reading an attribute is what reads the device; recording never does.
 
-    losses         training loss of every optimizer step
+    losses         training loss of every optimizer step; on several ranks that of all of them, once the epoch is over
     lrs, moms      the last layer group's rate, and its momentum or first beta, used in that step
     metric_names   names of the columns of `values`: train_loss, valid_loss, metrics
     values         one row an epoch; train_loss is the mean over the epoch's samples
@@ -72,14 +74,13 @@ class Recorder(Callback):
     def losses(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
 
     def before_fit(self, learn: Learner) -> None:
-        assert learn.opt is not None
         self.__init__()
         self.metric_names, self.momentum = learn.value_names, momentum_name(learn.opt)
 
     def after_step(self, learn: Learner) -> None:
         self.trace.append(learn.loss.detach())
         self.counts.append(count_samples(learn.inputs, learn.target))
-        group = learn.opt.param_groups[-1]      # type: ignore[union-attr]
+        group = learn.opt.param_groups[-1]
         self.lrs.append(group["lr"])
         if self.momentum is not None:
             mom = group[self.momentum]
@@ -87,8 +88,13 @@ class Recorder(Callback):
 
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
-        losses, counts = self.trace.since(start).tolist(), self.counts[start:]      # reads the device, once an epoch
-        if counts: learn.values["train_loss"] = math.fsum(map(mul, losses, counts)) / sum(counts)
+        own = self.trace.since(start).cpu().double()                                # reads the device, once an epoch
+        counts = torch.tensor(self.counts[start:], dtype=torch.float64)
+        if len(counts) == 0: return
+        sums, counts = learn.ranks.all_sum([own * counts, counts])                  # over all ranks, once an epoch
+        self.counts[start:] = counts.long().tolist()
+        self.trace.replace(start, (sums / counts).to(self.trace.since(start)))
+        learn.values["train_loss"] = float(sums.sum() / counts.sum())
 
     def after_epoch(self, learn: Learner) -> None:
         self.ends.append(len(self.counts))

@@ -222,11 +222,11 @@ def set_epoch(loader: Any, seed: int | None, epoch: int) -> None:
 
     `seed=None` keeps the seeds that the loader's own samplers have.
     """
-    for i, part in enumerate(parts_of(loader)):
+    for part in parts_of(loader):
         if isinstance(part, (EpochSampler, TensorLoader)): part.set_epoch(epoch, seed)
         elif callable(getattr(part, "set_epoch", None)): part.set_epoch(epoch)
         if isinstance(generator := generator_of(part), PrivateGenerator):
-            generator.manual_seed(mix(torch.initial_seed() if seed is None else seed, epoch, i))
+            generator.manual_seed(mix(torch.initial_seed() if seed is None else seed, epoch))
 
 
 @contextmanager

@@ -9,13 +9,22 @@ from torch import Tensor
 
 from learnkit.batch import count_samples, describe, prediction
 from learnkit.metrics import Mean, Metric, read
+from learnkit.ranks import Ranks
 
 
 class Measure:
-    """The loss, averaged over samples, and every metric."""
+    """The loss, averaged over samples, and every metric.
 
-    def __init__(self, metrics: Sequence[Metric]) -> None:
+    On several ranks sums are added up, in one collective; metrics that keep no sums see all ranks' batches at the end.
+    """
+
+    everywhere = False          # each rank sees its share
+
+    def __init__(self, metrics: Sequence[Metric], world_size: int = 1) -> None:
         self.loss, self.metrics = Mean(), metrics
+        self.direct = [metric for metric in metrics if metric.summable or world_size == 1]
+        self.later = [metric for metric in metrics if metric not in self.direct]
+        self.rows: list[tuple[Any, ...]] = []       # (pred, target) of each batch, for the later ones
         for metric in metrics: metric.reset()
 
     def update(self, inputs: Any, target: Any, output: Any, loss: Tensor | None) -> None:
@@ -23,20 +32,33 @@ class Measure:
         if loss is not None: self.loss.add(loss, n)
         if self.metrics:
             pred = prediction(output)
-            for metric in self.metrics: metric.update(pred, target, n)
+            for metric in self.direct: metric.update(pred, target, n)
+            if self.later: self.rows.append((detached(pred), detached(target)))
 
-    def results(self) -> dict[str, float]:
-        """{"valid_loss": …, metric: …}, by one read from the device."""
+    def results(self, ranks: Ranks) -> dict[str, float]:
+        """{"valid_loss": …, metric: …} over all ranks, by one read from the device."""
+        summable = [metric for metric in self.direct if metric.summable]
+        loss, *sums = ranks.all_sum([self.loss.state(), *(metric.sums() for metric in summable)])
+        self.loss.load_state(loss)
+        for metric, total in zip(summable, sums, strict=True): metric.load_sums(total)
+        if self.later: self.see_later(ranks.batches_in_order(self.rows))
         values: dict[str, Any] = {"valid_loss": self.loss.compute()}
         for metric in self.metrics: values.update(metric.compute())
         return read(values)
 
+    def see_later(self, rows: list[tuple[Any, ...]]) -> None:
+        for metric in self.later:
+            for pred, target in rows: metric.update(pred, target, count_samples(pred, target))
+
 
 class Collect:
-    """Predictions and targets (and each sample's loss), batch by batch on the CPU, joined at the end."""
+    """Predictions and targets (and each sample's loss), batch by batch on the CPU, joined at the end.
 
-    def __init__(self, loss_func: Any = None) -> None:
-        self.loss_func = loss_func
+    `everywhere`: each rank sees all batches, and keeps its own predictions.
+    """
+
+    def __init__(self, loss_func: Any = None, *, everywhere: bool = False) -> None:
+        self.loss_func, self.everywhere = loss_func, everywhere
         self.rows: list[tuple[Any, ...]] = []
 
     def update(self, inputs: Any, target: Any, output: Any, loss: Tensor | None) -> None:
@@ -44,11 +66,19 @@ class Collect:
         row = (pred, target) if self.loss_func is None else (pred, target, self.loss_func(pred, target))
         self.rows.append(tuple(to_cpu(value) for value in row))
 
-    def results(self) -> dict[str, float]: return {}
+    def results(self, ranks: Ranks) -> dict[str, float]:
+        if not self.everywhere: self.rows = ranks.batches_in_order(self.rows)
+        return {}
 
     def joined(self) -> tuple[Any, ...]:
         """(preds, targets[, losses]), each with one row a sample."""
         return tuple(join([row[i] for row in self.rows]) for i in range(len(self.rows[0]))) if self.rows else (None, None)
+
+
+def detached(value: Any) -> Any:
+    if isinstance(value, Mapping): return {k: detached(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)): return tuple(detached(v) for v in value)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def to_cpu(value: Any) -> Any:

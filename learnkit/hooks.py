@@ -11,15 +11,20 @@
           └─ batch
              └─ forward
 
-A stage X runs as one flat sequence, resolved once per fit:
+A stage X is an onion, resolved once per fit, with the callback of the lowest order as its outermost layer:
 
-    for cb in callbacks, low order first:  cb.before_X(learn)         told
-    around_X(learn, run), low order outermost, around the stage       owned
-    for cb in callbacks, high order first: cb.after_X(learn)          told
+    cb.before_X(learn)                                   told
+    cb.around_X(learn, run)                              owns: `run` is all that lies further in
+        the next callback's layer … the stage itself
+    cb.after_X(learn)                                    told
+
+So before_ hooks are called from low to high order, after_ hooks from high to low, and what an around_ hook brackets includes the
+hooks of every callback of a higher order. An around_ hook that does not call `run` leaves them out; one that calls it twice
+repeats them.
 
 | raised while stage X runs | the rest of X | after_X            | stages between X and the raise |
 | ------------------------- | ------------- | ------------------ | ------------------------------ |
-| StopX                     | is left out   | told               | left where they are, not told  |
+| StopX                     | is left out   | told, by all       | left where they are, not told  |
 | SkipX                     | is left out   | not told           | left where they are, not told  |
 | any other exception       | is left out   | not told           | left where they are, not told  |
 
@@ -32,7 +37,6 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +46,7 @@ STAGES = ("fit", "epoch", "train", "validate", "batch", "forward", "backward", "
 WORDS = ("before", "around", "after")
 HOOKS = tuple(f"{word}_{stage}" for stage in STAGES for word in WORDS)
 Run = Callable[[], None]
+Tell = Callable[["Learner"], None]
 
 
 class ControlFlow(Exception):
@@ -181,45 +186,68 @@ class Stages:
 
 
 def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner) -> Run:
-    """One stage as a function: the before_ hooks, the composed around_ chain, the after_ hooks; only overridden ones."""
-    def bound(word: str) -> list[Any]:
-        return [getattr(cb, f"{word}_{stage}") for cb in callbacks if overridden(cb, f"{word}_{stage}")]
+    """One stage as a function: an onion of the overridden hooks around `body`, one frame for all layers without around_."""
+    layers = Layers(stage, learn)
+    run, befores, afters = body, [], []
+    for callback in reversed(callbacks):
+        if overridden(callback, f"around_{stage}"):
+            run = owned(stage, getattr(callback, f"around_{stage}"), layers.wrap(run, befores, afters), learn)
+            befores, afters = [], []
+        if overridden(callback, f"before_{stage}"): befores.insert(0, getattr(callback, f"before_{stage}"))
+        if overridden(callback, f"after_{stage}"): afters.append(getattr(callback, f"after_{stage}"))
+    return layers.wrap(run, befores, afters, outermost=True)
 
-    befores, arounds, afters = bound("before"), bound("around"), bound("after")[::-1]
-    stop, skip = STOPS[stage], SKIPS[stage]
-    run = blaming(body, None, stage, learn) if arounds else body
-    for around in reversed(arounds):
-        run = blaming(partial(around, learn, run), around, stage, learn)
 
-    def run_stage() -> None:
-        hook = None
-        try:
+class Layers:
+    """The layers of one stage, innermost first: each one's hooks that are told around what lies further in."""
+
+    def __init__(self, stage: str, learn: Learner) -> None:
+        self.stage, self.learn = stage, learn
+        self.inner_afters: list[Tell] = []          # of all layers so far, in the order in which they are told
+        self.inner_entries: list[int] | None = None     # [how often the last layer was entered]
+
+    def wrap(self, run: Run, befores: list[Tell], afters: list[Tell], *, outermost: bool = False) -> Run:
+        """`run` as the next layer. Stop* tells the after_ hooks from where it is to the outermost layer, which ends it; those
+        further in that were never reached are told too."""
+        stage, learn, stop, skip = self.stage, self.learn, STOPS[self.stage], SKIPS[self.stage]
+        inner_afters, inner_entries = self.inner_afters, self.inner_entries or [0]
+        entries = [0]
+        ends_here = (stop, skip) if outermost else ()
+
+        def run_layer() -> None:
+            hook, n_inner = None, inner_entries[0]
+            entries[0] += 1
             try:
-                for hook in befores: hook(learn)
-                hook = None
-                run()
-            except stop: pass
-            if afters: tell(afters, learn, stop, skip)
-        except skip: pass
+                try:
+                    for hook in befores: hook(learn)
+                    hook = None
+                    run()
+                except stop:
+                    if inner_entries[0] == n_inner: tell(inner_afters, learn, stop, skip)
+                    tell(afters, learn, stop, skip)
+                    raise
+                if afters: tell(afters, learn, stop, skip)
+            except ends_here: pass
+            except ControlFlow: raise
+            except BaseException as error:
+                blame(error, hook, f"before_{stage}", learn)
+                raise
+        self.inner_afters, self.inner_entries = [*inner_afters, *afters], entries
+        return run_layer
+
+
+def owned(stage: str, around: Callable[[Learner, Run], None], run: Run, learn: Learner) -> Run:
+    """`run` in the hands of an around_ hook, whose own errors are blamed on it."""
+    def run_owned() -> None:
+        try: around(learn, run)
         except ControlFlow: raise
         except BaseException as error:
-            blame(error, hook, stage, learn)
+            blame(error, around, f"around_{stage}", learn)
             raise
-    return run_stage
+    return run_owned
 
 
-def blaming(run: Run, hook: Any, stage: str, learn: Learner) -> Run:
-    """`run`, with errors that start in it blamed on `hook` (None: on the stage itself)."""
-    def blamed() -> None:
-        try: run()
-        except ControlFlow: raise
-        except BaseException as error:
-            blame(error, hook, stage, learn)
-            raise
-    return blamed
-
-
-def tell(afters: Iterable[Callable[[Learner], None]], learn: Learner, stop: type[Stop], skip: type[Skip]) -> None:
+def tell(afters: Iterable[Tell], learn: Learner, stop: type[Stop], skip: type[Skip]) -> None:
     """Call every after_ hook; a Stop* or Skip* of an outer stage goes on only when all were told."""
     pending: ControlFlow | None = None
     for hook in afters:
@@ -227,21 +255,20 @@ def tell(afters: Iterable[Callable[[Learner], None]], learn: Learner, stop: type
         except (stop, skip): pass     # the stage is over already
         except ControlFlow as signal: pending = pending or signal
         except BaseException as error:
-            blame(error, hook, stop.stage, learn)
+            blame(error, hook, f"after_{stop.stage}", learn)
             raise
     if pending is not None: raise pending
 
 
-def blame(error: BaseException, hook: Any, stage: str, learn: Learner) -> None:
-    """Add one line to `error`: where in the loop it started. The first, innermost place counts; later ones are ignored."""
+def blame(error: BaseException, hook: Any, name: str, learn: Learner) -> None:
+    """Add one line to `error`: where in the loop it started. The first, innermost place counts; later ones are ignored.
+
+    `hook`: the bound method called under `name`, None for the stage itself.
+    """
     if learn.failure is not None and (learn.failure is error or learn.failure in causes(error)): return
     learn.failure = error
-    add_note(error, f"learnkit: raised in {place(hook, stage)}, {learn.where()}")
-
-
-def place(hook: Any, stage: str) -> str:
-    if hook is None: return f"the stage {stage}"
-    return f"{type(hook.__self__).__name__}.{hook.__name__}"
+    place = f"the stage {name.partition('_')[2]}" if hook is None else f"{type(hook.__self__).__name__}.{name}"
+    add_note(error, f"learnkit: raised in {place}, {learn.where()}")
 
 
 def causes(error: BaseException) -> Iterable[BaseException]:

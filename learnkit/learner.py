@@ -19,6 +19,7 @@ from learnkit.evaluate import Collect, Measure
 from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
 from learnkit.metrics import as_metrics
+from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 
 if TYPE_CHECKING:
@@ -63,22 +64,29 @@ class Learner:
         self.model = model.to(self.device)
         self.loss_func = loss_func if loss_func is not None else self.data.loss_func
         self.opt_func, self.splitter = opt_func, splitter
-        self.opt: Optimizer | None = opt_func if isinstance(opt_func, Optimizer) else None
+        self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
         self.lr, self.wd, self.bn_wd = lr, optim.check_rate("wd", wd), bn_wd
         self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
         self.path, self.model_dir, self.seed = Path(path), model_dir, seed
         self.callbacks: list[Callback] = []
         optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
 
+        # One device is a world of one: to_distributed says otherwise.
+        self.rank, self.world_size = 0, 1
+        self.ranks: Ranks = Alone()             # what the ranks tell each other; nothing when alone
+        self.order_seed = seed                  # decides the order of samples; None: each loader's own seed
+
         # Where the loop is: read by callbacks, put back by nested evaluations.
         self.n_epochs = 0                       # of this fit
+        self.max_steps: int | None = None       # a limit to them, if fit was given one
         self.n_steps: int | None = None         # optimizer steps planned for this fit; None: a loader has no length
         self.epoch = 0                          # of this fit, from 0
         self.step = 0                           # optimizer steps done in this fit
         self.epochs_trained = 0                 # in this learner's life: decides the order of samples
         self.training = False
+        self.training_model = model             # what training batches go through: the model, or a wrapper for a fit's length
         self.dl: Any = None                     # the loader of the pass under way
-        self.batch_index = 0                    # within the pass
+        self.batch_index = -1                   # within the pass; -1 between passes
         self.inputs: Inputs = ()                # of the batch: by position (tuple) or by keyword (dict)
         self.target: Any = None
         self.pred: Any = None                   # the model's output
@@ -89,7 +97,7 @@ class Learner:
         self._run: Any = None                   # the resolved Stages; None outside fit, validate and predict
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
         self._zero_grad: Callable[[], None] = lambda: None
-        self._meter: Measure | Collect = Measure(())
+        self.meter: Measure | Collect = Measure(())     # what the evaluation under way gathers
         self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
         self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
         given = as_callbacks(callbacks)
@@ -102,24 +110,24 @@ class Learner:
             self._run.epoch()
 
     def _epoch(self) -> None:
-        self.values = {}
+        self.values, self.batch_index = {}, -1
         self.dl, self.training = self.data.train_dl, True
         self.model.train()
         self._run.train()
-        self.training = False
-        if self.data.valid_dl is not None: self._evaluate(self.data.valid_dl, Measure(self.metrics))
+        self.training, self.batch_index = False, -1
+        if self.data.valid_dl is not None: self._evaluate(self.data.valid_dl, Measure(self.metrics, self.world_size))
 
     def _train(self) -> None:
-        set_epoch(self.dl, self.seed, self.epochs_trained)
+        set_epoch(self.dl, self.order_seed, self.epochs_trained)
         with closing(self._feed(self.dl)) as batches:
             for _ in batches: self._run.batch()
         self.epochs_trained += 1
 
     def _validate(self) -> None:
-        set_epoch(self.dl, self.seed, 0)
+        set_epoch(self.dl, self.order_seed, 0)
         with torch.no_grad(), closing(self._feed(self.dl)) as batches:
             for _ in batches: self._run.batch()
-        self.values.update(self._meter.results())
+        self.values.update(self.meter.results(self.ranks))
 
     def _batch(self) -> None:
         self.pred = self.loss = None            # the last graph is free before the next one is built
@@ -128,18 +136,18 @@ class Learner:
         if self.training:
             self._run.backward()
             self._run.step()
-        else: self._meter.update(self.inputs, self.target, self.pred, self.loss)
+        else: self.meter.update(self.inputs, self.target, self.pred, self.loss)
 
     def _forward(self) -> None:
-        inputs = self.inputs
-        self.pred = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs)
+        inputs, model = self.inputs, self.training_model if self.training else self.model
+        self.pred = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         self.loss = self._loss_of(self.pred, self.target)
 
     def _backward(self) -> None:
         self.loss.backward()
 
     def _step(self) -> None:
-        self.opt.step()                         # type: ignore[union-attr]
+        self.opt.step()
         self._zero_grad()
         self.step += 1
 
@@ -233,17 +241,27 @@ class Learner:
         if schedules: extra.append(ParamScheduler(schedules))
         if wd is not None or not isinstance(self.opt_func, Optimizer):
             optim.set_weight_decay(opt, optim.check_rate("wd", self.wd if wd is None else wd))
-        length = n_batches(self.data.train_dl)
-        planned = [n for n in (None if length is None else length * epochs, max_steps) if n is not None]
-        self.n_epochs, self.n_steps = epochs, min(planned, default=None)
-        self.epoch = self.step = self.batch_index = 0
+        self.n_epochs, self.max_steps = epochs, max_steps
+        self.plan_steps()
+        self.epoch, self.step, self.batch_index = 0, 0, -1
         self._zero_grad = optim.zero_grad_of(opt)
-        if self.seed is not None: torch.manual_seed(mix(self.seed, self.epochs_trained))
+        self._seed_by_rank()
         with self._session(extra):
             self._zero_grad()                   # what an interrupted loop or a backward by hand left behind
             try: self._run.fit()
             finally: self._zero_grad()
         return self
+
+    def plan_steps(self) -> None:
+        """Set `n_steps` from the training loader as it is now."""
+        length = n_batches(self.data.train_dl)
+        planned = [n for n in (None if length is None else length * self.n_epochs, self.max_steps) if n is not None]
+        self.n_steps = min(planned, default=None)
+
+    def _seed_by_rank(self) -> None:
+        """Seed torch from `seed` if there is one; on other ranks than 0 at any rate, whose dropout must not be rank 0's."""
+        if self.seed is not None: torch.manual_seed(mix(self.seed, self.epochs_trained, self.rank))
+        elif self.rank: torch.manual_seed(mix(int(torch.randint(2**62, ())), self.rank))
 
     def _optimizer(self) -> Optimizer:
         """The optimizer of the model as it is now; one that exists is kept, with its state."""
@@ -271,7 +289,7 @@ class Learner:
         kept = self.values
         self.values = {}
         try:
-            self._evaluate(self._evaluation_loader(dl, "validate"), Measure(self.metrics))
+            self._evaluate(self._evaluation_loader(dl, "validate"), Measure(self.metrics, self.world_size))
             return self.values
         finally: self.values = kept
 
@@ -298,7 +316,7 @@ class Learner:
                              f"for a batch or {ndim - 1} for one sample.")
         single = first.ndim == ndim - 1
         batch = as_batch(x, single=single)
-        collect = Collect()
+        collect = Collect(everywhere=True)
         self._evaluate([batch if isinstance(batch, Mapping) else (*batch, None)], collect)
         preds = collect.joined()[0]
         return preds[0] if single and isinstance(preds, Tensor) else preds
@@ -307,10 +325,10 @@ class Learner:
         """One pass without gradients over `dl`, also in the middle of a fit, whose place is kept."""
         if not self.is_running:
             with self._session(dls=(dl,)): return self._evaluate(dl, meter)
-        names = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "_meter", "_passes_target")
+        names = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target")
         kept = {name: getattr(self, name) for name in names}
         modes = [(module, module.training) for module in self.model.modules()]
-        self.dl, self._meter, self.training = in_order(dl), meter, False
+        self.dl, self.meter, self.training, self.batch_index = in_order(dl), meter, False, -1
         self.model.eval()
         try:
             with private_order(self.dl): self._run.validate()
@@ -338,6 +356,7 @@ class Learner:
         """Hooks resolved and loaders with an order of their own; afterwards all is as it was, whatever was raised."""
         everyone = sorted(check_callbacks([*self.callbacks, *extra]), key=lambda callback: callback.order)
         modes = [(module, module.training) for module in self.model.modules()]
+        self.training_model = self.model
         self._run = Stages(self, everyone, {stage: getattr(self, f"_{stage}") for stage in STAGES})
         try:
             with private_order(self.data.train_dl, *dls): yield
@@ -349,7 +368,7 @@ class Learner:
         finally:
             for module, mode in modes: module.training = mode
             self._run = self.failure = self.pred = self.loss = None
-            self.training = False
+            self.training, self.training_model = False, self.model
 
     @property
     def is_running(self) -> bool:
@@ -358,9 +377,9 @@ class Learner:
 
     def where(self) -> str:
         """The place in the loop, for messages: "epoch 2, training batch 17"."""
-        kind = "training" if self.training else "validation"
-        batch = f"{kind} batch {self.batch_index}" if self.batch_index >= 0 else f"before the first {kind} batch"
-        return f"epoch {self.epoch}, {batch}"
+        batch = f", {'training' if self.training else 'validation'} batch {self.batch_index}" if self.batch_index >= 0 else ""
+        rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        return f"epoch {self.epoch}{batch}{rank}"
 
     # ------------------------------------------------------------------ callbacks
     def add_callback(self, callback: Callback) -> Learner:
@@ -444,10 +463,15 @@ class Learner:
 
     # ------------------------------------------------------------------ files
     def save(self, name: str, with_opt: bool = True) -> Path:
-        """Write the model's state (and the optimizer's) to path/model_dir/name.pt, at once or not at all; return the path."""
+        """Write the model's state (and the optimizer's) to path/model_dir/name.pt, at once or not at all; return the path.
+
+        On several ranks all of them call it, and rank 0 writes; where it fails, all raise.
+        """
         state: dict[str, Any] = {"model": checkpoint.plain_state(self.model)}
         if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
-        return checkpoint.write(self.path / self.model_dir / f"{name}.pt", state)
+        path = self.path / self.model_dir / f"{name}.pt"
+        self.ranks.on_main(lambda: checkpoint.write(path, state))
+        return path
 
     def load(self, name: str, strict: bool = True) -> Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;

@@ -2,12 +2,14 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from itertools import count
 from typing import Any, final
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -105,11 +107,16 @@ class Mean:
 class RootMeanSquaredError:
     """The root of the mean squared error: no mean over batches gives it, hence a class of its own.
 
+    An example of one: all that it keeps is in `Mean`s, and it says so, so that on several ranks two numbers travel. Of a
+    class that does not, all ranks' predictions and targets do.
+
     >>> metric = RootMeanSquaredError()
     >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     >>> metric.update(torch.tensor([3.0]), torch.tensor([9.0])); round(metric.compute().item() ** 2, 6)
     12.0
     """
+
+    keeps_means_only = True
 
     def __init__(self) -> None:
         self.mean = Mean()
@@ -127,8 +134,9 @@ class RootMeanSquaredError:
 class Metric(ABC):
     """What a learner needs of a metric; `as_metric` makes one from whatever the user has.
 
-    `names` are the columns, known before anything is computed. `means` are the parts that become the whole world's when
-    their states are added up over ranks and loaded again.
+    `names` are the columns, known before anything is computed. `summable`: what it keeps are sums, so that it becomes the
+    whole world's metric when `sums()` are added up over the ranks and given to `load_sums`; of another metric all ranks'
+    batches must be brought together.
 
     >>> metric = as_metric(accuracy)
     >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
@@ -138,10 +146,10 @@ class Metric(ABC):
 
     name: str
     names: tuple[str, ...]
-    means: tuple[Mean, ...]
+    summable: bool
 
-    def __init__(self, name: str, names: tuple[str, ...], means: tuple[Mean, ...]) -> None:
-        self.name, self.names, self.means = name, names, means
+    def __init__(self, name: str, names: tuple[str, ...], *, summable: bool) -> None:
+        self.name, self.names, self.summable = name, names, summable
 
     @abstractmethod
     def reset(self) -> None:
@@ -150,6 +158,14 @@ class Metric(ABC):
     @abstractmethod
     def update(self, pred: Any, target: Any, n: int) -> None:
         """Takes in one batch of `n` samples, without waiting for the device unless the user's code does."""
+
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """What it keeps, if it is summable."""
+
+    @abstractmethod
+    def load_sums(self, sums: list[Tensor]) -> None:
+        """Puts `sums` in the place of what it keeps."""
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor | float]:
@@ -169,7 +185,7 @@ class FunctionMetric(Metric):
     def __init__(self, function: MetricFunction) -> None:
         self.function, self.mean = function, Mean()
         name = _name_of(function)
-        super().__init__(name, (name,), (self.mean,))
+        super().__init__(name, (name,), summable=True)
         _check_arguments(name, function)
 
     def reset(self) -> None:
@@ -177,6 +193,12 @@ class FunctionMetric(Metric):
 
     def update(self, pred: Any, target: Any, n: int) -> None:
         self.mean.add(_scalar(self.name, _call(self.name, self.function, pred, target)), n)
+
+    def sums(self) -> list[Tensor]:
+        return [self.mean.state()]
+
+    def load_sums(self, sums: list[Tensor]) -> None:
+        self.mean.load_state(sums[0])
 
     def compute(self) -> dict[str, Tensor | float]:
         return {self.names[0]: self.mean.compute()}
@@ -187,8 +209,9 @@ class ObjectMetric(Metric):
     """Adapts an object with `reset()`, `update(pred, target)` and `compute()`, such as one of torchmetrics.
 
     `compute` returns one number, or a mapping with a number for each column: then the object has `keys()`, as
-    `torchmetrics.MetricCollection` has, or a tuple `names`. It must be called on every rank, because torchmetrics
-    communicates in it; `forward` never is. An object that has `.to` is moved to the first batch's device.
+    `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is left out, and its `forward`
+    never called. An object that has `.to` is moved to the first batch's device. Summable are torchmetrics whose states
+    are all sums, and objects with `keeps_means_only = True`.
 
     >>> metric = ObjectMetric(RootMeanSquaredError())
     >>> metric.names
@@ -199,9 +222,8 @@ class ObjectMetric(Metric):
         self.wrapped = wrapped
         self._placed = False
         name = _name_of(wrapped)
-        means = tuple(value for value in getattr(wrapped, "__dict__", {}).values() if isinstance(value, Mean))
         self._columns = _columns_of(wrapped) or (name,)
-        super().__init__(name, self._columns, means)
+        super().__init__(name, self._columns, summable=_means_of(wrapped) != [] or _sum_states(wrapped) != [])
         _check_arguments(name, wrapped.update)
 
     def reset(self) -> None:
@@ -213,8 +235,18 @@ class ObjectMetric(Metric):
             self._place(pred if isinstance(pred, Tensor) else target)
         _call(self.name, self.wrapped.update, pred, target)
 
+    def sums(self) -> list[Tensor]:
+        states = [getattr(owner, name) for owner, name in _sum_states(self.wrapped)]
+        return states + [mean.state() for mean in _means_of(self.wrapped)]
+
+    def load_sums(self, sums: list[Tensor]) -> None:
+        owners, means = _sum_states(self.wrapped), _means_of(self.wrapped)
+        for (owner, name), total in zip(owners, sums[:len(owners)], strict=True): setattr(owner, name, total)
+        for mean, total in zip(means, sums[len(owners):], strict=True): mean.load_state(total)
+
     def compute(self) -> dict[str, Tensor | float]:
-        result = _call(self.name, self.wrapped.compute)
+        with _without_own_communication(self.wrapped):
+            result = _call(self.name, self.wrapped.compute)
         if not isinstance(result, Mapping):
             result = {self._columns[0]: result}
         if set(result) != set(self._columns):
@@ -230,6 +262,38 @@ class ObjectMetric(Metric):
         if isinstance(like, Tensor) and callable(move):
             move(like.device)
         self._placed = True
+
+
+def _means_of(wrapped: Any) -> list[Mean]:
+    if not getattr(wrapped, "keeps_means_only", False): return []
+    return [value for value in vars(wrapped).values() if isinstance(value, Mean)]
+
+
+def _torchmetrics_in(wrapped: Any) -> list[Any]:
+    """The torchmetrics that an object is or collects, told by what they say of their states."""
+    parts = list(wrapped.values()) if callable(getattr(wrapped, "values", None)) else [wrapped]
+    return parts if all(isinstance(getattr(part, "_reductions", None), dict) for part in parts) else []
+
+
+def _sum_states(wrapped: Any) -> list[tuple[Any, str]]:
+    """(metric, name of a state) for all states of torchmetrics, if they are all tensors that are added up over ranks."""
+    reductions = [(part, name, how) for part in _torchmetrics_in(wrapped) for name, how in part._reductions.items()]
+    sums = all(getattr(how, "__name__", "") == "dim_zero_sum" for _, _, how in reductions)
+    return [(part, name) for part, name, _ in reductions] if sums else []
+
+
+@contextmanager
+def _without_own_communication(wrapped: Any) -> Iterator[None]:
+    """torchmetrics' compute() without its collectives, and without its warning on a rank whose share was empty."""
+    parts = _torchmetrics_in(wrapped)
+    kept = [part.distributed_available_fn for part in parts]
+    for part in parts: part.distributed_available_fn = lambda: False
+    try:
+        with catch_warnings():
+            if parts: simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        for part, function in zip(parts, kept, strict=True): part.distributed_available_fn = function
 
 
 def as_metric(thing: Any) -> Metric:

@@ -85,7 +85,7 @@ def default(n):
 def test_a_step_without_extras_makes_eleven_calls_of_ours_and_fewer_than_by_hand():
     ours, hand = per_step(bare), per_step(by_hand)
     assert ours - Counter(others=ours["others"]) == {
-        "_feed": 1, "split_batch": 1, "run_stage": 4, "_batch": 1, "_forward": 1, "_backward": 1, "_step": 1, "zero_grad": 1,
+        "_feed": 1, "split_batch": 1, "run_layer": 4, "_batch": 1, "_forward": 1, "_backward": 1, "_step": 1, "zero_grad": 1,
         "decay_weights": 1}
     assert sum(ours.values()) <= sum(hand.values())
 

@@ -26,6 +26,7 @@ from learnkit.distributed.process import (
     ERROR_FILE,
     die_with_parent,
     full_traceback,
+    is_lost_connection,
     one_line,
     read_failure,
     record_failure,
@@ -65,11 +66,17 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
         alone = fn(*args)
         return [alone] if every_rank else alone
     with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
-        # Port 0 is free by construction: asking for a free port first, and opening it later, races with other programs.
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        store = open_store()
         try: results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
         finally: del store  # an error's traceback would keep its server running
     return results if every_rank else results[0]
+
+
+def open_store() -> dist.TCPStore:
+    """Served by this process, to this machine alone (left to itself, TCPStore listens to all). Port 0: one that is free."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def choose_start_method(fn: Callable[..., Any]) -> str:
@@ -162,7 +169,7 @@ class Ranks:
             codes = [process.exitcode for process in self.processes]
             for rank in range(self.nprocs): self.receive(rank)
             ended = [rank for rank, code in enumerate(codes) if code is not None and rank not in self.answers]
-            if ended: raise self.failure(ended[0])
+            if ended: raise self.failure()
             if deadline is not None and time.monotonic() > deadline: raise self.too_late(timeout)
 
     def receive(self, rank: int) -> None:
@@ -170,13 +177,27 @@ class Ranks:
         with suppress(EOFError):  # it ended without an answer
             self.answers[rank] = self.receivers[rank].recv_bytes()
 
-    def failure(self, ended: int) -> RankFailed:
-        """The earliest note is the culprit's: others fail because of it. A rank that was killed leaves none."""
-        notes = {rank: note for rank in range(self.nprocs) if (note := read_failure(str(self.note(rank))))}
-        if not notes:
-            return RankFailed(ended, self.nprocs, f"it ended with {exit_reason(self.processes[ended].exitcode)}")
+    def failure(self) -> RankFailed:
+        """Names the first to fail. The others fail because of it, perhaps sooner noticed; a killed one leaves no note."""
+        deadline = time.monotonic() + 0.5
+        while not (culprits := self.culprits()) and time.monotonic() < deadline: time.sleep(0.02)
+        notes = culprits or self.notes()
         rank = min(notes, key=lambda r: notes[r]["time"])
         return RankFailed(rank, self.nprocs, notes[rank]["message"], notes[rank]["stack"])
+
+    def notes(self) -> dict[int, dict[str, Any]]:
+        """What each failed rank left: its note, else how it ended."""
+        notes = {rank: read_failure(str(self.note(rank))) for rank in range(self.nprocs)}
+        for rank, process in enumerate(self.processes):
+            if notes[rank] is not None or process.exitcode is None: continue
+            self.receive(rank)
+            if rank not in self.answers:
+                ended = f"it ended with {exit_reason(process.exitcode)}"
+                notes[rank] = {"message": ended, "stack": "", "time": time.time(), "dragged_along": False}
+        return {rank: note for rank, note in notes.items() if note is not None}
+
+    def culprits(self) -> dict[int, dict[str, Any]]:
+        return {rank: note for rank, note in self.notes().items() if not note["dragged_along"]}
 
     def too_late(self, timeout: float | None) -> TimeoutError:
         late = [rank for rank in range(self.nprocs) if rank not in self.answers]
@@ -186,7 +207,7 @@ class Ranks:
                             "where they were stands on standard error.")
 
     def end(self) -> None:
-        wait_for(self.processes, GRACE)
+        if isinstance(self.error, RankFailed): wait_for(self.processes, GRACE)
         for process in self.processes: process.terminate()
         wait_for(self.processes, PATIENCE)
         for process in self.processes: process.kill()
@@ -222,7 +243,8 @@ def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threa
         sender.send_bytes(as_answer(result_of(fn, args)))
         destroy_process_group()
     except BaseException as error:
-        if not os.path.exists(environment[ERROR_FILE]): record_failure(one_line(error), full_traceback(error))
+        if not os.path.exists(environment[ERROR_FILE]):  # the guard's note came first
+            record_failure(one_line(error), full_traceback(error), dragged_along=is_lost_connection(error))
         sys.exit(1)
 
 

@@ -1,0 +1,39 @@
+"""What the processes that train together tell each other, as the core and callbacks ask for it. Alone, there is nothing to tell.
+
+Sums and counts travel, never means. All ranks must call the same of these in the same order, and none on an exception's path.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The ranks of one Learner: `learn.ranks`. learnkit.distributed has the same for those who keep their own loop."""
+
+    def all_sum(self, tensors: Any) -> Any:
+        """The sums over all ranks of a tensor, a number, or a nested structure of them, in one collective."""
+        ...
+
+    def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """All ranks' rows, one a batch, in the order of the data set."""
+        ...
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something on rank 0 only; all ranks wait for it, and all raise if it fails."""
+        ...
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank's flag is true."""
+        ...
+
+
+class Alone:
+    """A world of one."""
+
+    def all_sum(self, tensors: Any) -> Any: return tensors
+    def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
+    def on_main(self, action: Callable[[], object]) -> None: action()
+    def agree(self, flag: bool) -> bool: return flag

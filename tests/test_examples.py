@@ -1,0 +1,49 @@
+"""Every numbered example runs as it stands, in an empty folder and without a display, and does what its header claims."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
+
+
+def run_example(path: Path) -> str:
+    """What the example prints: with warnings as errors, and two threads, as its header says."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-W", "error", str(path)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def is_picture(name: str) -> bool:
+    data = Path(name).read_bytes()
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5_000
+
+
+def test_digits_reach_98_percent_and_leave_two_pictures():
+    printed = run_example(ROOT / "examples/01_digits.py")
+    assert float(re.findall(r"^accuracy (\S+);", printed, re.MULTILINE)[0]) >= .98
+    assert {p.name for p in Path().iterdir()} == {"loss.png", "lr.png"}
+    assert is_picture("loss.png") and is_picture("lr.png")
+    epochs = re.findall(r"^epoch (\d+)/12  train_loss \S+  valid_loss \S+  accuracy \S+  time \d\d:\d\d$", printed, re.MULTILINE)
+    assert epochs == [str(i) for i in range(1, 13)], "not a plain line per epoch"
+    assert len(printed.splitlines()) == 13, "more than the lines of the epochs and the result"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_says_how_it_is_run_what_it_claims_and_on_how_many_seeds(path):
+    header = path.read_text(encoding="utf-8").split('"""')[1]
+    assert f"python examples/{path.name}" in header
+    assert re.search(r"^Claim: .*\bn = \d+ seeds", header, re.MULTILINE)
+
+
+def test_every_example_is_run_by_a_test():
+    source = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES: assert f"examples/{path.name}" in source
+    assert [path.name[:2] for path in EXAMPLES] == [f"{i:02}" for i in range(1, len(EXAMPLES) + 1)]
