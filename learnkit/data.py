@@ -2,6 +2,7 @@
 number of workers, of validation passes in between, or of the global random number generator."""
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
 import os
@@ -31,6 +32,13 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 class PrivateGenerator(torch.Generator):
     """A loader's own source of randomness, seeded anew by (seed, epoch) at each pass."""
+
+
+def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(start, stop) of the contiguous part of n samples that a rank has; parts differ by one at most, the first have more."""
+    size, n_larger = divmod(n, world_size)
+    start = rank * size + min(rank, n_larger)
+    return start, start + size + (rank < n_larger)
 
 
 class EpochSampler(Sampler[int]):
@@ -72,6 +80,7 @@ class TensorLoader:
         check_batch_size("bs", bs)
         self.tensors = check_tensors(tensors)
         self.batch_size, self.drop_last, self.batch_tfms = bs, drop_last, tuple(batch_tfms)
+        self.rank, self.world_size, self.even = 0, 1, True      # see sharded
         self.sampler = EpochSampler(len(self.tensors[0]), shuffle=shuffle, seed=seed)
 
     @property
@@ -85,9 +94,23 @@ class TensorLoader:
         """The same samples in dataset order, each once."""
         return TensorLoader(self.tensors, bs=self.batch_size, batch_tfms=self.batch_tfms)
 
+    def sharded(self, rank: int, world_size: int, *, even: bool) -> TensorLoader:
+        """One rank's part of every global batch of `batch_size * world_size`; the k-th is the same at every world size.
+
+        `even`, for training: a last global batch with fewer samples than ranks is left out, so that all have equally many.
+        """
+        loader = copy.copy(self)
+        loader.rank, loader.world_size, loader.even = rank, world_size, even
+        return loader
+
+    def global_batch_size(self, k: int) -> int:
+        """The number of samples of all ranks in the k-th batch."""
+        step = self.batch_size * self.world_size
+        return min(step, self.n_samples - k * step)
+
     def __len__(self) -> int:
-        whole, rest = divmod(self.n_samples, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        whole, rest = divmod(self.n_samples, self.batch_size * self.world_size)
+        return whole + (not self.drop_last and rest >= (self.world_size if self.even else self.rank + 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         sampler = self.sampler
@@ -98,11 +121,13 @@ class TensorLoader:
         return self.batches(order)
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        bs = self.batch_size
-        for start in range(0, len(self) * bs, bs):
-            if order is None: batch = tuple([t[start:start + bs] for t in self.tensors])
+        step = self.batch_size * self.world_size
+        for k in range(len(self)):
+            start, stop = share(min(step, self.n_samples - k * step), self.rank, self.world_size)
+            start, stop = k * step + start, k * step + stop
+            if order is None: batch = tuple([t[start:stop] for t in self.tensors])
             else:
-                index = order[start:start + bs]
+                index = order[start:stop]
                 batch = tuple([t.index_select(0, index) for t in self.tensors])
             if self.batch_tfms:
                 x = batch[0]

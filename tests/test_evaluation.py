@@ -155,8 +155,8 @@ def test_validation_batches_without_a_target_can_be_predicted():
 def test_get_preds_of_a_loss_without_a_reduction_says_what_is_needed():
     learn = make_learner(loss_func=lambda pred, y: F.cross_entropy(pred, y))
     assert len(learn.get_preds()) == 2
-    with pytest.raises(TypeError, match=r"no loss per sample: with_loss=True needs a loss with reduction='none'"):
-        learn.get_preds(with_loss=True)
+    needs = r"no loss per sample: with_loss=True needs a loss with reduction='none'"
+    with pytest.raises(TypeError, match=needs): learn.get_preds(with_loss=True)
 
 
 @pytest.mark.parametrize("loss_func", [None, nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy], ids=["default", "module", "function"])
@@ -238,8 +238,10 @@ def test_validate_in_the_middle_of_a_fit_gives_the_value_of_that_moment_and_keep
     for got, expected in found: assert got == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("evaluate", [EVALUATIONS[name] for name in ("validate", "get_preds", "predict")], ids=["validate", "get_preds", "predict"])
-def test_an_evaluation_that_fails_leaves_modes_and_the_learner_usable(evaluate: Callable[[Learner], Any]):
+@pytest.mark.parametrize("name", ["validate", "get_preds", "predict"])
+def test_an_evaluation_that_fails_leaves_modes_and_the_learner_usable(name: str):
+    evaluate = EVALUATIONS[name]
+
     class Fails(Callback):
         def after_forward(self, learn): raise LookupError("lost")
 

@@ -36,6 +36,13 @@ def test_digits_reach_98_percent_and_leave_two_pictures():
     assert len(printed.splitlines()) == 13, "more than the lines of the epochs and the result"
 
 
+def test_diabetes_is_learned_better_with_the_callback_than_without():
+    printed = run_example(ROOT / "examples/02_diabetes.py")
+    with_noise, without = map(float, re.findall(r"\d\.\d\d", printed))
+    assert with_noise >= .44 and with_noise >= without + .03
+    assert len(printed.splitlines()) == 1 and not list(Path().iterdir())
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_says_how_it_is_run_what_it_claims_and_on_how_many_seeds(path):
     header = path.read_text(encoding="utf-8").split('"""')[1]

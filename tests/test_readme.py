@@ -1,7 +1,7 @@
 """README.md shows nothing that is not run: its blocks run in order, in one namespace, in an empty folder; warnings are errors.
 
-A text block right after a python block is what that block prints, but for the digits of numbers with a point, for clock times, and for
-where lines are broken.
+A text block after a python block, with no more than a line between them, is what that block prints, but for the digits of numbers with a
+point, for clock times, for where lines are broken, and for the plain lines of epochs.
 """
 import inspect
 import io
@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from matplotlib import pyplot
 
 import learnkit
 import learnkit.callbacks
@@ -47,12 +49,12 @@ def words(text: str) -> str: return " ".join(form(text).split())
 def outputs() -> dict[int, Block]:
     """The text blocks that stand right after a python block, by that one's first line."""
     found = blocks()
-    return {block.line: after for block, after in zip(found, found[1:])
+    return {block.line: after for block, after in pairwise(found)
             if (block.language, after.language) == ("python", "text") and is_right_after(block, after)}
 
 
 def is_right_after(block: Block, after: Block) -> bool:
-    """Only an own sentence about the output stands between them."""
+    """Whether one line or none stands between them."""
     between = README[block.end:README.index(f"```text\n{after.code}", block.end)].strip()
     return "\n" not in between
 
@@ -68,6 +70,7 @@ def test_every_python_block_runs_and_prints_what_the_page_shows():
             ours, shown = words(without_epochs(printed.getvalue())), words(expected[block.line].code)
             assert ours == shown, f"the block at README.md:{block.line}"
     assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models"}
+    pyplot.close("all")
 
 
 def without_epochs(text: str) -> str:
@@ -169,8 +172,9 @@ def test_the_table_of_callbacks_is_complete_and_its_orders_are_true():
 
 def test_the_tree_the_stage_and_the_table_of_endings_are_those_of_hooks():
     own = [line.strip() for line in (hooks.__doc__ or "").splitlines()]
-    for text in (block.code for block in blocks() if block.code.startswith(("fit\n", "for cb in"))):
-        assert all(line.strip() in own for line in text.splitlines()), text
+    shown = [block.code for block in blocks() if block.code.startswith(("fit\n", "cb.before_X"))]
+    assert len(shown) == 2
+    for text in shown: assert all(line.strip() in own for line in text.splitlines()), text
     table = [line for line in README.splitlines() if line.startswith(("| StopX", "| SkipX", "| any other", "| raised while"))]
     assert len(table) == 4 and all(line in own for line in table)
     loop = next(block.code for block in blocks() if block.code.startswith("fit   "))

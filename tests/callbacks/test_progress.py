@@ -148,8 +148,11 @@ def test_a_progress_may_be_quiet_from_the_start_or_be_removed(capsys: pytest.Cap
 
 
 # ---------------------------------------------------------------------- a terminal
-def test_in_a_terminal_bars_and_a_table_of_epochs_appear(tmp_path: Path):
-    raw = in_a_terminal(tmp_path, SCRIPT)
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> str: return in_a_terminal(tmp_path_factory.mktemp("terminal"), SCRIPT)
+
+
+def test_in_a_terminal_bars_and_a_table_of_epochs_appear(raw: str):
     lines = shown(raw)
     header = next(i for i, line in enumerate(lines) if "train_loss" in line)
     assert lines[header].split() == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
@@ -159,38 +162,39 @@ def test_in_a_terminal_bars_and_a_table_of_epochs_appear(tmp_path: Path):
     assert "Traceback" not in raw and "Error" not in raw
 
 
-def test_in_a_terminal_the_training_loss_is_shown_while_it_runs(tmp_path: Path):
-    assert re.search(r"train_loss \d\.\d{4}", in_a_terminal(tmp_path, SCRIPT))
+def test_in_a_terminal_the_training_loss_is_shown_while_it_runs(raw: str):
+    assert re.search(r"train_loss \d\.\d{4}", raw)
 
 
-def test_in_a_terminal_no_bar_draws_none_and_no_logging_writes_nothing(tmp_path: Path):
-    raw = in_a_terminal(tmp_path, SCRIPT)
+def test_in_a_terminal_no_bar_draws_none_and_no_logging_writes_nothing(raw: str):
     between = raw.split("after")[1].split("last")[0]
     assert "█" not in between and len([line for line in shown(between) if line]) == 1
     assert re.search(r"epoch 1/1  train_loss", between) and "█" in raw.split("last")[1]
 
 
-def test_a_fit_that_breaks_in_a_terminal_leaves_a_bar_that_the_next_fit_replaces(tmp_path: Path):
-    script = SCRIPT.replace("learn.fit_one_cycle(3)", """
+UNUSUAL = """
 from learnkit import Callback
 class Breaks(Callback):
     def after_batch(self, learn):
         if learn.step == 20: raise KeyboardInterrupt
-try: learn.fit(3, callbacks=[Breaks()])
-except KeyboardInterrupt: print("interrupted", flush=True)
-learn.fit(1)
-""")
-    raw = in_a_terminal(tmp_path, script)
-    assert "interrupted" in raw and "Traceback" not in raw and raw.count("train_loss") > 2
-
-
-def test_a_loader_without_a_length_draws_bars_too(tmp_path: Path):
-    script = SCRIPT.replace("bs=4)", "bs=4)").replace("learn = Learner(", """
 class Stream:
     def __init__(self, dl): self.dl = dl
     def __iter__(self): return iter(self.dl)
-data = DataBunch.from_tensors((x, y), (x, y), bs=4)
-unsized = Learner((Stream(data.train_dl), Stream(data.valid_dl)), nn.Linear(3, 2))
-unsized.fit(2)
-learn = Learner(""")
-    assert "Traceback" not in in_a_terminal(tmp_path, script)
+try: learn.fit(3, callbacks=[Breaks()])
+except KeyboardInterrupt: print("interrupted", flush=True)
+learn.fit(1)
+print("unsized", flush=True)
+Learner((Stream(learn.data.train_dl), Stream(learn.data.valid_dl)), nn.Linear(3, 2)).fit(2)
+"""
+
+
+def test_after_a_fit_that_broke_and_with_loaders_without_a_length_a_terminal_shows_bars_and_tables(tmp_path: Path):
+    raw = in_a_terminal(tmp_path, SCRIPT.partition("learn.fit_one_cycle")[0] + UNUSUAL)
+    assert "Traceback" not in raw
+    before, _, rest = raw.partition("interrupted")
+    again, _, unsized = rest.partition("unsized")
+    for part, rows in ((before, ["0"]), (again, ["0"]), (unsized, ["0", "1"])):
+        lines = [line.split() for line in shown(part)]
+        header = next(i for i, words in enumerate(lines) if words[:1] == ["epoch"])
+        assert "█" in part or part is unsized
+        assert [words[0] for words in lines[header + 1:] if len(words) >= 4 and words[0].isdigit()] == rows

@@ -1,0 +1,41 @@
+"""What must be equal on all ranks is compared before the first step: a rank with another rate trains on, quietly wrong."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from learnkit.distributed.reduce import gather_objects
+
+Fact = str | int | float | bool | None
+MISSING = "(not there)"
+
+
+def check_same(facts: Mapping[str, Fact]) -> None:
+    """Raises ValueError on every rank where the facts of the ranks differ, naming each odd rank, the entry and the values.
+
+    All ranks must call it. The value that most ranks have is taken for the right one; rank 0's, where none has a majority.
+    """
+    differences = differing(gather_objects(dict(facts)))
+    if differences:
+        raise ValueError("the ranks disagree on what must be equal everywhere:\n  " + "\n  ".join(differences) +
+                         "\nStart every rank with the same script, arguments, seed and versions.")
+
+
+def differing(by_rank: Sequence[Mapping[str, Fact]]) -> list[str]:
+    """One line an entry that is not the same on all ranks."""
+    names = dict.fromkeys(name for facts in by_rank for name in facts)
+    shown = {name: [repr(facts[name]) if name in facts else MISSING for facts in by_rank] for name in names}
+    return [sentence(name, values) for name, values in shown.items() if len(set(values)) > 1]
+
+
+def sentence(name: str, values: Sequence[str]) -> str:
+    """`lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0 differ, nan equals nan."""
+    usual = Counter(values).most_common(1)[0][0]  # of equally frequent ones the first that was met: rank 0's
+    odd = {value: [rank for rank, v in enumerate(values) if v == value] for value in values if value != usual}
+    told = "; ".join(f"{listed(ranks)} {value}" for value, ranks in odd.items())
+    return f"{name}: {told}; {listed([rank for rank, v in enumerate(values) if v == usual])} {usual}"
+
+
+def listed(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1: return f"rank {ranks[0]} has"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''} have"

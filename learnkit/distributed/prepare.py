@@ -1,0 +1,142 @@
+"""A model on this rank's device, replicated; batch normalization over the global batch."""
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from learnkit.distributed.reduce import needs_group
+from learnkit.distributed.world import get_device
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, sync_bn: bool = False,
+                  **ddp_options: Any) -> nn.Module:
+    """The model on this rank's device, wrapped in DistributedDataParallel unless alone.
+
+    Rank 0's weights and buffers become everybody's. `sync_bn`: batch normalization over the global batch (`sync_batchnorm`).
+    `ddp_options` are DistributedDataParallel's; gradients are views into its buckets unless you say otherwise. Build the
+    optimizer from the model afterwards. A model without trainable weights is not wrapped.
+    """
+    device = get_device(local_rank)
+    model = model.to(device)
+    if not needs_group(): return model
+    if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
+    if sync_bn: model = sync_batchnorm(model)
+    if not any(p.requires_grad for p in model.parameters()): return model  # which DDP refuses
+    devices = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(model, device_ids=devices, **{"gradient_as_bucket_view": True, **ddp_options})
+
+
+# --- batch normalization ------------------------------------------------------------------------------------------------
+
+
+def sync_batchnorm(model: M) -> M:
+    """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
+
+    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `unsync_batchnorm` turns it back.
+    """
+    return replaced(model, synchronized)
+
+
+def unsync_batchnorm(model: M) -> M:
+    """Undoes `sync_batchnorm`: the original classes, with the weights and statistics as they are now."""
+    return replaced(model, restored)
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalization over the global batch, on any backend, with any number of samples a rank.
+
+    One collective forward and one backward. Equals BatchNorm on the joined batch; the gradients of its inputs are those of
+    the sum of the ranks' losses, as torch's SyncBatchNorm has them.
+
+    >>> GlobalBatchNorm(3)(torch.randn(4, 3, 2, 2)).shape
+    torch.Size([4, 3, 2, 2])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2: raise ValueError(f"expected (batch, channels, …), got a tensor of shape {tuple(input.shape)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        from_batch = self.training or self.running_mean is None
+        if not from_batch or not needs_group(): return super().forward(input)
+        n, mean, var = global_moments(input)
+        if self.training and self.track_running_stats: self.update(n, mean, var)
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        output = (input - mean.to(input.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(input.dtype).view(shape)
+        return output if self.weight is None else output * self.weight.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def update(self, n: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Running statistics, of the unbiased variance, as BatchNorm keeps them."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        unbiased = var * (n / (n - 1).clamp(min=1))
+        for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.mul_(1 - momentum).add_(now.to(running.dtype) * momentum)
+
+
+def global_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, mean, variance) per channel over all ranks, float64.
+
+    In one collective: sums about each rank's own mean, moved to zero in float64, do not cancel as sums of squares would.
+    """
+    dims = [d for d in range(input.dim()) if d != 1]
+    n_own = input.numel() // input.shape[1]
+    own_mean = input.sum(dims).double() / max(n_own, 1)
+    centred = input - own_mean.to(input.dtype).view(1, -1, *(1,) * (input.dim() - 2))
+    off = centred.sum(dims).double()  # what rounding the mean left
+    squares = centred.square().sum(dims).double() + 2 * own_mean * off + n_own * own_mean.square()
+    sums = SumOverRanks.apply(torch.cat([own_mean * n_own, squares, input.new_tensor([n_own], dtype=torch.float64)]))
+    total, squares, n = sums.split([input.shape[1], input.shape[1], 1])
+    mean = total / n
+    return n, mean, (squares / n - mean.square()).clamp(min=0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A differentiable all-reduce: gradients are summed over the ranks too, as each rank's loss depends on all inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def replaced(module: Any, replace: Any) -> Any:
+    for name, child in module.named_children(): setattr(module, name, replaced(child, replace))
+    return replace(module)
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    if not isinstance(module, _BatchNorm) or isinstance(module, (GlobalBatchNorm, nn.SyncBatchNorm)): return module
+    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+    return with_state_of(module, GlobalBatchNorm if on_cpu else nn.SyncBatchNorm, original=type(module))
+
+
+def restored(module: nn.Module) -> nn.Module:
+    original = getattr(module, "replaces", None)
+    return with_state_of(module, original) if isinstance(original, type) else module
+
+
+def with_state_of(module: Any, kind: type[nn.Module], original: type | None = None) -> nn.Module:
+    """A `kind` that shares all that `module` has: parameters, buffers, hooks and settings are the same objects."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
+    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None
+    if original is not None: twin.__dict__["replaces"] = original
+    else: twin.__dict__.pop("replaces", None)
+    return twin

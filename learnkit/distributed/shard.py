@@ -1,0 +1,304 @@
+"""Who gets which samples. One rule: the k-th global batch is the same at every world size, and each rank has its part of it.
+
+With b samples a rank and a step, and W ranks, the k-th global batch is `order[k*b*W : (k+1)*b*W]`, and rank r has its
+r-th contiguous part. Parts, joined in rank order, are the global batch again. So 2 ranks of b samples see what one of 2b
+sees, step by step.
+
+Training keeps all ranks in step: a last, smaller global batch is divided as evenly as possible (parts differ by at most
+one sample; weigh their losses by their sizes), left out with `drop_last`, and left out too where it has fewer samples than
+there are ranks. Evaluation sees each sample exactly once: nothing is padded, and ranks may have unequal numbers of
+batches, or none.
+"""
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    get_worker_info,
+)
+
+from learnkit.distributed.reduce import broadcast_from_main
+from learnkit.distributed.world import GOLDEN, get_rank, get_world_size
+
+T = TypeVar("T")
+
+
+# --- the rule, on plain lists -----------------------------------------------------------------------------------------
+
+
+def global_batches(order: Iterable[T], global_batch_size: int, *, drop_last: bool = False) -> Iterator[list[T]]:
+    """`order` cut into lists of `global_batch_size`; the last one may be smaller, unless `drop_last`."""
+    samples = iter(order)
+    while batch := list(islice(samples, global_batch_size)):
+        if len(batch) == global_batch_size or not drop_last: yield batch
+
+
+def shard_batch(batch: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The contiguous part of a global batch that `rank` has. Sizes differ by at most one, the first ranks have more."""
+    size, n_larger = divmod(len(batch), world_size)
+    start = rank * size + min(rank, n_larger)
+    return batch[start:start + size + (rank < n_larger)]
+
+
+def rank_batches(order: Iterable[T], batch_size: int, rank: int, world_size: int, *, drop_last: bool = False,
+                 even: bool = True) -> Iterator[Sequence[T]]:
+    """The batches that `rank` has of `order`, `batch_size` samples each.
+
+    `even`, for training: all ranks have equally many. Else each sample is somebody's, and ranks may have one batch less.
+    """
+    for batch in global_batches(order, batch_size * world_size, drop_last=drop_last):
+        if even and len(batch) < world_size: return
+        if own := shard_batch(batch, rank, world_size): yield own
+
+
+def n_rank_batches(n_samples: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool = False,
+                   even: bool = True) -> int:
+    """How many batches `rank_batches` gives."""
+    n_whole, rest = divmod(n_samples, batch_size * world_size)
+    has_rest = not drop_last and rest >= (world_size if even else rank + 1)
+    return n_whole + has_rest
+
+
+def dataset_order(n_samples: int, batch_size: int, world_size: int) -> torch.Tensor:
+    """The index that puts rows gathered after an evaluation, all of rank 0, all of rank 1 …, into the order of the data.
+
+    int64 (n_samples,): `gather_for_metrics(own_rows)[dataset_order(n, batch_size, get_world_size())]`.
+    """
+    positions = [i for rank in range(world_size)
+                 for batch in rank_batches(range(n_samples), batch_size, rank, world_size, even=False) for i in batch]
+    return torch.argsort(torch.tensor(positions, dtype=torch.int64))
+
+
+# --- samplers -----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class HasEpoch(Protocol):
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Makes `epoch` the next one of a loader, its sampler or its batch sampler, whichever listens. Once an epoch."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for part in {id(part): part for part in parts}.values():
+        if isinstance(part, HasEpoch): part.set_epoch(epoch)
+
+
+class ShardedBatchSampler:
+    """The batches of one rank, out of any sampler of the user's: weighted, sorted by length, and so on.
+
+    `sampler` yields indices, in the order of the whole data set. It may draw from torch's, Python's or numpy's global
+    generators: while it is asked these are seeded by (seed, epoch), on every rank alike, and put back. With `batch_size`
+    None it is a batch sampler: its k-th batch goes to rank k % world_size, and in training (`even`) a last round that has
+    no batch for every rank is left out. Epochs count by themselves; `set_epoch` says which one is next.
+
+    >>> [list(ShardedBatchSampler(range(7), 2, rank=r, world_size=2)) for r in range(2)]
+    [[[0, 1], [4, 5]], [[2, 3], [6]]]
+    """
+
+    def __init__(self, sampler: Iterable[Any], batch_size: int | None, *, rank: int | None = None,
+                 world_size: int | None = None, drop_last: bool = False, even: bool = True, seed: int = 0) -> None:
+        if isinstance(sampler, Iterator):
+            raise TypeError(f"sampler is a {type(sampler).__name__}, which can be read only once: expected a sampler, whose "
+                            "__iter__ starts anew at each epoch.")
+        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size}, expected 1 or more.")
+        self.sampler, self.batch_size, self.drop_last, self.even, self.seed = sampler, batch_size, drop_last, even, seed
+        self.rank = get_rank() if rank is None else rank
+        self.world_size = get_world_size() if world_size is None else world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}, expected 0 to {self.world_size - 1}.")
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the next one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if not isinstance(self.sampler, Sized): raise TypeError(f"{type(self.sampler).__name__} has no len().")
+        per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample
+        return n_rank_batches(len(self.sampler), per_rank, self.rank, self.world_size, drop_last=self.drop_last,
+                              even=self.even)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator: a DataLoader with workers calls iter() twice and reads one of them, which is the one that counts.
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        if isinstance(self.sampler, HasEpoch): self.sampler.set_epoch(epoch)
+        order = in_private(self.sampler, mixed(self.seed, epoch), (self.batch_size or 1) * self.world_size)
+        place = (self.rank, self.world_size)
+        if self.batch_size is None:
+            for [batch] in rank_batches(order, 1, *place, even=self.even): yield batch
+        else: yield from map(list, rank_batches(order, self.batch_size, *place, drop_last=self.drop_last, even=self.even))
+
+
+def mixed(seed: int, *numbers: int) -> int:
+    """One seed made of several, far apart for neighbours."""
+    for number in numbers: seed = ((seed ^ (seed >> 29)) * GOLDEN + number + 1) % 2**63
+    return seed
+
+
+def in_private(sampler: Iterable[T], seed: int, at_a_time: int) -> Iterator[T]:
+    """What `sampler` yields when the global generators are seeded with `seed`; read in portions, and put back in between.
+
+    The generator that a sampler owns is seeded too: unequal ones would give each rank another order.
+    """
+    state = private_state(seed)
+    with swapped(state):
+        generator = getattr(sampler, "generator", None)
+        if isinstance(generator, torch.Generator): generator.manual_seed(seed)
+        samples = iter(sampler)
+    while True:
+        with swapped(state): portion = list(islice(samples, at_a_time))
+        if not portion: return
+        yield from portion
+
+
+def private_state(seed: int) -> list[Any]:
+    """The states of torch's, Python's and (where it is loaded) numpy's global generators, seeded."""
+    state: list[Any] = [torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate()]
+    if "numpy" in sys.modules: state.append(sys.modules["numpy"].random.RandomState(seed % 2**32).get_state())
+    return state
+
+
+@contextmanager
+def swapped(state: list[Any]) -> Iterator[None]:
+    """For a while, the global generators are in `state`, which then takes up where they have got to."""
+    numpy = sys.modules["numpy"].random if len(state) == 3 else None
+    before = [torch.get_rng_state(), random.getstate(), *([numpy.get_state()] if numpy else [])]
+
+    def put(values: list[Any]) -> None:
+        torch.set_rng_state(values[0])
+        random.setstate(values[1])
+        if numpy: numpy.set_state(values[2])
+
+    put(state)
+    try: yield
+    finally:
+        state[:] = [torch.get_rng_state(), random.getstate(), *([numpy.get_state()] if numpy else [])]
+        put(before)
+
+
+# --- loaders ------------------------------------------------------------------------------------------------------------
+
+
+class ShardedLoader:
+    """Every world_size-th batch of any re-iterable of batches that is the same on every rank.
+
+    In training (`even`) a last round that has no batch for every rank is left out.
+
+    >>> [list(ShardedLoader("abcde", rank=r, world_size=2)) for r in range(2)]
+    [['a', 'c'], ['b', 'd']]
+    """
+
+    def __init__(self, loader: Iterable[Any], *, rank: int | None = None, world_size: int | None = None,
+                 even: bool = True) -> None:
+        self.loader, self.even = loader, even
+        self.rank = get_rank() if rank is None else rank
+        self.world_size = get_world_size() if world_size is None else world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the loader, if it listens."""
+        set_epoch(self.loader, epoch)
+
+    def __len__(self) -> int:
+        if not isinstance(self.loader, Sized): raise TypeError(f"{type(self.loader).__name__} has no len().")
+        return n_rank_batches(len(self.loader), 1, self.rank, self.world_size, even=self.even)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for [batch] in rank_batches(self.loader, 1, self.rank, self.world_size, even=self.even))
+
+
+class ShardedStream(IterableDataset):
+    """A rank's and worker's part of an IterableDataset whose samples come in the same order in every process.
+
+    Every process reads the whole stream and keeps its own; with `batch_size` as the DataLoader's the rule above holds for
+    any number of workers. In training (`even`) a last round without a full batch for every rank is left out.
+
+    >>> [list(ShardedStream(range(9), 2, rank=r, world_size=2)) for r in range(2)]
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+
+    def __init__(self, dataset: Iterable[Any], batch_size: int, *, rank: int | None = None,
+                 world_size: int | None = None, even: bool = True) -> None:
+        self.dataset, self.batch_size, self.even = dataset, batch_size, even
+        self.rank = get_rank() if rank is None else rank
+        self.world_size = get_world_size() if world_size is None else world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the dataset, if it listens. (Persistent workers hold copies, which hear nothing.)"""
+        set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        batches = rank_batches(self.dataset, self.batch_size, self.rank, self.world_size, drop_last=self.even,
+                               even=self.even)
+        for batch in islice(batches, number, None, n_workers): yield from batch  # a DataLoader asks its workers in turn
+
+
+def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None) -> Any:
+    """A loader of this rank's part: the same kind, with all its settings, over a sharded order. See `set_epoch`.
+
+    In a world of one the loader itself, unless a `seed` is given, which fixes the order of a shuffled one at any world
+    size. `training=None`: a loader is for training if it shuffles, drops the last batch or has a sampler of its own. For
+    an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
+    A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
+    is dealt out batch by batch; one with a DistributedSampler stays as it is. An IterableDataset is refused, with advice.
+    """
+    if get_world_size() == 1 and seed is None: return loader
+    if not isinstance(loader, DataLoader): return as_sharded(loader, training)
+    if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
+    if isinstance(loader.sampler, DistributedSampler): return loader
+    shared = broadcast_from_main(torch.initial_seed() if seed is None else seed)
+    sampler, batch_size, drop_last = order_of(loader)
+    even = drop_last or not isinstance(sampler, SequentialSampler) if training is None else training
+    batch_sampler = ShardedBatchSampler(sampler, batch_size, drop_last=even and drop_last, even=even, seed=shared)
+    return rebuilt_with(loader, batch_sampler, shared)
+
+
+def as_sharded(loader: Any, training: bool | None) -> Any:
+    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+        raise TypeError(f"loader is a {type(loader).__name__}: expected a DataLoader, or an iterable of batches that starts "
+                        "anew each time.")
+    if get_world_size() == 1: return loader
+    return ShardedLoader(loader, even=training is not False)
+
+
+def order_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
+    """(sampler, batch size, drop_last); of a batch sampler of the user's own kind (it, None, False)."""
+    batches = loader.batch_sampler
+    if batches is None:
+        raise ValueError("the DataLoader has batch_size=None, so its dataset makes the batches: give it a sampler that "
+                         "yields this rank's share, or use batch_size.")
+    return (batches.sampler, batches.batch_size, batches.drop_last) if type(batches) is BatchSampler else (batches, None, False)
+
+
+def check_stream(loader: DataLoader[Any]) -> DataLoader[Any]:
+    if isinstance(loader.dataset, ShardedStream) or get_world_size() == 1: return loader
+    name = type(loader.dataset).__name__
+    raise TypeError(f"the dataset {name} is an IterableDataset: each rank and worker would read all of it. If its order is the "
+                    f"same in every process, wrap it: DataLoader(ShardedStream({name}(…), batch_size), batch_size). Else let "
+                    "its __iter__ read a part: number get_rank() * num_workers + get_worker_info().id of get_world_size() * "
+                    "num_workers parts, and leave prepare_data_loader out.")
+
+
+def rebuilt_with(loader: DataLoader[Any], batch_sampler: ShardedBatchSampler, seed: int) -> DataLoader[Any]:
+    """A copy, so that every setting is kept, of subclasses too; with another batch sampler and randomness of its own."""
+    sharded = copy.copy(loader)
+    sharded._iterator = None  # workers that live on belong to the original
+    object.__setattr__(sharded, "batch_sampler", batch_sampler)  # DataLoader refuses a plain assignment
+    if sharded.generator is None:  # it seeds the workers: else all ranks would draw the same augmentations
+        sharded.generator = torch.Generator().manual_seed(mixed(seed, batch_sampler.rank))
+    return sharded
