@@ -51,6 +51,11 @@ def learner(**options: Any) -> Act: return lambda model: Learner((GOOD, GOOD), m
 def fit_learner(**options: Any) -> Act: return lambda model: Learner((GOOD, GOOD), model, **options).fit(1)
 
 
+def fine_tune(*args: Any, **options: Any) -> Act:
+    """Of a model with two layer groups, the second of which is trained alone at first."""
+    return lambda model: Learner((GOOD, GOOD), model, splitter=lambda m: [m.weight, m.bias]).fine_tune(*args, **options)
+
+
 def dataset(n: int) -> TensorDataset: return TensorDataset(X[:n], Y[:n])
 
 
@@ -74,9 +79,11 @@ LOADERS: Cases = {
     "drop_last drops all of a DataLoader": (fit(DataLoader(dataset(3), 4, drop_last=True)), ValueError,
                                             ("3 samples", "batch size 4", "drop_last=False")),
     "generator": (lambda model: fit(b for b in GOOD)(model), TypeError, ("train_dl is a generator", "read only once", "Give a DataLoader")),
-    "iterator of a DataLoader": (lambda model: fit(iter(DataLoader(dataset(8), 4)))(model), TypeError, ("train_dl is a ", "read only once")),
+    "iterator of a DataLoader": (lambda model: fit(iter(DataLoader(dataset(8), 4)))(model),
+                                 TypeError, ("train_dl is a ", "read only once")),
     "map": (lambda model: fit(map(tuple, GOOD))(model), TypeError, ("train_dl is a map", "read only once", "list of batches")),
-    "generator to validate on": (lambda model: fit((GOOD, (b for b in GOOD)))(model), TypeError, ("valid_dl is a generator", "read only once")),
+    "generator to validate on": (lambda model: fit((GOOD, (b for b in GOOD)))(model),
+                                 TypeError, ("valid_dl is a generator", "read only once")),
     "generator for validate()": (lambda model: Learner((GOOD, GOOD), model).validate(b for b in GOOD), TypeError,
                                  ("dl is a generator", "read only once")),
     "generator for get_preds()": (lambda model: Learner((GOOD, GOOD), model).get_preds(b for b in GOOD), TypeError,
@@ -128,7 +135,8 @@ TARGETS: Cases = {
                             (r"float32 \(8, 1\)", r"float32 \(8,\)", "broadcast", r"pred\.squeeze\(-1\)|unsqueeze")),
     "(N,) against (N, 1)": (batch(X, R[:, :1], loss_func=lambda p, t: F.mse_loss(p[:, 0], t)), Exception, (r"\[8, 1\]|\(8, 1\)",)),
     "(N, 2) against (N, 1)": (batch(X, R[:, :1]), ValueError, (r"float32 \(8, 2\)", r"float32 \(8, 1\)", "broadcast", "agree")),
-    "(N, 2) against (N,) in l1_loss": (batch(X, R[:, 0], loss_func=nn.L1Loss()), ValueError, ("L1Loss", r"\(8, 2\)", r"\(8,\)", "broadcast")),
+    "(N, 2) against (N,) in l1_loss": (batch(X, R[:, 0], loss_func=nn.L1Loss()),
+      ValueError, ("L1Loss", r"\(8, 2\)", r"\(8,\)", "broadcast")),
     "(N, 2) against (N, 2, 1)": (batch(X, R.unsqueeze(-1), loss_func=F.smooth_l1_loss), ValueError,
                                  ("smooth_l1_loss", r"\(8, 2, 1\)", r"target\.squeeze\(-1\)")),
     "(N, 1) class numbers": (batch(X, Y.unsqueeze(1)), ValueError, (r"int64 \(8, 1\)", r"shape \(8,\)", "[Ss]queeze")),
@@ -140,9 +148,11 @@ TARGETS: Cases = {
 }
 
 LOSSES: Cases = {
-    "not averaged": (batch(X, Y, loss_func=nn.CrossEntropyLoss(reduction="none")), ValueError, (r"shape \(8,\)", "one number", r"\.mean\(\)")),
+    "not averaged": (batch(X, Y, loss_func=nn.CrossEntropyLoss(reduction="none")),
+                     ValueError, (r"shape \(8,\)", "one number", r"\.mean\(\)")),
     "of shape (1,)": (batch(X, Y, loss_func=lambda p, t: F.cross_entropy(p, t).reshape(1)), ValueError, (r"shape \(1,\)", "one number")),
-    "a float": (batch(X, Y, loss_func=lambda p, t: F.cross_entropy(p, t).item()), TypeError, ("loss is float", "0-d tensor", r"without \.item\(\)")),
+    "a float": (batch(X, Y, loss_func=lambda p, t: F.cross_entropy(p, t).item()),
+                TypeError, ("loss is float", "0-d tensor", r"without \.item\(\)")),
     "None": (batch(X, Y, loss_func=lambda p, t: None), TypeError, ("loss is NoneType", "0-d tensor")),
     "an array": (batch(X, Y, loss_func=lambda p, t: np.float32(1.)), TypeError, ("loss is float32", "0-d tensor")),
     "a tuple": (batch(X, Y, loss_func=lambda p, t: (F.cross_entropy(p, t), 1)), TypeError, ("tuple|float32", "0-d tensor")),
@@ -156,9 +166,14 @@ LOSSES: Cases = {
 
 NUMBERS: Cases = {
     **{f"epochs={value!r}": (fit_with(value), (TypeError, ValueError), (f"epochs={value!r}", expected))
-       for value, expected in ((0, "1 or more"), (-1, "1 or more"), (1.5, "whole number"), (True, "whole number"), ("3", "whole number"), (None, "whole number"))},
+       for value, expected in ((0, "1 or more"), (-1, "1 or more"), (1.5, "whole number"),
+                                   (True, "whole number"), ("3", "whole number"), (None, "whole number"))},
     **{f"{method}, epochs=0": (fit_with(0, method=method), ValueError, ("=0", "1 or more"))
-       for method in ("fit_one_cycle", "fit_flat_cos", "fit_sgdr", "fine_tune")},
+       for method in ("fit_one_cycle", "fit_flat_cos", "fit_sgdr")},
+    "fine_tune, epochs=0": (fine_tune(0), ValueError, ("epochs=0", "1 or more")),
+    "fine_tune, freeze_epochs=-1": (fine_tune(1, freeze_epochs=-1), ValueError, ("freeze_epochs=-1", "0 or more")),
+    "fine_tune, lr is nan": (fine_tune(1, math.nan), ValueError, ("lr=nan", "finite")),
+    "fine_tune, pct_start=2": (fine_tune(1, pct_start=2.), ValueError, ("pct_start", r"\[0, 1\]")),
     **{f"max_steps={value!r}": (fit_with(1, max_steps=value), (TypeError, ValueError), (f"max_steps={value!r}", "1 or more|whole number"))
        for value in (0, -5, 2.5, True)},
     **{f"lr={value!r}": (fit_with(1, value), (TypeError, ValueError), (f"lr={value!r}", "expected a (finite )?number"))
@@ -184,30 +199,35 @@ NUMBERS: Cases = {
     "moms of 1": (fit_with(1, method="fit_one_cycle", moms=(1., .8)), ValueError, ("moms", "below 1")),
     "n_cycles=1.5": (fit_with(1.5, method="fit_sgdr"), TypeError, (r"n_cycles=1\.5", "whole number")),
     "cycle_len=0": (fit_with(1, method="fit_sgdr", cycle_len=0), ValueError, ("cycle_len=0", "1 or more")),
-    "freeze_epochs=-1": (lambda model: Learner((GOOD, None), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), splitter=list).fine_tune(
-        1, freeze_epochs=-1), ValueError, ("freeze_epochs|epochs=-1",)),
     "a schedule to nan": (lambda _: linear(0., math.nan), ValueError, ("nan", "finite")),
-    "seed is text": (fit_learner(seed="abc"), TypeError, ("seed", "'abc'", "number|int")),
 }
 
 CALLBACKS: Cases = {
-    "the same twice": (lambda model: Learner((GOOD, None), model, callbacks=[c := Plain(), c]), ValueError, ("same Plain was added twice", "Add it once")),
-    "the same added again": (lambda model: Learner((GOOD, None), model, callbacks=(c := Plain())).add_callback(c), ValueError, ("same Plain", "twice")),
-    "the same in fit": (lambda model: Learner((GOOD, None), model, callbacks=(c := Plain())).fit(1, callbacks=[c]), ValueError, ("same Plain", "twice")),
+    "the same twice": (lambda model: Learner((GOOD, None), model, callbacks=[c := Plain(), c]),
+                       ValueError, ("same Plain was added twice", "Add it once")),
+    "the same added again": (lambda model: Learner((GOOD, None), model, callbacks=(c := Plain())).add_callback(c),
+                             ValueError, ("same Plain", "twice")),
+    "the same in fit": (lambda model: Learner((GOOD, None), model, callbacks=(c := Plain())).fit(1, callbacks=[c]),
+                        ValueError, ("same Plain", "twice")),
     "a second Recorder": (lambda model: Learner((GOOD, None), model).add_callback(Recorder()), ValueError,
                           ("has a Recorder already", r"remove_callback\(Recorder\)")),
-    "a second Progress in fit": (lambda model: Learner((GOOD, None), model).fit(1, callbacks=[Progress()]), ValueError, ("has a Progress already",)),
+    "a second Progress in fit": (lambda model: Learner((GOOD, None), model).fit(1, callbacks=[Progress()]),
+                                 ValueError, ("has a Progress already",)),
     "two Progress": (learner(callbacks=[Progress(), Progress()]), ValueError, ("has a Progress already",)),
     "a class": (learner(callbacks=[EarlyStopping]), TypeError, ("EarlyStopping is a class", r"write EarlyStopping\(\)")),
     "a class alone": (learner(callbacks=EarlyStopping), TypeError, ("EarlyStopping is a class", r"write EarlyStopping\(\)")),
     "a function": (learner(callbacks=[print]), TypeError, ("builtin_function", "expected a Callback", "derive its class")),
     "a function in fit": (fit_with(1, callbacks=[lambda learn: None]), TypeError, ("function", "expected a Callback")),
-    "None": (lambda model: Learner((GOOD, None), model).add_callback(None), TypeError, ("NoneType", "expected a Callback")),  # type: ignore[arg-type]
+    "None": (lambda model: Learner((GOOD, None), model).add_callback(None),
+             TypeError, ("NoneType", "expected a Callback")),  # type: ignore[arg-type]
     "removing what is not there": (lambda model: Learner((GOOD, None), model).remove_callback(EarlyStopping), ValueError,
                                    ("no EarlyStopping to remove", "Recorder, Progress")),
-    "unknown monitor": (fit_learner(callbacks=EarlyStopping("acc"), metrics=accuracy), ValueError, ("'acc'", "did you mean accuracy", "valid_loss")),
-    "schedule of an unknown name": (fit_learner(callbacks=ParamScheduler({"momenta": constant(.9)})), ValueError, ("AdamW", "'momenta'", "betas")),
-    "schedule that is a number": (fit_learner(callbacks=ParamScheduler({"lr": .1})), TypeError, ("lr", r"0\.1|float", "Schedule|schedule")),  # type: ignore
+    "unknown monitor": (fit_learner(callbacks=EarlyStopping("acuracy"), metrics=accuracy),
+                        ValueError, ("'acuracy'", "did you mean accuracy", "valid_loss")),
+    "schedule of an unknown name": (fit_learner(callbacks=ParamScheduler({"momenta": constant(.9)})),
+                                    ValueError, ("AdamW", "'momenta'", "betas")),
+    "schedule that is a number": (fit_learner(callbacks=ParamScheduler({"lr": .1})),
+                                  TypeError, ("lr", r"0\.1|float", "Schedule|schedule")),  # type: ignore
     "fewer schedules than layer groups": (lambda model: Learner((GOOD, None), model, splitter=lambda m: [m.weight, m.bias]).fit(
         1, callbacks=[ParamScheduler({"lr": [constant(.1)]})]), ValueError, ("lr", "1", "2")),
 }
@@ -229,7 +249,8 @@ METRICS: Cases = {
     "a misspelt name": (learner(metrics="acuracy"), TypeError, ("'acuracy' is a string", "accuracy", "without quotes")),
     "a number": (learner(metrics=[3]), TypeError, ("3 is no metric", r"function \(pred, target\)")),
     "an object without compute": (learner(metrics=HalfMetric()), TypeError, ("lacks compute", "reset, update and compute")),
-    "a function of one argument": (learner(metrics=lambda pred: 0.), TypeError, (r"\(pred\)", r"cannot be called with \(pred, target\)", "partial")),
+    "a function of one argument": (learner(metrics=lambda pred: 0.),
+                                   TypeError, (r"\(pred\)", r"cannot be called with \(pred, target\)", "partial")),
     "a vector": (lambda model: Learner((GOOD, GOOD), model, metrics=lambda p, t: p).validate(), ValueError,
                  (r"float32 \(8, 2\)", "expected one number", r"\.mean\(\)")),
     "accuracy of a regression": (lambda model: Learner((GOOD, [(X, R)]), model, metrics=accuracy).validate(), ValueError,
@@ -242,19 +263,27 @@ METRICS: Cases = {
 }
 
 CONSTRUCTION: Cases = {
-    "a model that is a class": (lambda _: Learner((GOOD, None), nn.Linear), TypeError, ("model is type", r"expected a torch\.nn\.Module")),    # type: ignore
-    "a function as model": (lambda _: Learner((GOOD, None), F.relu), TypeError, ("model is", r"expected a torch\.nn\.Module")),     # type: ignore
-    "a model without parameters": (lambda _: Learner((GOOD, None), nn.Flatten()).fit(1), ValueError, ("Flatten", "no parameters", "nothing to train")),
+    "a model that is a class": (lambda _: Learner((GOOD, None), nn.Linear),
+                                TypeError, ("model is type", r"expected a torch\.nn\.Module")),    # type: ignore
+    "a function as model": (lambda _: Learner((GOOD, None), F.relu),
+                            TypeError, ("model is", r"expected a torch\.nn\.Module")),     # type: ignore
+    "a model without parameters": (lambda _: Learner((GOOD, None), nn.Flatten()).fit(1),
+                                   ValueError, ("Flatten", "no parameters", "nothing to train")),
     "an optimizer by name": (fit_learner(opt_func="adam"), TypeError, ("opt_func", "'adam'|str", r"torch\.optim")),
-    "a function that gives no optimizer": (fit_learner(opt_func=lambda ps, lr: None), TypeError, ("NoneType", r"torch\.optim\.Optimizer", "SGD")),
-    "weight_decay in opt_func": (fit_learner(opt_func=partial(torch.optim.SGD, weight_decay=.1)), ValueError, (r"weight_decay=0\.1", "wd=")),
+    "a function that gives no optimizer": (fit_learner(opt_func=lambda ps, lr: None),
+                                           TypeError, ("NoneType", r"torch\.optim\.Optimizer", "SGD")),
+    "weight_decay in opt_func": (fit_learner(opt_func=partial(torch.optim.SGD, weight_decay=.1)),
+                                 ValueError, (r"weight_decay=0\.1", "wd=")),
     "an optimizer of another model": (fit_learner(opt_func=torch.optim.SGD(nn.Linear(1, 1).parameters())), ValueError,
                                       ("holds none of the model's parameters", r"learn\.model\.parameters\(\)")),
     "a splitter that forgets": (learner(splitter=lambda m: [m.weight]), ValueError, ("splitter", "bias", "exactly one group")),
-    "a splitter that repeats": (learner(splitter=lambda m: [m, m.bias]), ValueError, ("more than one layer group", "bias", "exactly one group")),
+    "a splitter that repeats": (learner(splitter=lambda m: [m, m.bias]),
+                                ValueError, ("more than one layer group", "bias", "exactly one group")),
     "a splitter of strangers": (learner(splitter=lambda m: [m, nn.Linear(2, 2)]), ValueError, ("splitter", "not the model's")),
-    "a splitter of names": (learner(splitter=lambda m: ["weight", "bias"]), (TypeError, ValueError), ("splitter", "str|'weight'", "modules|parameters")),
-    "freeze without a splitter": (lambda model: Learner((GOOD, None), model).freeze(), ValueError, ("one layer group", "nothing to freeze", "splitter=")),
+    "a splitter of names": (learner(splitter=lambda m: ["weight", "bias"]),
+                            (TypeError, ValueError), ("splitter", "str|'weight'", "modules|parameters")),
+    "freeze without a splitter": (lambda model: Learner((GOOD, None), model).freeze(),
+                                  ValueError, ("one layer group", "nothing to freeze", "splitter=")),
     "freeze_to too far": (lambda model: Learner((GOOD, None), model, splitter=lambda m: [m.weight, m.bias]).freeze_to(2), ValueError,
                           (r"freeze_to\(2\)", "2 layer groups", "between -1 and 1")),
     "bs=0": (lambda _: DataBunch.from_tensors((X, Y), bs=0), ValueError, ("bs=0", "at least one sample")),
@@ -262,20 +291,27 @@ CONSTRUCTION: Cases = {
     "bs=2.5": (lambda _: DataBunch.from_tensors((X, Y), bs=2.5), TypeError, (r"bs=2\.5", "whole number")),   # type: ignore[arg-type]
     "bs=True": (lambda _: DataBunch.create(dataset(8), bs=True), TypeError, ("bs=True", "whole number")),
     "val_bs=0": (lambda _: DataBunch.create(dataset(8), dataset(8), bs=2, val_bs=0), ValueError, ("val_bs=0", "at least one sample")),
-    "val_bs=0 of tensors": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs=0), ValueError, ("val_bs=0", "at least one sample")),
-    "val_bs='4'": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs="4"), TypeError, ("val_bs='4'", "whole number")),  # type: ignore
+    "val_bs=0 of tensors": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs=0),
+                            ValueError, ("val_bs=0", "at least one sample")),
+    "val_bs='4'": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs="4"),
+                   TypeError, ("val_bs='4'", "whole number")),  # type: ignore
     "one tensor": (lambda _: DataBunch.from_tensors(X), TypeError, (r"float32 \(8, 3\)", "tuple of tensors", r"\(x, y\)")),
-    "arrays for tensors": (lambda _: DataBunch.from_tensors((X.numpy(), Y.numpy())), TypeError, ("ndarray", "tuple of tensors")),   # type: ignore
-    "tensors of unequal lengths": (lambda _: DataBunch.from_tensors((X, Y[:5])), ValueError, (r"\(8, 3\)", r"\(5,\)", "same first dimension")),
+    "arrays for tensors": (lambda _: DataBunch.from_tensors((X.numpy(), Y.numpy())),
+                           TypeError, ("ndarray", "tuple of tensors")),   # type: ignore
+    "tensors of unequal lengths": (lambda _: DataBunch.from_tensors((X, Y[:5])),
+                                   ValueError, (r"\(8, 3\)", r"\(5,\)", "same first dimension")),
     "a tensor without dimensions": (lambda _: DataBunch.from_tensors((X, Y[0])), ValueError, (r"int64 \(\)", "same first dimension")),
     "no tensors": (lambda _: TensorLoader(()), ValueError, (r"\(\)", "at least one tensor")),
     "a loader as dataset": (lambda _: DataBunch.create(DataLoader(dataset(8))), TypeError,
                             ("DataLoader is not a dataset", "__getitem__", r"DataBunch\(train_dl, valid_dl\)")),
-    "a generator as dataset": (lambda _: DataBunch.create(i for i in range(3)), TypeError, ("generator is not a dataset", "IterableDataset")),
-    "batch_tfms of something else": (lambda _: DataBunch.from_tensors((X, Y), bs=2, batch_tfms=["flip"]), TypeError, ("'flip'", r"functions x -> x", "pair")),
+    "a generator as dataset": (lambda _: DataBunch.create(i for i in range(3)),
+                               TypeError, ("generator is not a dataset", "IterableDataset")),
+    "batch_tfms of something else": (lambda _: DataBunch.from_tensors((X, Y), bs=2, batch_tfms=["flip"]),
+                                     TypeError, ("'flip'", r"functions x -> x", "pair")),
     "predict text": (lambda model: Learner((GOOD, None), model).predict("cat"), TypeError, ("str", "tensor")),
     "predict an array": (lambda model: Learner((GOOD, None), model).predict(X.numpy()), TypeError, ("ndarray", "tensor")),
-    "predict a number": (lambda model: Learner((GOOD, None), model).predict(torch.tensor(1.)), ValueError, ("0 dimensions", "expected 2.*or 1")),
+    "predict a number": (lambda model: Learner((GOOD, None), model).predict(torch.tensor(1.)),
+                         ValueError, ("0 dimensions", "expected 2.*or 1")),
     "predict a batch of batches": (lambda model: Learner((GOOD, None), model).predict(X[None]), ValueError,
                                    ("3 dimensions", r"\(1, 8, 3\)", "expected 2 for a batch or 1 for one sample")),
 }
@@ -302,15 +338,17 @@ def test_bad_input_is_refused_before_any_weight_changes_and_the_message_helps(ac
     with pytest.raises(kind, match=patterns[0]) as caught: act(model)
     for pattern in patterns: assert caught.match(pattern), told(caught.value)
     assert all(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
-    assert model.training
+    assert model.training and (all(p.requires_grad for p in model.parameters()) or "frozen" in patterns)
 
 
 # What can be seen only when the first epoch is over.
 AFTER_TRAINING: Cases = {
     "empty valid_dl without a length": (fit((GOOD, Empty())), ValueError, ("Empty", "gave no batch", "epoch 0")),
-    "validation targets of another dtype": (fit((GOOD, [(X, Y.float())]), loss_func=F.cross_entropy), TypeError, (r"target\.long\(\)", "validation batch 0")),
+    "validation targets of another dtype": (fit((GOOD, [(X, Y.float())]), loss_func=F.cross_entropy),
+                                            TypeError, (r"target\.long\(\)", "validation batch 0")),
     "a class too many in validation": (fit((GOOD, [(X, Y + 5)])), ValueError, ("classes 0 to 1", "validation batch 0")),
-    "a metric that raises": (fit((GOOD, GOOD), metrics=broken), LookupError, ("no such class", "metric broken", "epoch 0, validation batch 0")),
+    "a metric that raises": (fit((GOOD, GOOD), metrics=broken),
+                             LookupError, ("no such class", "metric broken", "epoch 0, validation batch 0")),
 }
 
 
@@ -318,12 +356,6 @@ AFTER_TRAINING: Cases = {
 def test_bad_validation_input_names_its_epoch_and_batch(act: Act, kind: Any, patterns: tuple[str, ...]):
     with pytest.raises(kind, match=patterns[0]) as caught: act(nn.Linear(3, 2))
     for pattern in patterns: assert caught.match(pattern), told(caught.value)
-
-
-def test_a_first_batch_that_is_good_does_not_hide_a_later_one_of_other_shapes():
-    """The silent broadcast of (N, 1) against (N,), in the second batch alone."""
-    learn = Learner(([(X, R[:, :1]), (X, R[:, 0])], None), OneOutput(3, 2))
-    with pytest.raises(ValueError, match=r"\(8, 1\).*\(8,\).*broadcast"): learn.fit(1)
 
 
 def test_an_error_says_which_batch_was_bad():

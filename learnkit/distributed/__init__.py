@@ -8,8 +8,13 @@
 """
 import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
 
+from learnkit.distributed.compare import check_same as check_same
 from learnkit.distributed.launch import RankFailed as RankFailed
 from learnkit.distributed.launch import launch as launch
+from learnkit.distributed.prepare import GlobalBatchNorm as GlobalBatchNorm
+from learnkit.distributed.prepare import prepare_model as prepare_model
+from learnkit.distributed.prepare import sync_batchnorm as sync_batchnorm
+from learnkit.distributed.prepare import unsync_batchnorm as unsync_batchnorm
 from learnkit.distributed.reduce import agree as agree
 from learnkit.distributed.reduce import all_sum as all_sum
 from learnkit.distributed.reduce import barrier as barrier

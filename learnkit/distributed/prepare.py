@@ -66,11 +66,14 @@ class GlobalBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         from_batch = self.training or self.running_mean is None
         if not from_batch or not needs_group(): return super().forward(input)
-        n, mean, var = global_moments(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        n, mean, var = global_moments(x)
         if self.training and self.track_running_stats: self.update(n, mean, var)
-        shape = (1, -1) + (1,) * (input.dim() - 2)
-        output = (input - mean.to(input.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(input.dtype).view(shape)
-        return output if self.weight is None else output * self.weight.view(shape) + self.bias.view(shape)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        output = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(x.dtype).view(shape)
+        if self.weight is not None: output = output * self.weight.view(shape)
+        if self.bias is not None: output = output + self.bias.view(shape)
+        return output.to(input.dtype)
 
     @torch.no_grad()
     def update(self, n: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -83,19 +86,18 @@ class GlobalBatchNorm(_BatchNorm):
             running.mul_(1 - momentum).add_(now.to(running.dtype) * momentum)
 
 
-def global_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, mean, variance) per channel over all ranks, float64.
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, mean, variance) per channel over all ranks, float64, in one collective.
 
-    In one collective: sums about each rank's own mean, moved to zero in float64, do not cancel as sums of squares would.
+    Each rank sums about its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
     """
-    dims = [d for d in range(input.dim()) if d != 1]
-    n_own = input.numel() // input.shape[1]
-    own_mean = input.sum(dims).double() / max(n_own, 1)
-    centred = input - own_mean.to(input.dtype).view(1, -1, *(1,) * (input.dim() - 2))
-    off = centred.sum(dims).double()  # what rounding the mean left
-    squares = centred.square().sum(dims).double() + 2 * own_mean * off + n_own * own_mean.square()
-    sums = SumOverRanks.apply(torch.cat([own_mean * n_own, squares, input.new_tensor([n_own], dtype=torch.float64)]))
-    total, squares, n = sums.split([input.shape[1], input.shape[1], 1])
+    dims, n_channels, n_own = [d for d in range(x.dim()) if d != 1], x.shape[1], x.numel() // x.shape[1]
+    own_mean = x.detach().sum(dims) / max(n_own, 1)  # any constant would do
+    centred, shift = x - own_mean.view(1, -1, *(1,) * (x.dim() - 2)), own_mean.double()
+    rest = centred.sum(dims).double()
+    squares = centred.square().sum(dims).double() + 2 * shift * rest + n_own * shift.square()
+    own = torch.cat([rest + n_own * shift, squares, shift.new_tensor([n_own])])
+    total, squares, n = SumOverRanks.apply(own).split([n_channels, n_channels, 1])
     mean = total / n
     return n, mean, (squares / n - mean.square()).clamp(min=0)
 
@@ -117,12 +119,15 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def replaced(module: Any, replace: Any) -> Any:
-    for name, child in module.named_children(): setattr(module, name, replaced(child, replace))
+    for name, child in module.named_children():
+        twin = replaced(child, replace)
+        if twin is not child: setattr(module, name, twin)
     return replace(module)
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    if not isinstance(module, _BatchNorm) or isinstance(module, (GlobalBatchNorm, nn.SyncBatchNorm)): return module
+    done = (GlobalBatchNorm, nn.SyncBatchNorm)
+    if not isinstance(module, _BatchNorm) or isinstance(module, done): return module
     on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
     return with_state_of(module, GlobalBatchNorm if on_cpu else nn.SyncBatchNorm, original=type(module))
 
@@ -136,7 +141,7 @@ def with_state_of(module: Any, kind: type[nn.Module], original: type | None = No
     """A `kind` that shares all that `module` has: parameters, buffers, hooks and settings are the same objects."""
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)
-    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None
+    for name in ("replaces", "process_group"): twin.__dict__.pop(name, None)
     if original is not None: twin.__dict__["replaces"] = original
-    else: twin.__dict__.pop("replaces", None)
+    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
     return twin

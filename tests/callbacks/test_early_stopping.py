@@ -38,7 +38,8 @@ def n_epochs(values: list[float], name: str = "score", **options: Any) -> int:
 @pytest.mark.parametrize("values, options, expected", [
     ([1, 2, 3, 3, 3, 3], dict(patience=2), 5), ([1, 2, 3, 3, 3, 3], dict(patience=1), 4), ([5, 4, 3, 2, 1], dict(patience=3), 4),
     ([1, 0, 2, 1, 3, 2, 4, 3, 5, 4], dict(patience=2), 10), ([1, 1.05, 1.1, 1.15], dict(patience=2, min_delta=.2), 3),
-    ([1, 1.15, 1.3, 1.5, 1.5, 1.5], dict(patience=2, min_delta=.2), 5), ([3, 2, 1, 1, 1], dict(patience=2, mode="min"), 5),
+    ([1, 1.15, 1.3, 1.5, 1.5, 1.5], dict(patience=2, min_delta=.2), 5),
+    ([3, 2, 1, 1, 1], dict(patience=2, mode="min"), 5),
     ([1, NAN, NAN, 5], dict(patience=2), 3), ([NAN, NAN, 1, 1], dict(patience=3), 6), ([math.inf, 1, 1], dict(patience=1, mode="min"), 3)],
     ids=["patience 2", "patience 1", "worse from the start", "recovers", "min_delta", "slowly past min_delta", "min", "nan is no improvement",
          "nan first", "inf is beaten"])
@@ -47,7 +48,8 @@ def test_the_fit_ends_after_patience_epochs_without_improvement(values: list[flo
 
 
 @pytest.mark.parametrize("name, falling_is_better", [
-    ("my_loss", True), ("error_rate", True), ("mean_squared_error", True), ("perplexity", True), ("accuracy", False), ("f1", False), ("dice", False)])
+    ("my_loss", True), ("error_rate", True), ("mean_squared_error", True), ("perplexity", True),
+    ("accuracy", False), ("f1", False), ("dice", False)])
 def test_without_a_mode_losses_and_errors_are_to_fall_and_the_rest_to_rise(name: str, falling_is_better: bool):
     falling, rising = [float(v) for v in range(10, 0, -1)], [float(v) for v in range(10)]
     assert n_epochs(falling, name, patience=2) == (10 if falling_is_better else 3)
@@ -85,7 +87,8 @@ def test_the_state_goes_round_and_continues():
 
 @pytest.mark.parametrize("name, message", [
     ("acuracy", r"'acuracy' to monitor: did you mean accuracy\?.*train_loss, valid_loss, accuracy"),
-    ("val_loss", r"'val_loss' to monitor: did you mean valid_loss\?"), ("bleu", r"'bleu' to monitor.*This fit measures train_loss, valid_loss, accuracy")])
+    ("val_loss", r"'val_loss' to monitor: did you mean valid_loss\?"),
+    ("bleu", r"'bleu' to monitor.*This fit measures train_loss, valid_loss, accuracy")])
 def test_an_unknown_name_is_refused_before_the_first_step_with_the_near_one(name: str, message: str):
     batches = [(torch.randn(4, 3), torch.randint(2, (4,)))]
     model = nn.Linear(3, 2)
@@ -96,13 +99,14 @@ def test_an_unknown_name_is_refused_before_the_first_step_with_the_near_one(name
 
 
 def test_a_validation_value_without_validation_data_is_refused_and_says_why():
-    with pytest.raises(ValueError, match="'valid_loss' to monitor.*there is no validation data"):
+    with pytest.raises(ValueError, match=r"'valid_loss' to monitor.*there is no validation data"):
         make_learner(EarlyStopping(), values=[1.], valid=False).fit(1)
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(patience=0), "patience=0: expected 1 or more"), (dict(patience=-2), "patience=-2: expected 1 or more"),
-    (dict(mode="best"), "mode='best': expected 'min', 'max' or None"), (dict(min_delta=-.1), r"min_delta=-0\.1: expected a finite number, 0 or more"),
+    (dict(mode="best"), "mode='best': expected 'min', 'max' or None"),
+    (dict(min_delta=-.1), r"min_delta=-0\.1: expected a finite number, 0 or more"),
     (dict(min_delta=NAN), "min_delta=nan: expected a finite number")])
 def test_options_that_make_no_sense_are_refused_at_construction(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message): EarlyStopping(**options)

@@ -32,7 +32,8 @@ def fit(schedules: Any, name: str, epochs: int = 2, **options: Any) -> list[list
 
 
 @pytest.mark.parametrize("schedule, closed_form", [
-    (constant(.3), lambda t: .3), (linear(.1, .7), lambda t: .1 + .6 * t), (cosine(.1, .7), lambda t: .7 - .3 * (1 + math.cos(math.pi * t))),
+    (constant(.3), lambda t: .3), (linear(.1, .7), lambda t: .1 + .6 * t),
+    (cosine(.1, .7), lambda t: .7 - .3 * (1 + math.cos(math.pi * t))),
     (polynomial(.1, .7, 2), lambda t: .7 - .6 * (1 - t) ** 2), (exponential(.1, .8), lambda t: .1 * 8 ** t)],
     ids=["constant", "linear", "cosine", "polynomial", "exponential"])
 def test_the_rate_follows_the_closed_form_from_the_first_step_to_the_last_of_all_epochs(schedule: Any, closed_form: Any):
@@ -45,8 +46,8 @@ def test_composed_schedules_follow_each_other():
 
 
 @pytest.mark.parametrize("opt_func, key, name", [
-    (AdamW, "eps", "eps"), (AdamW, "weight_decay", "weight_decay"), (SGD, "momentum", "momentum"), (SGD, "mom", "momentum"), (SGD, "wd", "wd"),
-    (RMSprop, "alpha", "alpha"), (SGD, "dampening", "dampening")])
+    (AdamW, "eps", "eps"), (AdamW, "weight_decay", "weight_decay"), (SGD, "momentum", "momentum"), (SGD, "mom", "momentum"),
+    (SGD, "wd", "wd"), (RMSprop, "alpha", "alpha"), (SGD, "dampening", "dampening")])
 def test_any_hyper_parameter_can_be_scheduled_under_its_own_name(opt_func: Any, key: str, name: str):
     assert fit({key: linear(.1, .9)}, name, opt_func=opt_func) == [[v] for v in linear(.1, .9).values(10)]
 
