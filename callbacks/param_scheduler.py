@@ -37,6 +37,12 @@ class ParamScheduler(Callback):
         self.n_steps, self.tables = learn.n_steps, []
         for name, schedule in self.schedules.items():
             optim.check_hyper(learn.opt, name)
+            if not all(isinstance(part, Schedule) for part in (schedule if isinstance(schedule, Sequence) else [schedule])):
+                raise TypeError(f"{name}: {schedule!r} is no Schedule, nor a list of one for each layer group: take one of "
+                                "learnkit.schedule, such as constant(0.1).")
+            n_groups = 1 + max(group.get("layer_group", i) for i, group in enumerate(learn.opt.param_groups))
+            if not isinstance(schedule, Schedule) and len(schedule) != n_groups:
+                raise ValueError(f"{name}: got {len(schedule)} schedules, expected one for each of the {n_groups} layer groups.")
             for i, group in enumerate(learn.opt.param_groups):
                 if name in ("wd", "weight_decay") and not group.get("decays", True): continue
                 own = schedule if isinstance(schedule, Schedule) else schedule[group.get("layer_group", i)]

@@ -78,7 +78,7 @@ class Recorder(Callback):
         self.metric_names, self.momentum = learn.value_names, momentum_name(learn.opt)
 
     def after_step(self, learn: Learner) -> None:
-        self.trace.append(learn.loss.detach())
+        self.trace.append(learn.loss.detach().clone())     # a copy: the user may change the loss in place later
         self.counts.append(count_samples(learn.inputs, learn.target))
         group = learn.opt.param_groups[-1]
         self.lrs.append(group["lr"])

@@ -12,6 +12,8 @@ class StopAfter(Callback):
     """
 
     def __init__(self, *, steps: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: expected a whole number of optimizer steps, 1 or more.")
         self.steps = steps
 
     def after_batch(self, learn: Learner) -> None:

@@ -3,27 +3,32 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-WRAPPERS = ("module.", "_orig_mod.")     # what DDP and torch.compile put before the names of a model's parameters
+COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
 
-def plain_key(key: str) -> str:
-    """A state's key as the bare model has it."""
-    for wrapper in WRAPPERS:
-        while key.startswith(wrapper) or (f".{wrapper}" in key and wrapper == "_orig_mod."):
-            key = key.replace(wrapper, "", 1)
-    return key
+def plain_keys(keys: Iterable[str], *, wrapped: bool) -> dict[str, str]:
+    """{plain name: key}; `wrapped`: the keys are of a DDP module. A layer that is itself called `module` keeps its name."""
+    return {key.replace(COMPILED, "").removeprefix(WRAPPED if wrapped else ""): key for key in keys}
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Whether a module only holds another one as `module`, as DDP does."""
+    return [name for name, _ in model.named_children()] == ["module"] and not any(True for _ in model.parameters(recurse=False))
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:
     """The model's state under the names that the bare model has."""
-    return {plain_key(key): value for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    wrapped = is_wrapper(model)
+    return {name: state[key] for name, key in plain_keys(state, wrapped=wrapped).items()}
 
 
 def write(path: Path, state: dict[str, Any]) -> Path:
@@ -66,8 +71,10 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
-    names = {plain_key(key): key for key in model.state_dict()}
-    own, given = plain_state(model), {plain_key(key): value for key, value in state.items()}
+    wrapped = is_wrapper(model)
+    names, own = plain_keys(model.state_dict(), wrapped=wrapped), plain_state(model)
+    of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
+    given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
     differing = {key: f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
                  for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key])}
     if strict:
@@ -79,6 +86,17 @@ def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> N
     fitting = {names[key]: value for key, value in given.items() if key in own and key not in differing}
     if not fitting: raise ValueError("nothing in the file fits the model: no name and shape agree.")
     model.load_state_dict(fitting, strict=False)
+
+
+def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
+    """Whether a state is of the same algorithm and of parameters of the same shapes."""
+    groups = state.get("param_groups", [])
+    own = [p for group in opt.param_groups for p in group["params"]]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]: return False
+    if any(set(a) != set(b) for a, b in zip(groups, opt.param_groups, strict=True)): return False
+    shapes = {number: p.shape for number, p in zip((n for g in groups for n in g["params"]), own, strict=True)}
+    return all(value.ndim == 0 or value.shape == shapes[number] for number, values in state.get("state", {}).items()
+               for value in values.values() if isinstance(value, Tensor))
 
 
 def shape_of(value: Any) -> Any:

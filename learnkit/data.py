@@ -166,7 +166,8 @@ class DataBunch:
         training batch that is smaller than `bs`.
         """
         check_batch_size("bs", bs)
-        check_batch_size("val_bs", val_bs or bs)
+        val_bs = bs if val_bs is None else val_bs
+        check_batch_size("val_bs", val_bs)
 
         def loader(dataset: Any, size: int, *, train: bool) -> DataLoader[Any] | None:
             if dataset is None: return None
@@ -177,7 +178,7 @@ class DataBunch:
                               pin_memory=torch.accelerator.is_available(), generator=PrivateGenerator())
 
         return cls(loader(train_ds, bs, train=True),  # type: ignore[arg-type]
-                   loader(valid_ds, val_bs or bs, train=False), loader(test_ds, val_bs or bs, train=False),
+                   loader(valid_ds, val_bs, train=False), loader(test_ds, val_bs, train=False),
                    classes=getattr(train_ds, "classes", None))
 
     @classmethod
@@ -192,6 +193,8 @@ class DataBunch:
         """
         place = default_device() if device is None else torch.device(device)
         train_tfms, other_tfms = split_transforms(batch_tfms)
+        val_bs = bs if val_bs is None else val_bs
+        check_batch_size("val_bs", val_bs)
 
         def loader(tensors: Sequence[Tensor] | None, size: int, *, training: bool) -> TensorLoader | None:
             if tensors is None: return None
@@ -200,7 +203,7 @@ class DataBunch:
 
         train_dl = loader(train, bs, training=True)
         assert train_dl is not None
-        return cls(train_dl, loader(valid, val_bs or bs, training=False), loader(test, val_bs or bs, training=False),
+        return cls(train_dl, loader(valid, val_bs, training=False), loader(test, val_bs, training=False),
                    classes=classes)
 
     def one_batch(self) -> Any:

@@ -46,6 +46,7 @@ STAGES = ("fit", "epoch", "train", "validate", "batch", "forward", "backward", "
 WORDS = ("before", "around", "after")
 HOOKS = tuple(f"{word}_{stage}" for stage in STAGES for word in WORDS)
 Run = Callable[[], None]
+RunStage = Callable[[], object]     # a whole stage: returns False if it was skipped
 Tell = Callable[["Learner"], None]
 
 
@@ -103,7 +104,7 @@ class Callback:
         super().__init_subclass__(**kwargs)
         for owner in cls.__mro__[:cls.__mro__.index(Callback)]:
             for name, value in vars(owner).items():
-                if callable(value) or isinstance(value, (staticmethod, classmethod, property)):
+                if name in HOOKS or callable(value) or isinstance(value, (staticmethod, classmethod, property)):
                     check_hook(owner, name, value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def check_hook(owner: type, name: str, value: Any) -> None:
                             "A method of your own needs a name unlike these, or a leading underscore.")
         return
     wanted = "(self, learn, run)" if name.startswith("around_") else "(self, learn)"
-    if isinstance(value, (staticmethod, classmethod, property)):
+    if not callable(value) or isinstance(value, (staticmethod, classmethod)):
         raise TypeError(f"{where} is a {type(value).__name__}; a hook is a plain method {name}{wanted}.")
     if inspect.isgeneratorfunction(value) or inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value):
         raise TypeError(f"{where} is a generator or coroutine, so calling it would do nothing. Write a plain method "
@@ -171,21 +172,21 @@ def is_reserved(name: str) -> bool:
 class Stages:
     """The eight stages of one fit, each a function of no arguments with its hooks already resolved."""
     __slots__ = STAGES
-    fit: Run
-    epoch: Run
-    train: Run
-    validate: Run
-    batch: Run
-    forward: Run
-    backward: Run
-    step: Run
+    fit: RunStage
+    epoch: RunStage
+    train: RunStage
+    validate: RunStage
+    batch: RunStage
+    forward: RunStage
+    backward: RunStage
+    step: RunStage
 
     def __init__(self, learn: Learner, callbacks: Sequence[Callback], bodies: dict[str, Run]) -> None:
         for stage in STAGES:
             setattr(self, stage, resolve(stage, bodies[stage], callbacks, learn))
 
 
-def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner) -> Run:
+def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner) -> RunStage:
     """One stage as a function: an onion of the overridden hooks around `body`, one frame for all layers without around_."""
     layers = Layers(stage, learn)
     run, befores, afters = body, [], []
@@ -205,16 +206,17 @@ class Layers:
         self.stage, self.learn = stage, learn
         self.inner_afters: list[Tell] = []          # of all layers so far, in the order in which they are told
         self.inner_entries: list[int] | None = None     # [how often the last layer was entered]
+        self.waiting: list[ControlFlow] = []            # signals of after_ hooks, for when all were told
 
-    def wrap(self, run: Run, befores: list[Tell], afters: list[Tell], *, outermost: bool = False) -> Run:
+    def wrap(self, run: RunStage, befores: list[Tell], afters: list[Tell], *, outermost: bool = False) -> RunStage:
         """`run` as the next layer. Stop* tells the after_ hooks from where it is to the outermost layer, which ends it; those
         further in that were never reached are told too."""
         stage, learn, stop, skip = self.stage, self.learn, STOPS[self.stage], SKIPS[self.stage]
-        inner_afters, inner_entries = self.inner_afters, self.inner_entries or [0]
+        inner_afters, inner_entries, waiting = self.inner_afters, self.inner_entries or [0], self.waiting
         entries = [0]
         ends_here = (stop, skip) if outermost else ()
 
-        def run_layer() -> None:
+        def run_layer() -> bool:
             hook, n_inner = None, inner_entries[0]
             entries[0] += 1
             try:
@@ -223,23 +225,29 @@ class Layers:
                     hook = None
                     run()
                 except stop:
-                    if inner_entries[0] == n_inner: tell(inner_afters, learn, stop, skip)
-                    tell(afters, learn, stop, skip)
+                    if inner_entries[0] == n_inner: tell(inner_afters, learn, stop, skip, waiting)
+                    tell(afters, learn, stop, skip, waiting)
                     raise
-                if afters: tell(afters, learn, stop, skip)
-            except ends_here: pass
+                if afters: tell(afters, learn, stop, skip, waiting)
+            except ends_here as signal: return isinstance(signal, stop)
             except ControlFlow: raise
             except BaseException as error:
                 blame(error, hook, f"before_{stage}", learn)
+                waiting.clear()
                 raise
+            if outermost and waiting:
+                signal = waiting[0]
+                waiting.clear()
+                raise signal
+            return True
         self.inner_afters, self.inner_entries = [*inner_afters, *afters], entries
         return run_layer
 
 
-def owned(stage: str, around: Callable[[Learner, Run], None], run: Run, learn: Learner) -> Run:
+def owned(stage: str, around: Callable[[Learner, Run], None], run: RunStage, learn: Learner) -> Run:
     """`run` in the hands of an around_ hook, whose own errors are blamed on it."""
     def run_owned() -> None:
-        try: around(learn, run)
+        try: around(learn, run)  # type: ignore[arg-type]
         except ControlFlow: raise
         except BaseException as error:
             blame(error, around, f"around_{stage}", learn)
@@ -247,17 +255,15 @@ def owned(stage: str, around: Callable[[Learner, Run], None], run: Run, learn: L
     return run_owned
 
 
-def tell(afters: Iterable[Tell], learn: Learner, stop: type[Stop], skip: type[Skip]) -> None:
-    """Call every after_ hook; a Stop* or Skip* of an outer stage goes on only when all were told."""
-    pending: ControlFlow | None = None
+def tell(afters: Iterable[Tell], learn: Learner, stop: type[Stop], skip: type[Skip], waiting: list[ControlFlow]) -> None:
+    """Call every after_ hook; a Stop* or Skip* of an outer stage has to wait until all layers were told."""
     for hook in afters:
         try: hook(learn)
         except (stop, skip): pass     # the stage is over already
-        except ControlFlow as signal: pending = pending or signal
+        except ControlFlow as signal: waiting.append(signal)
         except BaseException as error:
             blame(error, hook, f"after_{stop.stage}", learn)
             raise
-    if pending is not None: raise pending
 
 
 def blame(error: BaseException, hook: Any, name: str, learn: Learner) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, split_batch, target_key, tensors_in, to_device
+from learnkit.batch import Inputs, describe, split_batch, target_key, tensors_in, to_device
 from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, mix, n_batches, private_order, set_epoch
 from learnkit.evaluate import Collect, Measure
 from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
@@ -59,6 +59,12 @@ class Learner:
         from learnkit.callbacks.progress import Progress
         from learnkit.callbacks.recorder import Recorder
         if not isinstance(model, nn.Module): raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module.")
+        if loss_func is not None and (isinstance(loss_func, type) or not callable(loss_func)):
+            raise TypeError(f"loss_func={loss_func!r}, expected a function (prediction, target) -> 0-d tensor, or an object such as "
+                            "torch.nn.CrossEntropyLoss(), with parentheses.")
+        if not isinstance(opt_func, Optimizer) and not callable(opt_func):
+            raise TypeError(f"opt_func={opt_func!r}, expected a class such as torch.optim.SGD, a functools.partial of one, or a built "
+                            "torch.optim.Optimizer.")
         self.device = default_device() if device is None else torch.zeros(0, device=device).device   # "cuda" -> "cuda:0"
         self.data = as_data(data)
         self.model = model.to(self.device)
@@ -119,9 +125,9 @@ class Learner:
 
     def _train(self) -> None:
         set_epoch(self.dl, self.order_seed, self.epochs_trained)
+        self.epochs_trained += 1                # also if a hook stops it early: the next epoch has the next order
         with closing(self._feed(self.dl)) as batches:
             for _ in batches: self._run.batch()
-        self.epochs_trained += 1
 
     def _validate(self) -> None:
         set_epoch(self.dl, self.order_seed, 0)
@@ -131,8 +137,8 @@ class Learner:
 
     def _batch(self) -> None:
         self.pred = self.loss = None            # the last graph is free before the next one is built
-        self._run.forward()
-        if self.pred is None: return            # SkipForward: nothing to measure, nothing to learn from
+        happened = self._run.forward()
+        if not happened or self.pred is None: return    # nothing to measure, nothing to learn from
         if self.training:
             self._run.backward()
             self._run.step()
@@ -165,6 +171,9 @@ class Learner:
 
     def _see_first(self, batch: Any) -> bool:
         """Remember what a pass's batches look like; return whether they have to be moved to the device."""
+        if not tensors_in(batch):
+            raise TypeError(f"a batch is {describe(batch)}, expected (x, y), (x1, x2, …, y) or a mapping, of tensors: convert what the "
+                            "loader gives with torch.as_tensor, in its dataset or collate_fn.")
         key = target_key(batch)
         self._passes_target = key if key is not None and accepts(self.model.forward, key) else ""
         tensors = tensors_in(split_batch(batch)[0])
@@ -175,7 +184,7 @@ class Learner:
         """A pass's first loss: chosen, checked, and then computed by the loss function alone."""
         loss_of = choose_loss(self.loss_func, pred, target, training=self.training)
         loss = loss_of(pred, target)
-        if loss is not None: check_loss(loss, training=self.training)
+        if loss is not None or self.training: check_loss(loss, training=self.training)
         self._loss_of = getattr(loss_of, "plain", loss_of)
         return loss
 
@@ -215,7 +224,10 @@ class Learner:
                   pct_start: float = .3, div_factor: float = 5., **options: Any) -> Learner:
         """Train the last layer group for `freeze_epochs`, then everything for `epochs` at half the rate, spread over the
         layer groups from base_lr / lr_mult to base_lr; both as one cycle. `options` are those of fit_one_cycle."""
+        check_count("epochs", epochs)
+        if freeze_epochs < 0: raise ValueError(f"freeze_epochs={freeze_epochs}: expected 0 or more.")
         rate = optim.spread(self.lr if base_lr is None else base_lr, 2)[-1]
+        one_cycle(rate, div_factor, pct_start=pct_start)        # its errors before anything is frozen
         if freeze_epochs:
             self.freeze()
             self.fit_one_cycle(freeze_epochs, slice(rate), pct_start=.99, **options)
@@ -274,6 +286,10 @@ class Learner:
         if not any(id(p) in held for p in self.model.parameters()):
             raise ValueError("the optimizer holds none of the model's parameters: it was built for another model, or before the "
                              "model was replaced. Build it from learn.model.parameters(), or set learn.opt = None.")
+        lost = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if lost and not isinstance(self.opt_func, Optimizer):
+            raise ValueError(f"the optimizer does not hold {', '.join(lost[:5])}: the model was changed after the first fit. Set "
+                             "learn.opt = None, and the next fit builds a new one.")
         return self.opt
 
     def _rates(self, lr: Rate | None) -> list[float]:
@@ -477,8 +493,12 @@ class Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
         `strict=False` takes what fits. Nothing in the file is executed."""
         state = checkpoint.read(self.path / self.model_dir / f"{name}.pt", self.device)
+        fits = "opt" in state and checkpoint.optimizer_fits(self._optimizer(), state["opt"])
+        if strict and "opt" in state and not fits:
+            raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
+                             "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
         checkpoint.load_model(self.model, state.get("model", state), strict=strict)
-        if "opt" in state: self._optimizer().load_state_dict(state["opt"])
+        if fits: self.opt.load_state_dict(state["opt"])
         return self
 
     def summary(self) -> str:

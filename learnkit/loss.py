@@ -70,6 +70,8 @@ def check_classes(loss_func: LossFunc, output: Tensor, target: Tensor, got: str)
         if target.shape == output.shape: return        # class probabilities
         raise TypeError(f"{name} needs class numbers as integers (int64), got {got}. Convert the target with target.long(), or "
                         "use loss_func=torch.nn.functional.mse_loss for a regression.")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"{name} needs class numbers as int64, got {got}. Convert the target with target.long().")
     wanted = (output.shape[0], *output.shape[2:]) if output.ndim > 1 else ()
     if target.shape != wanted:
         raise ValueError(f"{name} expects a target of shape {tuple(wanted)} for such a prediction, got {got}. "

@@ -40,6 +40,8 @@ def layer_groups(model: nn.Module, splitter: Splitter | None = None) -> list[lis
 def parameters_of(part: Any) -> list[Parameter]:
     if isinstance(part, Parameter): return [part]
     if isinstance(part, nn.Module): return list(part.parameters())
+    if isinstance(part, str) or not isinstance(part, Iterable):
+        raise TypeError(f"splitter gave {part!r}, expected modules, parameters, or lists of them.")
     return [p for item in part for p in parameters_of(item)]
 
 

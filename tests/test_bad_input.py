@@ -178,7 +178,8 @@ NUMBERS: Cases = {
        for value in (0, -5, 2.5, True)},
     **{f"lr={value!r}": (fit_with(1, value), (TypeError, ValueError), (f"lr={value!r}", "expected a (finite )?number"))
        for value in (math.nan, math.inf, -math.inf, -.1, "1e-3", True)},
-    **{f"max_lr={value!r}": (fit_with(1, value, method="fit_one_cycle"), (TypeError, ValueError), (f"{value!r}", "expected a (finite )?number"))
+    **{f"max_lr={value!r}": (fit_with(1, value, method="fit_one_cycle"), (TypeError, ValueError),
+                             (f"{value!r}", "expected a (finite )?number"))
        for value in (math.nan, -1., "fast")},
     "lr is a list": (fit_with(1, [1e-3, 1e-2]), TypeError, (r"lr=\[0\.001, 0\.01\]", "list", "expected a number")),
     "lr of the Learner is nan": (fit_learner(lr=math.nan), ValueError, ("lr=nan", "finite")),
@@ -218,7 +219,7 @@ CALLBACKS: Cases = {
     "a class alone": (learner(callbacks=EarlyStopping), TypeError, ("EarlyStopping is a class", r"write EarlyStopping\(\)")),
     "a function": (learner(callbacks=[print]), TypeError, ("builtin_function", "expected a Callback", "derive its class")),
     "a function in fit": (fit_with(1, callbacks=[lambda learn: None]), TypeError, ("function", "expected a Callback")),
-    "None": (lambda model: Learner((GOOD, None), model).add_callback(None),
+    "None": (lambda model: Learner((GOOD, None), model).add_callback(None),  # type: ignore
              TypeError, ("NoneType", "expected a Callback")),  # type: ignore[arg-type]
     "removing what is not there": (lambda model: Learner((GOOD, None), model).remove_callback(EarlyStopping), ValueError,
                                    ("no EarlyStopping to remove", "Recorder, Progress")),
@@ -226,8 +227,8 @@ CALLBACKS: Cases = {
                         ValueError, ("'acuracy'", "did you mean accuracy", "valid_loss")),
     "schedule of an unknown name": (fit_learner(callbacks=ParamScheduler({"momenta": constant(.9)})),
                                     ValueError, ("AdamW", "'momenta'", "betas")),
-    "schedule that is a number": (fit_learner(callbacks=ParamScheduler({"lr": .1})),
-                                  TypeError, ("lr", r"0\.1|float", "Schedule|schedule")),  # type: ignore
+    "schedule that is a number": (lambda model: fit_learner(callbacks=ParamScheduler({"lr": .1}))(model),   # type: ignore
+                                  TypeError, ("lr", r"0\.1|float", "Schedule|schedule")),
     "fewer schedules than layer groups": (lambda model: Learner((GOOD, None), model, splitter=lambda m: [m.weight, m.bias]).fit(
         1, callbacks=[ParamScheduler({"lr": [constant(.1)]})]), ValueError, ("lr", "1", "2")),
 }
@@ -263,9 +264,9 @@ METRICS: Cases = {
 }
 
 CONSTRUCTION: Cases = {
-    "a model that is a class": (lambda _: Learner((GOOD, None), nn.Linear),
+    "a model that is a class": (lambda _: Learner((GOOD, None), nn.Linear),  # type: ignore
                                 TypeError, ("model is type", r"expected a torch\.nn\.Module")),    # type: ignore
-    "a function as model": (lambda _: Learner((GOOD, None), F.relu),
+    "a function as model": (lambda _: Learner((GOOD, None), F.relu),  # type: ignore
                             TypeError, ("model is", r"expected a torch\.nn\.Module")),     # type: ignore
     "a model without parameters": (lambda _: Learner((GOOD, None), nn.Flatten()).fit(1),
                                    ValueError, ("Flatten", "no parameters", "nothing to train")),
@@ -293,10 +294,10 @@ CONSTRUCTION: Cases = {
     "val_bs=0": (lambda _: DataBunch.create(dataset(8), dataset(8), bs=2, val_bs=0), ValueError, ("val_bs=0", "at least one sample")),
     "val_bs=0 of tensors": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs=0),
                             ValueError, ("val_bs=0", "at least one sample")),
-    "val_bs='4'": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs="4"),
+    "val_bs='4'": (lambda _: DataBunch.from_tensors((X, Y), (X, Y), bs=2, val_bs="4"),  # type: ignore
                    TypeError, ("val_bs='4'", "whole number")),  # type: ignore
-    "one tensor": (lambda _: DataBunch.from_tensors(X), TypeError, (r"float32 \(8, 3\)", "tuple of tensors", r"\(x, y\)")),
-    "arrays for tensors": (lambda _: DataBunch.from_tensors((X.numpy(), Y.numpy())),
+    "one tensor": (lambda _: DataBunch.from_tensors(X), TypeError, (r"float32 \(8, 3\)", "tuple of tensors", r"\(x, y\)")),  # type: ignore
+    "arrays for tensors": (lambda _: DataBunch.from_tensors((X.numpy(), Y.numpy())),  # type: ignore
                            TypeError, ("ndarray", "tuple of tensors")),   # type: ignore
     "tensors of unequal lengths": (lambda _: DataBunch.from_tensors((X, Y[:5])),
                                    ValueError, (r"\(8, 3\)", r"\(5,\)", "same first dimension")),
@@ -366,7 +367,8 @@ def test_an_error_says_which_batch_was_bad():
 def test_a_learner_that_refused_something_still_works():
     learn = Learner((GOOD, GOOD), nn.Linear(3, 2))
     for call in (lambda: learn.fit(0), lambda: learn.fit(1, math.nan), lambda: learn.fit(1, wd=-1.), lambda: learn.validate([]),
-                 lambda: learn.fit(1, callbacks=[Progress()]), lambda: learn.predict(X[None]), lambda: learn.fit_one_cycle(1, pct_start=2.)):
+                 lambda: learn.fit(1, callbacks=[Progress()]), lambda: learn.predict(X[None]),
+                 lambda: learn.fit_one_cycle(1, pct_start=2.)):
         with pytest.raises(ValueError, match=r"\w"): call()
     assert learn.fit(1).recorder.lrs == [3e-3]
 

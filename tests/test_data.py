@@ -39,7 +39,7 @@ class Order(Callback):
     def before_train(self, learn: Learner) -> None: self.epochs.append([])
 
     def before_batch(self, learn: Learner) -> None:
-        if learn.training: self.epochs[-1].append(learn.inputs[0][:, 0].int().tolist())
+        if learn.training: self.epochs[-1].append(learn.inputs[0][:, 0].int().tolist())  # type: ignore
 
 
 def order_of(data: Any, epochs: int = 3, *, seed: int | None = None, callbacks: Iterable[Callback] = ()) -> list[list[list[int]]]:

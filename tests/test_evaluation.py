@@ -159,7 +159,8 @@ def test_get_preds_of_a_loss_without_a_reduction_says_what_is_needed():
     with pytest.raises(TypeError, match=needs): learn.get_preds(with_loss=True)
 
 
-@pytest.mark.parametrize("loss_func", [None, nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy], ids=["default", "module", "function"])
+@pytest.mark.parametrize("loss_func", [None, nn.CrossEntropyLoss(label_smoothing=.1), F.cross_entropy],
+                         ids=["default", "module", "function"])
 def test_the_losses_of_samples_average_to_the_validation_loss(loss_func: Any):
     learn = make_learner(loss_func=loss_func)
     losses = learn.get_preds(with_loss=True)[2]

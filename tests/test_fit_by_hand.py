@@ -317,10 +317,10 @@ def test_freezing_between_fits_keeps_the_optimizers_state():
 def test_fine_tune_trains_the_head_alone_first_and_then_everything():
     x, y = make_tensors()
     model = make_model()
-    start, changed = model[0].weight.clone(), []
+    start, changed = model[0].weight.clone(), []  # type: ignore
 
     class Watch(Callback):
-        def after_epoch(self, learn): changed.append(not torch.equal(model[0].weight, start))
+        def after_epoch(self, learn): changed.append(not torch.equal(model[0].weight, start))  # type: ignore
 
     learn = Learner(([(x, y)] * 3, None), model, splitter=splitter, callbacks=Watch())
     assert learn.fine_tune(2, 1e-2, freeze_epochs=2) is learn

@@ -108,8 +108,8 @@ def test_low_order_is_first_and_outermost_and_after_hooks_run_in_reverse():
     log: list[str] = []
     make_learner(Log(log, "late", 5), Log(log, "early", -5)).fit(1)
     step = [entry for entry in log if entry.endswith(("_step", "step[", "step]"))][:8]
-    assert step == words("early.before_step late.before_step early.step[ late.step[ late.step] early.step] "
-                         "late.after_step early.after_step")
+    assert step == words("early.before_step early.step[ late.before_step late.step[ "
+                         "late.step] late.after_step early.step] early.after_step")
 
 
 def test_equal_orders_keep_the_order_of_insertion_and_those_of_fit_come_last():
@@ -138,13 +138,26 @@ class AroundStep(Callback):
         for _ in range(self.times): run()
 
 
-def test_an_around_hook_that_does_not_call_run_skips_the_stage_and_after_is_still_told():
+@pytest.mark.parametrize("order, told", [(-1_000, 0), (1_000, 2)], ids=["outermost", "innermost"])
+def test_an_around_hook_that_does_not_call_run_leaves_out_the_stage_and_all_further_in(order: int, told: int):
     log: list[str] = []
-    learn = make_learner(AroundStep(0), Log(log))
-    before = learn.model.weight.clone()
+    never = AroundStep(0)
+    never.order = order
+    learn = make_learner(never, Log(log))
+    before = learn.model.get_parameter("weight").clone()
     learn.fit(1)
-    assert torch.equal(learn.model.weight, before) and learn.step == 0
-    assert log.count(".before_step") == log.count(".after_step") == 2 and ".step[" not in log
+    assert torch.equal(learn.model.get_parameter("weight"), before) and learn.step == 0
+    assert [log.count(f".{name}") for name in ("before_step", "step[", "step]", "after_step")] == [told] * 4
+    assert log.count(".after_batch") == 3
+
+
+@pytest.mark.parametrize("order, times", [(-1_000, 4), (1_000, 2)], ids=["outermost", "innermost"])
+def test_an_around_hook_that_calls_run_twice_repeats_the_stage_and_all_further_in(order: int, times: int):
+    log: list[str] = []
+    twice = AroundStep(2)
+    twice.order = order
+    assert make_learner(twice, Log(log)).fit(1).step == 4
+    assert [log.count(f".{name}") for name in ("before_step", "step[", "step]", "after_step")] == [times] * 4
 
 
 def test_an_around_hook_may_repeat_its_stage():
@@ -162,7 +175,7 @@ def test_an_around_hook_may_repeat_its_stage():
     for i in (0, 0, 2, 2):
         nn.functional.mse_loss(hand(x[i:i + 2]), y[i:i + 2]).backward()
         with torch.no_grad():
-            for p in hand.parameters(): p -= .1 * p.grad
+            for p in hand.parameters(): p.sub_(p.grad, alpha=.1)  # type: ignore[arg-type]
         hand.zero_grad()
     assert learn.step == 4
     for p, q in zip(model.parameters(), hand.parameters(), strict=True): torch.testing.assert_close(p, q)
@@ -200,6 +213,10 @@ class Leave(Exception):
     def __init__(self, kind: str, stage: str) -> None: self.kind, self.stage = kind, stage
 
 
+def repeat(run: Callable[[], None]) -> None:
+    for _ in range(2): run()
+
+
 class Table:
     """The table of learnkit.hooks once more, for three callbacks a, r, b of which r raises once."""
 
@@ -214,31 +231,39 @@ class Table:
             raise self.leave
 
     def stage(self, stage: str, body: Callable[[], None]) -> None:
-        try:
-            for label in "arb": self.note(label, "before", stage)
-            self.around("arb", stage, body)
+        waiting: list[Leave] = []
+        try: self.layers("arb", stage, body, waiting)
         except Leave as leave:
             if leave.stage != stage: raise
-            if leave.kind == "Skip": return
-        waiting = None
-        for label in "bra":
-            try: self.note(label, "after", stage)
-            except Leave as leave: waiting = leave
-        if waiting is not None and waiting.stage != stage: raise waiting
+        if waiting: raise waiting[0]
 
-    def around(self, labels: str, stage: str, body: Callable[[], None]) -> None:
+    def layers(self, labels: str, stage: str, body: Callable[[], None], waiting: list[Leave]) -> None:
         if not labels: return body()
-        self.log.append(f"{labels[0]}.{stage}[")
+        label, inner, reached = labels[0], labels[1:], False
         try:
-            self.note(labels[0], "opening", stage)
-            self.around(labels[1:], stage, body)
-            self.note(labels[0], "closing", stage)
-        finally: self.log.append(f"{labels[0]}.{stage}]")
+            self.note(label, "before", stage)
+            self.log.append(f"{label}.{stage}[")
+            try:
+                self.note(label, "opening", stage)
+                reached = True
+                self.layers(inner, stage, body, waiting)
+                self.note(label, "closing", stage)
+            finally: self.log.append(f"{label}.{stage}]")
+        except Leave as leave:
+            if (leave.kind, leave.stage) == ("Stop", stage): self.tell((label + ("" if reached else inner))[::-1], stage, waiting)
+            raise
+        self.tell(label, stage, waiting)
 
-    def fit(self) -> None: self.stage("fit", lambda: [self.stage("epoch", self.epoch) for _ in range(2)] and None)
+    def tell(self, labels: str, stage: str, waiting: list[Leave]) -> None:
+        for label in labels:
+            try: self.note(label, "after", stage)
+            except Leave as leave:
+                if leave.stage != stage: waiting.append(leave)
+
+    def fit(self) -> None: self.stage("fit", lambda: repeat(lambda: self.stage("epoch", self.epoch)))
 
     def epoch(self) -> None:
-        self.stage("train", lambda: [self.stage("batch", lambda: self.batch(True)) for _ in range(2)] and None)
+        self.stage("train", lambda: repeat(lambda: self.stage("batch", lambda: self.batch(True))))
         self.stage("validate", lambda: self.stage("batch", lambda: self.batch(False)))
 
     def batch(self, training: bool) -> None:
@@ -309,9 +334,9 @@ def test_skip_step_leaves_the_weights_and_the_count_of_steps():
         def before_step(self, learn): raise SkipStep
 
     learn = make_learner(Never())
-    before = learn.model.weight.clone()
+    before = learn.model.get_parameter("weight").clone()
     learn.fit(1)
-    assert torch.equal(learn.model.weight, before) and learn.step == 0 and learn.recorder.losses == []
+    assert torch.equal(learn.model.get_parameter("weight"), before) and learn.step == 0 and learn.recorder.losses == []
 
 
 def test_skipping_every_second_step_accumulates_gradients():
@@ -323,7 +348,8 @@ def test_skipping_every_second_step_accumulates_gradients():
     model = nn.Linear(3, 1)
     start = [p.detach().clone() for p in model.parameters()]
     Learner(([(x[:2], y[:2]), (x[2:], y[2:])], None), model, opt_func=torch.optim.SGD, lr=.1, wd=0., callbacks=EverySecond()).fit(1)
-    grads = torch.autograd.grad(2 * nn.functional.mse_loss(x @ (w := start[0].requires_grad_()).T + (b := start[1].requires_grad_()), y), (w, b))
+    w, b = (p.requires_grad_() for p in start)
+    grads = torch.autograd.grad(2 * nn.functional.mse_loss(x @ w.T + b, y), (w, b))
     for p, s, g in zip(model.parameters(), start, grads, strict=True): torch.testing.assert_close(p, s - .1 * g)
 
 
@@ -334,9 +360,9 @@ def test_a_skipped_forward_pass_is_not_learned_from_even_after_it_ran():
             raise learnkit.SkipForward
 
     learn = make_learner(Late(), valid=False)
-    before = learn.model.weight.clone()
+    before = learn.model.get_parameter("weight").clone()
     learn.fit(1)
-    assert torch.equal(learn.model.weight, before)
+    assert torch.equal(learn.model.get_parameter("weight"), before)
 
 
 def test_stop_fit_leaves_a_learner_that_fits_again():

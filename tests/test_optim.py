@@ -111,7 +111,7 @@ def test_one_parameter_that_two_layers_share_is_held_and_decayed_once():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     Learner(([(torch.randn(4, 3), torch.randn(4, 3))], None), model, opt_func=SGD, lr=.5, wd=.5, callbacks=ZeroGradients()).fit(1)
-    torch.testing.assert_close(model[0].weight.abs(), start_of(model[0].weight) * .75)
+    torch.testing.assert_close(model[0].weight.abs(), start_of(model[0].weight) * .75)  # type: ignore
 
 
 # ---------------------------------------------------------------------- the optimizer over several fits
@@ -126,7 +126,7 @@ def test_the_optimizer_is_made_at_the_first_fit_and_kept_with_its_state():
 
 def test_setting_opt_to_none_begins_anew():
     learn = make_learner().fit(1)
-    first, learn.opt = learn.opt, None
+    first, learn.opt = learn.opt, None  # type: ignore
     learn.fit(1)
     assert learn.opt is not first
 
@@ -141,16 +141,16 @@ def test_a_layer_replaced_between_two_fits_is_refused_rather_than_left_untrained
     learn = make_learner().fit(1)
     learn.model.head = nn.Linear(4, 2)
     with pytest.raises(ValueError, match=r"head\.weight.*learn\.opt = None"): learn.fit(1)
-    learn.opt = None
+    learn.opt = None  # type: ignore
     before = learn.model.head.weight.clone()
     assert not torch.equal(learn.fit(1).model.head.weight, before)  # type: ignore[union-attr,arg-type]
 
 
 def test_a_built_optimizer_over_some_of_the_parameters_trains_these_alone():
     model = Net()
-    body, head = model.body[0].weight.clone(), model.head.weight.clone()
+    body, head = model.body[0].weight.clone(), model.head.weight.clone()  # type: ignore
     Learner((batches(), None), model, opt_func=SGD(model.head.parameters(), lr=.1)).fit(1)
-    assert torch.equal(model.body[0].weight, body) and not torch.equal(model.head.weight, head)
+    assert torch.equal(model.body[0].weight, body) and not torch.equal(model.head.weight, head)  # type: ignore
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused_with_an_error_that_names_it():

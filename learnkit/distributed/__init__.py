@@ -9,12 +9,14 @@
 import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
 
 from learnkit.distributed.compare import check_same as check_same
+from learnkit.distributed.guard import Guard as Guard
+from learnkit.distributed.guard import guard as guard
 from learnkit.distributed.launch import RankFailed as RankFailed
 from learnkit.distributed.launch import launch as launch
 from learnkit.distributed.prepare import GlobalBatchNorm as GlobalBatchNorm
 from learnkit.distributed.prepare import prepare_model as prepare_model
+from learnkit.distributed.prepare import restore_batchnorm as restore_batchnorm
 from learnkit.distributed.prepare import sync_batchnorm as sync_batchnorm
-from learnkit.distributed.prepare import unsync_batchnorm as unsync_batchnorm
 from learnkit.distributed.reduce import agree as agree
 from learnkit.distributed.reduce import all_sum as all_sum
 from learnkit.distributed.reduce import barrier as barrier
@@ -39,3 +41,40 @@ from learnkit.distributed.world import get_world_size as get_world_size
 from learnkit.distributed.world import init_process_group as init_process_group
 from learnkit.distributed.world import is_main as is_main
 from learnkit.distributed.world import seed_by_rank as seed_by_rank
+
+__all__ = [  # the submodules stay out of a star import
+    "GlobalBatchNorm",
+    "Guard",
+    "RankFailed",
+    "ShardedBatchSampler",
+    "ShardedLoader",
+    "ShardedStream",
+    "agree",
+    "all_sum",
+    "barrier",
+    "broadcast_from_main",
+    "check_same",
+    "dataset_order",
+    "destroy_process_group",
+    "gather_for_metrics",
+    "gather_objects",
+    "get_device",
+    "get_local_rank",
+    "get_rank",
+    "get_world_size",
+    "global_batches",
+    "guard",
+    "init_process_group",
+    "is_main",
+    "launch",
+    "prepare_data_loader",
+    "prepare_model",
+    "rank0_first",
+    "rank_batches",
+    "restore_batchnorm",
+    "seed_by_rank",
+    "set_epoch",
+    "shard_batch",
+    "sync_batchnorm",
+    "torch",
+]

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
 """Starts ranks on this machine from a notebook or a plain script, and ends them all together."""
 from __future__ import annotations
 
@@ -192,7 +193,8 @@ class Ranks:
             if notes[rank] is not None or process.exitcode is None: continue
             self.receive(rank)
             if rank not in self.answers:
-                ended = f"it ended with {exit_reason(process.exitcode)}"
+                told = [f" ({note['message']})" for note in notes.values() if note is not None and note["dragged_along"]]
+                ended = f"it ended with {exit_reason(process.exitcode)}{''.join(told[:1])}"
                 notes[rank] = {"message": ended, "stack": "", "time": time.time(), "dragged_along": False}
         return {rank: note for rank, note in notes.items() if note is not None}
 

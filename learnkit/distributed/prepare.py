@@ -15,15 +15,17 @@ from learnkit.distributed.world import get_device
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, sync_bn: bool = False,
-                  **ddp_options: Any) -> nn.Module:
+def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, device: torch.device | None = None,
+                  sync_bn: bool = False, **ddp_options: Any) -> nn.Module:
     """The model on this rank's device, wrapped in DistributedDataParallel unless alone.
 
-    Rank 0's weights and buffers become everybody's. `sync_bn`: batch normalization over the global batch (`sync_batchnorm`).
-    `ddp_options` are DistributedDataParallel's; gradients are views into its buckets unless you say otherwise. Build the
-    optimizer from the model afterwards. A model without trainable weights is not wrapped.
+    `device`: another one than `get_device(local_rank)`. Rank 0's weights and buffers become everybody's.
+    `sync_bn`: batch
+    normalization over the global batch (`sync_batchnorm`). `ddp_options` are DistributedDataParallel's; gradients are
+    views into its buckets unless you say otherwise. Build the optimizer from the model afterwards. A model without
+    trainable weights is not wrapped.
     """
-    device = get_device(local_rank)
+    device = get_device(local_rank) if device is None else device
     model = model.to(device)
     if not needs_group(): return model
     if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
@@ -39,12 +41,12 @@ def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, sync
 def sync_batchnorm(model: M) -> M:
     """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
 
-    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `unsync_batchnorm` turns it back.
+    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `restore_batchnorm` turns it back.
     """
     return replaced(model, synchronized)
 
 
-def unsync_batchnorm(model: M) -> M:
+def restore_batchnorm(model: M) -> M:
     """Undoes `sync_batchnorm`: the original classes, with the weights and statistics as they are now."""
     return replaced(model, restored)
 

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -17,6 +19,7 @@ LOST = re.compile(r"gloo|nccl|TCPStore|connection (was )?(closed|reset|refused|a
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable in which torchrun names the file that a failed rank writes
 
 
+@functools.cache
 def machine_id() -> str:
     """The same for two processes if they share a machine and see each other: boot, process namespace, host name."""
     seen = [platform.node()]
@@ -55,11 +58,14 @@ def parent_is_torchrun() -> bool:
     except OSError: return False
 
 
-def record_failure(message: str, stack: str, *, dragged_along: bool = False) -> None:
-    """Leaves the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest."""
+def record_failure(message: str, stack: str, *, dragged_along: bool = False, delay: float = 0.0) -> None:
+    """Leaves the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest.
+
+    `delay` dates it later, in seconds: for a rank that only ends because another one failed.
+    """
     path = os.environ.get(ERROR_FILE)
     if not path: return
-    when = time.time()
+    when = time.time() + delay
     extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
     partial = f"{path}.{os.getpid()}"
     with open(partial, "w") as file: json.dump({"message": {"message": message, "extraInfo": extra}}, file)
@@ -79,6 +85,14 @@ def read_failure(path: str) -> dict[str, Any] | None:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether this error only says that another rank, or the way to it, is gone."""
     return isinstance(error, (RuntimeError, ConnectionError)) and LOST.search(str(error)) is not None
+
+
+def stack_of(thread: threading.Thread) -> str:
+    """Where a thread is, innermost last, without what `launch` and `multiprocessing` put around it; "" if it has ended."""
+    frame = sys._current_frames().get(thread.ident or -1)
+    lines = [] if frame is None else traceback.format_stack(frame)
+    outer = max((i for i, line in enumerate(lines) if "in result_of" in line and "launch.py" in line), default=-1)
+    return "".join(lines[outer + 1:])
 
 
 def one_line(error: BaseException) -> str:

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
 """What ranks tell each other: sums, rows, plain objects and flags.
 
 Sums and counts travel, never means; lengths travel before rows. Nothing here unpickles what another process sent:

@@ -126,6 +126,18 @@ class ShardedBatchSampler:
         """Make `epoch` the next one."""
         self.epoch = epoch
 
+    def global_batch_size(self, k: int) -> int:
+        """The number of samples (of a batch sampler: of batches) that all ranks have in step k, counted from 0."""
+        if not isinstance(self.sampler, Sized): raise TypeError(f"{type(self.sampler).__name__} has no len().")
+        step = (self.batch_size or 1) * self.world_size
+        return min(step, len(self.sampler) - k * step)
+
+    def share_of(self, k: int) -> tuple[int, int]:
+        """(start, stop) of this rank's part of step k, as positions in the order of the epoch."""
+        start = k * (self.batch_size or 1) * self.world_size
+        own = shard_batch(range(start, start + self.global_batch_size(k)), self.rank, self.world_size)
+        return own[0] if own else start, own[-1] + 1 if own else start
+
     def __len__(self) -> int:
         if not isinstance(self.sampler, Sized): raise TypeError(f"{type(self.sampler).__name__} has no len().")
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample

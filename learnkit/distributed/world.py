@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
 """Who am I among how many: rank, world, device and process group, read from the group, else from the environment."""
 from __future__ import annotations
 

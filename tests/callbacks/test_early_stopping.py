@@ -41,7 +41,8 @@ def n_epochs(values: list[float], name: str = "score", **options: Any) -> int:
     ([1, 1.15, 1.3, 1.5, 1.5, 1.5], dict(patience=2, min_delta=.2), 5),
     ([3, 2, 1, 1, 1], dict(patience=2, mode="min"), 5),
     ([1, NAN, NAN, 5], dict(patience=2), 3), ([NAN, NAN, 1, 1], dict(patience=3), 6), ([math.inf, 1, 1], dict(patience=1, mode="min"), 3)],
-    ids=["patience 2", "patience 1", "worse from the start", "recovers", "min_delta", "slowly past min_delta", "min", "nan is no improvement",
+    ids=["patience 2", "patience 1", "worse from the start", "recovers", "min_delta", "slowly past min_delta", "min",
+         "nan is no improvement",
          "nan first", "inf is beaten"])
 def test_the_fit_ends_after_patience_epochs_without_improvement(values: list[float], options: dict[str, Any], expected: int):
     assert n_epochs(values, **options) == expected

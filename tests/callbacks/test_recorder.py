@@ -90,7 +90,7 @@ def test_lrs_and_moms_are_those_of_every_step(opt_func: Any, mom: list[float]):
 
 def test_lrs_are_the_last_layer_groups():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    learn = Learner((make_batches(), None), model, splitter=list).fit(1, slice(1e-4, 1e-2))
+    learn = Learner((make_batches(), None), model, splitter=list).fit(1, slice(1e-4, 1e-2))  # type: ignore
     assert learn.recorder.lrs == [1e-2] * 3
 
 

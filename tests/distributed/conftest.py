@@ -7,7 +7,6 @@ import pytest
 
 from learnkit.distributed import destroy_process_group, init_process_group, launch
 
-
 # Every connection to a TCPStore asks the name server for the name of 127.0.0.1. Where one question in a hundred is lost
 # (seen in a virtual machine), its test takes 5 s longer: ask again after one second, and as often as before in all.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:10")

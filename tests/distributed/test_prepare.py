@@ -13,8 +13,8 @@ from learnkit.distributed import (
     get_rank,
     get_world_size,
     prepare_model,
+    restore_batchnorm,
     sync_batchnorm,
-    unsync_batchnorm,
 )
 
 
@@ -96,7 +96,7 @@ def test_converting_and_back_keeps_classes_and_the_weights_themselves():
     weights, buffers = list(map(id, model.parameters())), list(map(id, model.buffers()))
     assert sum(isinstance(m, GlobalBatchNorm) for m in sync_batchnorm(model).modules()) == 3
     assert list(map(id, model.parameters())) == weights and list(map(id, model.buffers())) == buffers
-    unsync_batchnorm(model)
+    restore_batchnorm(model)
     assert [type(m) for m in model.modules()] == before and list(map(id, model.parameters())) == weights
     assert model[1].eps == 1e-3 and "replaces" not in vars(model[1])
 
@@ -104,7 +104,7 @@ def test_converting_and_back_keeps_classes_and_the_weights_themselves():
 def test_a_batchnorm_that_is_the_whole_model_is_converted_and_half_precision_stays():
     norm = sync_batchnorm(nn.BatchNorm1d(2).bfloat16())
     assert type(norm) is GlobalBatchNorm and norm(torch.randn(4, 2).bfloat16()).dtype == torch.bfloat16
-    assert type(unsync_batchnorm(norm)) is nn.BatchNorm1d
+    assert type(restore_batchnorm(norm)) is nn.BatchNorm1d
 
 
 def test_options_go_to_ddp_and_gradients_are_bucket_views(ranks):

@@ -1,0 +1,421 @@
+# pyright: reportPrivateImportUsage=false
+"""When one rank fails, dies or hangs, all end within seconds, and the culprit is named.
+
+A rank in a collective cannot be reached: torch neither interrupts it nor notices, for up to half an hour, that another
+rank raised an error and will never come. So each rank has a thread that looks into the store that the ranks share:
+
+    a rank raises         it writes the reason under one key, which the first writer wins, and waits until the others have
+                          seen it; then its error goes its way, and its traceback comes last
+    the others            say in one line why they end, and end a little later, so that launchers meet the culprit first
+    stuck clean-up        a rank that has failed and is still there after GRACE seconds is ended by its own thread
+    killed, os._exit      noticed by the threads on the same machine
+    frozen                each thread writes a sign of life; one that does not change for hang_timeout is a frozen rank's
+    hanging               no rank has got on for hang_timeout: every thread shows where its process is
+
+Measured with 2 ranks on 2 cores (torch 2.15, gloo): see tests/distributed/test_guard.py, which holds each under 10 s.
+"""
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from learnkit.distributed.process import (
+    die_with_parent,
+    full_traceback,
+    is_alive,
+    is_lost_connection,
+    machine_id,
+    one_line,
+    parent_is_torchrun,
+    record_failure,
+    stack_of,
+)
+from learnkit.distributed.world import get_rank, get_world_size, has_group
+
+POLL = 0.2  # seconds between two looks into the store
+LIFE = 0.5  # seconds between two signs of life
+SEEN = 0.7  # seconds that a failing rank waits until the others have seen why
+LINGER = 1.5  # seconds that the others stay, so that the launcher meets the culprit first (torchrun polls every 0.1 s)
+SHOWN = 1.0  # seconds after which a failed rank that is still there shows its traceback
+GRACE = 5.0  # seconds that a failed rank has for its clean-up
+SILENT = 2.5  # seconds in which another rank's death must be found to explain a lost connection
+
+TORCH, HERE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+
+_n_guards = 0  # the same on every rank
+_active: Guard | None = None
+_clones: tuple[weakref.ref[Any], dist.Store, dist.Store] | None = None  # of the group's store: one a thread
+
+
+@contextmanager
+def guard(*, hang_timeout: float | None = 600.0, describe: Callable[[], str] | None = None,
+          failure: Callable[[], BaseException | None] | None = None) -> Iterator[Guard]:
+    """Within the block, a rank that fails, dies or hangs ends all of them, with its reason told. Nothing in a world of one.
+
+        with guard(hang_timeout=600, describe=lambda: f"epoch {epoch}, batch {i}") as g:
+            for i, batch in enumerate(loader):
+                train(batch)
+                g.beat += 1
+
+    `hang_timeout`: seconds without any progress after which all end; None: never. Progress is a change of `g.beat`, a
+    plain number that costs nothing to count, or of what `describe` says. `failure` gives the error that is on its way out,
+    if any, so that the others hear of it before a clean-up that may hang; `g.report(error)` does the same. Both functions
+    are called from another thread. All ranks must enter, and leave together: the block ends when all ranks have.
+    A guard within a guard is the outer one.
+    """
+    global _active
+    if _active is not None or not has_group() or get_world_size() == 1:
+        yield _active or Guard(None, None, None)
+        return
+    _active = Guard(hang_timeout, describe, failure)
+    _active.start()
+    try:
+        yield _active
+        _active.leave()
+    except BaseException as error:
+        _active.fail(error)
+        raise
+    finally: _active = None
+
+
+class Guard:
+    """What `guard` gives: `beat`, to be counted up, and `report`.
+
+    >>> with guard() as g:
+    ...     for _ in range(3): g.beat += 1
+    >>> g.beat
+    3
+    """
+
+    def __init__(self, hang_timeout: float | None, describe: Callable[[], str] | None,
+                 failure: Callable[[], BaseException | None] | None) -> None:
+        self.beat = 0
+        self.hang_timeout, self.describe, self.failure = hang_timeout, describe, failure
+        self.rank, self.world_size = get_rank(), get_world_size()
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None  # that this rank reported
+        self.reported_at = 0.0
+        self.reacting = False  # to another rank's end
+        self.progress, self.last_progress, self.progress_at = 0, "", 0.0
+        self.clock = Clock()
+        self.peers: dict[int, Peer] = {}
+
+    # -------------------------------------------------------------------------------------------------- main thread
+    def start(self) -> None:
+        global _n_guards
+        _n_guards += 1
+        keys = f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_n_guards}"
+        self.store, self.own_store = (dist.PrefixStore(keys, store) for store in cloned_stores())
+        if parent_is_torchrun(): die_with_parent(os.getppid())  # killed, it would leave its ranks behind
+        self.show_life()
+        self.thread = threading.Thread(target=self.watch, name="guard", daemon=True)
+        self.watchdog = threading.Thread(target=self.watch_looks, name="guard of the guard", daemon=True)
+        self.thread.start()
+        atexit.register(self.at_exit)
+
+    def leave(self) -> None:
+        """Waits, under guard, until all ranks have come so far; then there is nobody left to wait for."""
+        with suppress(dist.DistError, RuntimeError):  # who holds the store has seen all others, and is gone
+            if self.own_store.add("n_done", 1) == self.world_size: self.own_store.set("all_done", "")
+            pause = 1e-3
+            while not self.own_store.check(["all_done"]):
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.05)
+        self.stop()
+
+    def fail(self, error: BaseException) -> None:
+        """Before this rank's error goes its way. One that only says that another rank is gone waits for that one's reason."""
+        with suppress(dist.DistError, RuntimeError):
+            if self.error is None and is_lost_connection(error) and self.another_failed(SILENT):
+                self.thread.join()  # which ends the process
+            self.report(error)
+
+    def report(self, error: BaseException) -> None:
+        """Tells the other ranks that this one fails, before its clean-up; the first report counts."""
+        if self.world_size == 1 or not self.reports_first(error): return
+        record_failure(one_line(error), full_traceback(error))
+        self.accuse(self.rank, f"rank {self.rank} failed: {one_line(error)}{self.place()}", self.own_store)
+        self.own_store.add("n_failed", 1)
+        deadline = time.monotonic() + SEEN
+        while time.monotonic() < deadline and self.own_store.add("n_seen", 0) < self.world_size - 1: time.sleep(0.02)
+
+    def reports_first(self, error: BaseException) -> bool:
+        with self.lock:
+            if self.error is not None: return False
+            self.error, self.reported_at = error, time.monotonic()
+        return True
+
+    def another_failed(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.own_store.check(["culprit"]):
+            if time.monotonic() > deadline: return False
+            time.sleep(0.05)
+        return json.loads(self.own_store.get("culprit"))["rank"] != self.rank
+
+    def stop(self) -> None:
+        atexit.unregister(self.at_exit)
+        self.stopping.set()
+        self.thread.join()
+
+    def at_exit(self) -> None:
+        """A thread that is inside the store when the interpreter ends aborts the process (torch 2.15: exit code 134)."""
+        self.stopping.set()
+        self.thread.join(2.0)
+        if self.error is not None and sys.platform != "win32":  # what is left of the clean-up must end too: no thread can see to it any more  # noqa: E501
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, GRACE - (time.monotonic() - self.reported_at)))
+
+    # ------------------------------------------------------------------------------------------------- guard's thread
+    def watch(self) -> None:
+        """Looks again and again; another thread watches that a look does not take for ever."""
+        self.watchdog.start()
+        try:
+            while not self.stopping.wait(POLL): self.look()
+        except (dist.DistError, RuntimeError) as error:
+            if not self.stopping.is_set() and self.error is None: self.lost_store(error)
+        except Exception:  # our own mistake: a training must not die of it, nor a rank survive because of it
+            self.say(f"the guard of rank {self.rank} failed, and guards no longer:\n{traceback.format_exc()}")
+            if self.reacting and self.error is None: self.end()
+        self.look_after_clean_up()
+
+    def look(self) -> None:
+        self.clock.tick()
+        error = self.failure() if self.failure is not None else None
+        if error is not None: self.report(error)
+        if self.store.check(["culprit"]): self.react(json.loads(self.store.get("culprit")))
+        elif self.clock.passed(LIFE):
+            self.show_life()
+            if not self.store.check(["all_done"]): self.look_at_others()
+
+    def react(self, culprit: dict[str, Any]) -> None:
+        """Someone failed. If it was not this rank, say so, and end it a little later."""
+        self.reacting = True
+        if self.error is None:
+            self.say(f"rank {self.rank} of {self.world_size} ends: {culprit['reason']}")
+            if culprit["show_stacks"]: self.show_stacks()
+            self.note(culprit["reason"], culprit["rank"])
+            self.store.add("n_seen", 1)
+            self.linger(culprit)
+            if self.error is None: self.end()
+        self.look_after_clean_up()
+
+    def linger(self, culprit: dict[str, Any]) -> None:
+        """Until the culprit is gone, if that can be seen from here, and a little longer."""
+        pid = culprit["pid"] if culprit["machine"] == machine_id() and culprit["rank"] != self.rank else None
+        if culprit["frozen"] and pid: kill(pid)
+        start = time.monotonic()
+
+        def passed() -> float: return time.monotonic() - start
+
+        while pid and passed() < GRACE and is_alive(pid): time.sleep(0.05)
+        while passed() < LINGER and self.error is None: time.sleep(0.05)
+
+    def look_after_clean_up(self) -> None:
+        """This rank has failed: it may clean up, but not for ever. If all have failed, nobody waits for anybody."""
+        shown = False
+        while self.error is not None and not self.stopping.wait(0.1):
+            with suppress(dist.DistError, RuntimeError):
+                if self.store.add("n_failed", 0) >= self.world_size: return
+            waited = time.monotonic() - self.reported_at
+            if waited > SHOWN and not shown:
+                shown = True
+                self.say(f"rank {self.rank} failed, and still cleans up\n{full_traceback(self.error)}")
+            if waited > GRACE:
+                self.show_stacks()
+                self.say(f"rank {self.rank} failed, and its clean-up did not end\n{full_traceback(self.error)}")
+                os._exit(1)
+
+    def look_at_others(self) -> None:
+        """Rank 0 looks at all, the others at rank 0 and at their own machine: no more than the store can bear."""
+        if not self.peers: return self.meet()
+        for rank, peer in self.peers.items():
+            if peer.is_local: self.look_for_death(rank, peer)
+            if self.rank == 0 or rank == 0: self.look_for_life(rank, peer)
+        if self.rank == 0: self.look_for_progress()
+
+    def meet(self) -> None:
+        """Wait until all ranks have come."""
+        keys = [f"life/{rank}" for rank in range(self.world_size)]
+        if self.store.check(keys):
+            lives = map(json.loads, self.store.multi_get(keys))
+            self.peers = {rank: Peer(life, self.clock.now, self.clock.now) for rank, life in enumerate(lives)
+                          if rank != self.rank}
+        elif self.too_long(0.0):
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            self.accuse(missing[0], f"ranks {missing} did not come within {self.hang_timeout:g} s", show_stacks=True)
+
+    def look_for_death(self, rank: int, peer: Peer) -> None:
+        pid = peer.life["pid"]
+        if is_alive(pid) or self.store.check(["all_done"]): return
+        self.accuse(rank, f"rank {rank} is gone: its process {pid} was killed, or left by os._exit{told(peer.life)}")
+
+    def look_for_life(self, rank: int, peer: Peer) -> None:
+        life, now = json.loads(self.store.get(f"life/{rank}")), self.clock.now
+        if life["tick"] != peer.life["tick"]: peer.seen_at = now
+        if life["progress"] != peer.life["progress"]: peer.progress_at = now
+        peer.life = life
+        if self.too_long(peer.seen_at):
+            self.accuse(rank, f"rank {rank} is frozen{told(life)}: no sign of life for {self.hang_timeout:g} s",
+                        frozen=True, show_stacks=True)
+
+    def look_for_progress(self) -> None:
+        """Rank 0 alone decides that nothing moves: a rank may well wait for another one that does."""
+        own = Peer(self.life(), self.clock.now, self.progress_at)
+        everyone = {self.rank: own, **self.peers}
+        if not self.too_long(max(peer.progress_at for peer in everyone.values())): return
+        absent = [rank for rank, peer in everyone.items() if not peer.life["in_collective"]]
+        rank = min(absent or everyone, key=lambda r: everyone[r].progress_at)
+        others = f"; all others wait for rank {rank}" if absent == [rank] else ""
+        places = "".join(f"\n  rank {r}{told(peer.life)}: {peer.life['at']}" for r, peer in sorted(everyone.items()))
+        self.accuse(rank, f"no rank has got on for {self.hang_timeout:g} s{others}{places}", show_stacks=True)
+
+    def too_long(self, since: float) -> bool:
+        return self.hang_timeout is not None and self.clock.now - since > self.hang_timeout
+
+    # ---------------------------------------------------------------------------------------------------- what is told
+    def show_life(self) -> None:
+        self.store.set(f"life/{self.rank}", json.dumps(self.life()))
+
+    def life(self) -> dict[str, Any]:
+        """Written every LIFE seconds. `tick` says that the thread runs, `progress` that the main thread got on."""
+        stage = self.stage()
+        if (now := f"{self.beat} {stage}") != self.last_progress:
+            self.last_progress, self.progress, self.progress_at = now, self.progress + 1, self.clock.now
+        at, in_collective = where_main_is()
+        return {"tick": self.clock.n_ticks, "progress": self.progress, "stage": stage, "at": at,
+                "in_collective": in_collective, "pid": os.getpid(), "machine": machine_id()}
+
+    def stage(self) -> str:
+        try: return self.describe() if self.describe is not None else ""
+        except Exception as error: return f"(describe failed: {one_line(error)})"  # it must not bring the guard down
+
+    def place(self) -> str:
+        stage = self.stage()
+        return f" ({stage})" if stage else ""
+
+    def accuse(self, rank: int, reason: str, store: dist.Store | None = None, *, frozen: bool = False,
+               show_stacks: bool = False) -> None:
+        """Names the culprit; the first one named counts."""
+        nowhere = {"pid": None, "machine": None}  # a rank that never came
+        life = self.life() if rank == self.rank else self.peers[rank].life if rank in self.peers else nowhere
+        note = {"rank": rank, "reason": reason, "frozen": frozen, "show_stacks": show_stacks,
+                "pid": life["pid"], "machine": life["machine"]}
+        (store or self.store).compare_set("culprit", "", json.dumps(note))
+
+    def say(self, text: str) -> None:
+        """Straight to standard error: the main thread may hold the stream's lock, for ever."""
+        os.write(2, f"[learnkit] {text}\n".encode())
+
+    def show_stacks(self) -> None:
+        """Where every thread of this process is, the guard's own left out, the main one last."""
+        main = threading.main_thread()
+        for thread in (*(t for t in threading.enumerate() if t not in (self.thread, self.watchdog, main)), main):
+            name = "" if thread is main else f", thread {thread.name},"
+            if stack := stack_of(thread): self.say(f"rank {self.rank}{self.place()}{name} is here:\n{stack}")
+
+    # ----------------------------------------------------------------------------------------------------------- the end
+    def note(self, reason: str, culprit: int | None = None) -> None:
+        """For the launcher, dated later than a culprit's own."""
+        record_failure(reason, "", dragged_along=culprit != self.rank, delay=LINGER)
+
+    def end(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception): stream.flush()
+        os._exit(1)
+
+    def lost_store(self, error: BaseException) -> None:
+        if self.stopping.wait(LINGER): return  # all ranks are through, and the first one has left already
+        reason = f"the store that the ranks share is gone, and with it rank 0 or the launcher ({one_line(error)})"
+        self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
+        self.note(reason)
+        self.end()
+
+    def watch_looks(self) -> None:
+        """Where rank 0 serves the store itself and is frozen, a look into the store never comes back."""
+        clock, n_looks, since = Clock(), -1, 0.0
+        while self.hang_timeout is not None and not self.stopping.wait(LIFE) and self.error is None and not self.reacting:
+            clock.tick()
+            if self.clock.n_ticks != n_looks: n_looks, since = self.clock.n_ticks, clock.now
+            elif clock.now - since > self.hang_timeout + 2 * LIFE: self.silent_store()
+
+    def silent_store(self) -> None:
+        serves_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        holder = f"rank 0, which is frozen{told(self.peers[0].life)}" if serves_it and self.peers else "the launcher"
+        reason = f"the store that the ranks share has not answered for {self.hang_timeout:g} s; it is held by {holder}"
+        self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
+        self.show_stacks()
+        self.note(reason)
+        if serves_it and self.peers and self.peers[0].is_local: kill(self.peers[0].life["pid"])
+        self.end()
+
+
+@dataclass
+class Peer:
+    """Another rank, as this one sees it. Times are this guard's clock's."""
+
+    life: dict[str, Any]
+    seen_at: float
+    progress_at: float
+
+    @property
+    def is_local(self) -> bool: return self.life["machine"] == machine_id()
+
+
+class Clock:
+    """Seconds during which this thread was awake: while the process is suspended, or another thread holds the
+    interpreter, it sees nothing of the others, and must not take that for their silence."""
+
+    def __init__(self) -> None:
+        self.now, self.n_ticks, self.last, self.due = 0.0, 0, time.monotonic(), 0.0
+
+    def tick(self) -> None:
+        at = time.monotonic()
+        self.now, self.last, self.n_ticks = self.now + min(at - self.last, 1.0), at, self.n_ticks + 1
+
+    def passed(self, seconds: float) -> bool:
+        """Whether `seconds` have passed since it last said so."""
+        if self.now < self.due: return False
+        self.due = self.now + seconds
+        return True
+
+
+def where_main_is() -> tuple[str, bool]:
+    """(the main thread's innermost place outside torch and this folder, whether it waits in a collective there)."""
+    frame, waits = sys._current_frames().get(threading.main_thread().ident or -1), False
+    while frame is not None and (name := frame.f_code.co_filename).startswith((TORCH, HERE)):
+        waits = waits or name.startswith((TORCH + "distributed", HERE + "reduce"))
+        frame = frame.f_back
+    return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
+
+
+def told(life: dict[str, Any]) -> str: return f" ({life['stage']})" if life["stage"] else ""
+
+
+def kill(pid: int) -> None:
+    """A frozen rank cannot end itself, and launchers wait long before they do it."""
+    with suppress(OSError): os.kill(pid, signal.SIGKILL)
+
+
+def cloned_stores() -> tuple[dist.Store, dist.Store]:
+    """Connections of their own to the group's store, for two threads, made once a group."""
+    global _clones
+    group: Any = dist.group.WORLD
+    if _clones is None or _clones[0]() is not group:
+        store = dist.distributed_c10d._get_default_store()
+        _clones = weakref.ref(group), store.clone(), store.clone()
+    return _clones[1:]
