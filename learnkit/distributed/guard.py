@@ -122,7 +122,9 @@ class Guard:
         keys = f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_n_guards}"
         self.store, self.own_store = (dist.PrefixStore(keys, store) for store in cloned_stores())
         if parent_is_torchrun(): die_with_parent(os.getppid())  # killed, it would leave its ranks behind
+        describe, self.describe = self.describe, lambda: "at its start"  # it may speak of what the block makes
         self.show_life()
+        self.describe = describe
         self.thread = threading.Thread(target=self.watch, name="guard", daemon=True)
         self.watchdog = threading.Thread(target=self.watch_looks, name="guard of the guard", daemon=True)
         self.thread.start()
@@ -140,10 +142,12 @@ class Guard:
 
     def fail(self, error: BaseException) -> None:
         """Before this rank's error goes its way. One that only says that another rank is gone waits for that one's reason."""
-        with suppress(dist.DistError, RuntimeError):
-            if self.error is None and is_lost_connection(error) and self.another_failed(SILENT):
-                self.thread.join()  # which ends the process
+        lost = is_lost_connection(error)
+        try:
+            if self.error is None and lost and self.another_failed(SILENT): self.thread.join()  # which ends the process
             self.report(error)
+        except (dist.DistError, RuntimeError):
+            if lost: self.thread.join()  # which ends the process too: the store is gone
 
     def report(self, error: BaseException) -> None:
         """Tells the other ranks that this one fails, before its clean-up; the first report counts."""
@@ -152,7 +156,9 @@ class Guard:
         self.accuse(self.rank, f"rank {self.rank} failed: {one_line(error)}{self.place()}", self.own_store)
         self.own_store.add("n_failed", 1)
         deadline = time.monotonic() + SEEN
-        while time.monotonic() < deadline and self.own_store.add("n_seen", 0) < self.world_size - 1: time.sleep(0.02)
+        while time.monotonic() < deadline and not self.all_failed(self.own_store):
+            if self.own_store.add("n_seen", 0) == self.world_size - 1: return
+            time.sleep(0.02)
 
     def reports_first(self, error: BaseException) -> bool:
         with self.lock:
@@ -167,10 +173,18 @@ class Guard:
             time.sleep(0.05)
         return json.loads(self.own_store.get("culprit"))["rank"] != self.rank
 
-    def stop(self) -> None:
+    def all_failed(self, store: dist.Store) -> bool:
+        with suppress(dist.DistError, RuntimeError): return store.add("n_failed", 0) == self.world_size
+        return False
+
+    def stand_down(self) -> None:
         atexit.unregister(self.at_exit)
         self.stopping.set()
+
+    def stop(self) -> None:
+        self.stand_down()
         self.thread.join()
+        self.watchdog.join()
 
     def at_exit(self) -> None:
         """A thread that is inside the store when the interpreter ends aborts the process (torch 2.15: exit code 134)."""
@@ -229,8 +243,7 @@ class Guard:
         """This rank has failed: it may clean up, but not for ever. If all have failed, nobody waits for anybody."""
         shown = False
         while self.error is not None and not self.stopping.wait(0.1):
-            with suppress(dist.DistError, RuntimeError):
-                if self.store.add("n_failed", 0) >= self.world_size: return
+            if self.all_failed(self.store): return self.stand_down()
             waited = time.monotonic() - self.reported_at
             if waited > SHOWN and not shown:
                 shown = True
@@ -339,10 +352,13 @@ class Guard:
         os._exit(1)
 
     def lost_store(self, error: BaseException) -> None:
-        if self.stopping.wait(LINGER): return  # all ranks are through, and the first one has left already
-        reason = f"the store that the ranks share is gone, and with it rank 0 or the launcher ({one_line(error)})"
+        if self.stopping.wait(0.4): return  # all ranks are through, and the first one has left already
+        holder, reason = self.peers.get(0), f"the store that the ranks share is gone, and the launcher with it ({one_line(error)})"
+        if not agent_serves(): reason = "rank 0 is gone, and with it the store that the ranks share"
+        if holder is not None and not agent_serves(): reason += told(holder.life)
         self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.note(reason)
+        time.sleep(LINGER)
         self.end()
 
     def watch_looks(self) -> None:
@@ -354,13 +370,12 @@ class Guard:
             elif clock.now - since > self.hang_timeout + 2 * LIFE: self.silent_store()
 
     def silent_store(self) -> None:
-        serves_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        holder = f"rank 0, which is frozen{told(self.peers[0].life)}" if serves_it and self.peers else "the launcher"
+        holder = "the launcher" if agent_serves() else f"rank 0{told(self.peers[0].life) if self.peers else ''}"
         reason = f"the store that the ranks share has not answered for {self.hang_timeout:g} s; it is held by {holder}"
         self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.show_stacks()
         self.note(reason)
-        if serves_it and self.peers and self.peers[0].is_local: kill(self.peers[0].life["pid"])
+        if not agent_serves() and self.peers and self.peers[0].is_local: kill(self.peers[0].life["pid"])
         self.end()
 
 
@@ -401,6 +416,11 @@ def where_main_is() -> tuple[str, bool]:
         waits = waits or name.startswith((TORCH + "distributed", HERE + "reduce"))
         frame = frame.f_back
     return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
+
+
+def agent_serves() -> bool:
+    """Whether the launcher's process serves the store, else rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def told(life: dict[str, Any]) -> str: return f" ({life['stage']})" if life["stage"] else ""
