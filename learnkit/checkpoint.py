@@ -20,8 +20,8 @@ def plain_keys(keys: Iterable[str], *, wrapped: bool) -> dict[str, str]:
 
 
 def is_wrapper(model: nn.Module) -> bool:
-    """Whether a module only holds another one as `module`, as DDP does."""
-    return [name for name, _ in model.named_children()] == ["module"] and not any(True for _ in model.parameters(recurse=False))
+    """Whether a module is only there to hold another one as `module`."""
+    return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

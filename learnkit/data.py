@@ -1,37 +1,20 @@
-"""Loaders and their order. The order of samples is a pure function of (seed, epoch), and of nothing else: not of the
-number of workers, of validation passes in between, or of the global random number generator."""
+"""Loaders: whole tensors cut by index, DataLoaders, and any other iterable of batches, bundled under the names of their tasks."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from learnkit.batch import describe
+from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
 
 BatchTransform = Callable[[Tensor], Tensor]
-
-
-def mix(*numbers: int) -> int:
-    """One 63-bit seed made of several numbers, so that neighbouring epochs or ranks get unrelated streams."""
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of n samples in an epoch: int64 (n,), on the CPU."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-
-
-class PrivateGenerator(torch.Generator):
-    """A loader's own source of randomness, seeded anew by (seed, epoch) at each pass."""
 
 
 def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -39,29 +22,6 @@ def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
     size, n_larger = divmod(n, world_size)
     start = rank * size + min(rank, n_larger)
     return start, start + size + (rank < n_larger)
-
-
-class EpochSampler(Sampler[int]):
-    """Each index of `range(n)` once, in an order that depends on (seed, epoch) alone.
-
-    Iterating it by hand walks through the epochs 0, 1, 2, …; `set_epoch` says which one comes next.
-    `seed=None` takes torch's initial seed, so `torch.manual_seed` before it is enough for the same order in every run.
-    """
-
-    def __init__(self, n: int, *, shuffle: bool = True, seed: int | None = None) -> None:
-        self.n, self.shuffle = n, shuffle
-        self.seed = torch.initial_seed() if seed is None else seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
-        """Make `epoch` the next one; `seed` replaces the sampler's own."""
-        self.epoch, self.seed = epoch, self.seed if seed is None else seed
-
-    def __len__(self) -> int: return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        return iter(permutation(self.n, self.seed, epoch).tolist() if self.shuffle else range(self.n))
 
 
 class TensorLoader:
@@ -113,11 +73,8 @@ class TensorLoader:
         return whole + (not self.drop_last and rest >= (self.world_size if self.even else self.rank + 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        sampler = self.sampler
-        order = None
-        if sampler.shuffle:
-            order = permutation(sampler.n, sampler.seed, sampler.epoch).to(self.tensors[0].device, non_blocking=True)
-        sampler.epoch += 1
+        sampler, epoch, order = self.sampler, self.sampler.next_epoch(), None
+        if sampler.shuffle: order = permutation(sampler.n, sampler.seed, epoch).to(self.tensors[0].device, non_blocking=True)
         return self.batches(order)
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
@@ -213,7 +170,7 @@ class DataBunch:
 
 def first_batch(loader: Any) -> Any:
     """A loader's next first batch; its epoch and the global random state stay as they are."""
-    samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochSampler)]
+    samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochOrder)]
     state = [(part.generator, part.generator.get_state()) for part in parts_of(loader) if generator_of(part) is not None]
     with torch.random.fork_rng(devices=[]):
         for batch in loader: break
@@ -230,46 +187,6 @@ def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple
     if len(tfms) == 2 and not any(callable(t) for t in tfms): return tuple(tfms[0]), tuple(tfms[1])
     raise TypeError(f"batch_tfms={batch_tfms!r}: expected a sequence of functions x -> x, or a pair of such sequences "
                     "(for training, for validation).")
-
-
-def parts_of(loader: Any) -> list[Any]:
-    """The loader and those of its samplers that exist: where an order, an epoch or a generator may live."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    found = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    unique = {id(part): part for part in found if part is not None}
-    return list(unique.values())
-
-
-def generator_of(part: Any) -> torch.Generator | None:
-    generator = getattr(part, "generator", None)
-    return generator if isinstance(generator, torch.Generator) else None
-
-
-def set_epoch(loader: Any, seed: int | None, epoch: int) -> None:
-    """Make the loader's next pass that of (seed, epoch), as far as it lets us: see `private_order`.
-
-    `seed=None` keeps the seeds that the loader's own samplers have.
-    """
-    for part in parts_of(loader):
-        if isinstance(part, (EpochSampler, TensorLoader)): part.set_epoch(epoch, seed)
-        elif callable(getattr(part, "set_epoch", None)): part.set_epoch(epoch)
-        if isinstance(generator := generator_of(part), PrivateGenerator):
-            generator.manual_seed(mix(torch.initial_seed() if seed is None else seed, epoch))
-
-
-@contextmanager
-def private_order(*loaders: Any) -> Iterator[None]:
-    """For a while, give DataLoaders and samplers that would draw from the global random state generators of their own.
-
-    Without this, iterating even an unshuffled DataLoader advances the global state, and a validation pass changes the
-    order of the next epoch. A generator that the user gave is left alone.
-    """
-    owners = [part for loader in loaders for part in parts_of(loader)
-              if isinstance(part, (DataLoader, Sampler)) and getattr(part, "generator", part) is None]
-    for owner in owners: owner.generator = PrivateGenerator()   # type: ignore[union-attr]
-    try: yield
-    finally:
-        for owner in owners: owner.generator = None             # type: ignore[union-attr]
 
 
 def in_order(loader: Any) -> Any:
@@ -297,18 +214,18 @@ def n_batches(loader: Any) -> int | None:
 
 
 def default_device() -> torch.device:
-    """The accelerator that this process uses, else the CPU."""
+    """The accelerator that this process uses (of several processes each has its own), else the CPU."""
     if not torch.accelerator.is_available(): return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    from learnkit.distributed.world import get_device
+    return get_device()
 
 
 def default_workers(dataset: Any) -> int:
     """Workers of one process: its share of the cores, at most 16; none where they would not help, or need a main guard."""
     if isinstance(dataset, TensorDataset) or multiprocessing.get_start_method() != "fork": return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    from learnkit.distributed.world import get_local_world_size
+    return min(16, cores // get_local_world_size())
 
 
 def check_batch_size(name: str, bs: Any) -> None:

@@ -28,8 +28,9 @@ repeats them.
 | SkipX                     | is left out   | not told           | left where they are, not told  |
 | any other exception       | is left out   | not told           | left where they are, not told  |
 
-In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. A Stop* or Skip* raised by
-an after_X hook waits until the other after_X hooks were told.
+In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. A Stop* or Skip* of an outer
+stage that an after_X hook raises does not keep the other after_X hooks from being told; the around_X hooks of callbacks further
+out see it come out of `run`, and may take it back.
 """
 from __future__ import annotations
 
@@ -217,6 +218,7 @@ class Layers:
         ends_here = (stop, skip) if outermost else ()
 
         def run_layer() -> bool:
+            if outermost and waiting: return run_nested()
             hook, n_inner = None, inner_entries[0]
             entries[0] += 1
             try:
@@ -224,22 +226,37 @@ class Layers:
                     for hook in befores: hook(learn)
                     hook = None
                     run()
+                    if waiting: waiting.clear()     # an around_ hook took it back
                 except stop:
                     if inner_entries[0] == n_inner: tell(inner_afters, learn, stop, skip, waiting)
                     tell(afters, learn, stop, skip, waiting)
                     raise
+                except ControlFlow as signal:
+                    if signal not in waiting:
+                        waiting.clear()             # an around_ hook raised another one instead
+                        raise
                 if afters: tell(afters, learn, stop, skip, waiting)
-            except ends_here as signal: return isinstance(signal, stop)
-            except ControlFlow: raise
+                if waiting: raise waiting[0]
+            except ends_here as signal:
+                if not waiting: return isinstance(signal, stop)
+            except ControlFlow:
+                if not outermost or not waiting: raise
             except BaseException as error:
                 blame(error, hook, f"before_{stage}", learn)
                 waiting.clear()
                 raise
-            if outermost and waiting:
+            if waiting:
                 signal = waiting[0]
                 waiting.clear()
                 raise signal
             return True
+
+        def run_nested() -> bool:
+            """From within an after_ hook of this very stage: an evaluation, say."""
+            earlier = waiting[:]
+            waiting.clear()
+            try: return run_layer()
+            finally: waiting[:] = earlier
         self.inner_afters, self.inner_entries = [*inner_afters, *afters], entries
         return run_layer
 

@@ -14,11 +14,12 @@ from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, describe, split_batch, target_key, tensors_in, to_device
-from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, mix, n_batches, private_order, set_epoch
+from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, n_batches
 from learnkit.evaluate import Collect, Measure
 from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
 from learnkit.metrics import as_metrics
+from learnkit.order import mix, private_order, set_epoch
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 
@@ -167,7 +168,8 @@ class Learner:
             self.inputs, self.target = split_batch(batch)
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
-        if self.batch_index < 0: raise ValueError(f"the loader of this pass ({type(loader).__name__}) gave no batch: it is empty.")
+        if self.batch_index < 0 and (self.training or self.world_size == 1):   # a rank's share of an evaluation may be empty
+            raise ValueError(f"the loader of this pass ({type(loader).__name__}) gave no batch: it is empty.")
 
     def _see_first(self, batch: Any) -> bool:
         """Remember what a pass's batches look like; return whether they have to be moved to the device."""
@@ -454,6 +456,24 @@ class Learner:
         finally:
             for cb, name, value in kept: setattr(cb, name, value)
 
+    # ------------------------------------------------------------------ more processes
+    def to_distributed(self, local_rank: int | str | None = None, *, sync_bn: bool = False, timeout: float | None = None,
+                       hang_timeout: float | None = 600., **ddp_options: Any) -> Learner:
+        """Train on all the processes that a launcher started (torchrun, torch.distributed.launch, SLURM, `launch`); alone, nothing.
+
+        local_rank      this process's number on its machine; None: from the environment, or --local-rank on the command line
+        sync_bn         batch normalization over all ranks' samples while training
+        timeout         seconds for joining the group and for each collective; None: PyTorch's. Of no use to a group that exists
+        hang_timeout    seconds without any progress after which all processes end and say where they were; None: never
+        ddp_options     DistributedDataParallel's own, such as find_unused_parameters=True
+
+        A process group that exists is used and left alone; else one is made, and destroyed when the process ends. `bs` is
+        per process. Fits, `validate` and `get_preds` have to be called by all ranks. Raises RuntimeError where the launcher's
+        variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown option.
+        """
+        from learnkit.callbacks.distributed import attach
+        return attach(self, local_rank, timeout=timeout, sync_bn=sync_bn, hang_timeout=hang_timeout, **ddp_options)
+
     # ------------------------------------------------------------------ layer groups
     def freeze(self) -> Learner:
         """Train the last layer group only."""
@@ -481,12 +501,12 @@ class Learner:
     def save(self, name: str, with_opt: bool = True) -> Path:
         """Write the model's state (and the optimizer's) to path/model_dir/name.pt, at once or not at all; return the path.
 
-        On several ranks all of them call it, and rank 0 writes; where it fails, all raise.
+        On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails.
         """
         state: dict[str, Any] = {"model": checkpoint.plain_state(self.model)}
         if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
         path = self.path / self.model_dir / f"{name}.pt"
-        self.ranks.on_main(lambda: checkpoint.write(path, state))
+        self.ranks.on_main(lambda: checkpoint.write(path, state), f"write {path}")
         return path
 
     def load(self, name: str, strict: bool = True) -> Learner:

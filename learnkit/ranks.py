@@ -21,8 +21,8 @@ class Ranks(Protocol):
         """All ranks' rows, one a batch, in the order of the data set."""
         ...
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """Do something on rank 0 only; all ranks wait for it, and all raise if it fails."""
+    def on_main(self, action: Callable[[], object], name: str) -> None:
+        """Do something on rank 0 only; the others that come here wait for it, and raise if it fails. `name` says what."""
         ...
 
     def agree(self, flag: bool) -> bool:
@@ -35,5 +35,5 @@ class Alone:
 
     def all_sum(self, tensors: Any) -> Any: return tensors
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
-    def on_main(self, action: Callable[[], object]) -> None: action()
+    def on_main(self, action: Callable[[], object], name: str) -> None: action()
     def agree(self, flag: bool) -> bool: return flag

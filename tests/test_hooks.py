@@ -9,6 +9,7 @@ from torch import nn
 
 import learnkit
 from learnkit import Callback, DataBunch, Learner, SkipBatch, SkipStep, StopBatch, StopEpoch, StopFit, StopTrain
+from learnkit.hooks import ControlFlow
 
 STAGES = ("fit", "epoch", "train", "validate", "batch", "forward", "backward", "step")
 HOOKS = [f"{word}_{stage}" for stage in STAGES for word in ("before", "around", "after")]
@@ -549,3 +550,57 @@ def test_a_told_hook_costs_one_call_per_step():
 
     per_step = [calls_of_a_fit(12, n, Told) - calls_of_a_fit(4, n, Told) for n in (0, 1, 2)]
     assert [per_step[1] - per_step[0], per_step[2] - per_step[1]] == [8, 8]
+
+
+class BatchLog(Callback):
+    """Writes down what it is told of a batch."""
+
+    def __init__(self, name, log, order):
+        self.name, self.log, self.order = name, log, order
+
+    def after_batch(self, learn): self.log.append(f"{self.name} {learn.batch_index}")
+
+
+class Owner(Callback):
+    """Sees what comes out of a batch, and may do something about it."""
+    order = -100
+
+    def __init__(self, instead=None): self.seen, self.instead = [], instead
+
+    def around_batch(self, learn, run):
+        try: run()
+        except ControlFlow as signal:
+            self.seen.append(type(signal))
+            if self.instead is not None: raise self.instead from None
+
+
+class StopsAfterwards(Callback):
+    order = 5
+
+    def after_batch(self, learn):
+        if learn.training and learn.batch_index == 1: raise StopEpoch
+
+
+@pytest.mark.parametrize("instead, n_batches", [(None, 4), (StopTrain(), 2), (StopFit(), 2)])
+def test_a_signal_of_an_after_hook_reaches_owners_further_out_once_all_further_in_were_told(instead, n_batches):
+    log, owner = [], Owner(instead)
+    callbacks = [BatchLog("inner", log, 10), StopsAfterwards(), BatchLog("outer", log, -10), owner]
+    learn = Learner(DataBunch.from_tensors((torch.randn(8, 2), torch.randn(8, 2)), bs=2), nn.Linear(2, 2), callbacks=callbacks)
+    with learn.no_logging(): learn.fit(1)
+    assert owner.seen == [StopEpoch]
+    assert log == [f"{name} {i}" for i in range(n_batches) for name in ("inner", "outer")]
+
+
+class ValidatesAfterwards(Callback):
+    order = -50     # told after the one that wants to stop
+
+    def after_batch(self, learn):
+        if learn.training: learn.validate()
+
+
+def test_a_stop_that_waits_does_not_leak_into_an_evaluation_of_a_later_hook():
+    data = DataBunch.from_tensors((torch.randn(8, 2), torch.randn(8, 2)), (torch.randn(6, 2), torch.randn(6, 2)), bs=2)
+    log = []
+    learn = Learner(data, nn.Linear(2, 2), callbacks=[StopsAfterwards(), ValidatesAfterwards(), BatchLog("seen", log, 10)])
+    with learn.no_logging(): learn.fit(1)
+    assert log == ["seen 0", *(f"seen {i}" for i in range(3)), "seen 1", *(f"seen {i}" for i in range(3))]

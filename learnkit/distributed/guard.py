@@ -44,6 +44,7 @@ from learnkit.distributed.process import (
     record_failure,
     stack_of,
 )
+from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.world import get_rank, get_world_size, has_group
 
 POLL = 0.2  # seconds between two looks into the store
@@ -114,6 +115,7 @@ class Guard:
         self.progress, self.last_progress, self.progress_at = 0, "", 0.0
         self.clock = Clock()
         self.peers: dict[int, Peer] = {}
+        self.stops: StopTogether | None = None  # answered for the main thread, where there is one
 
     # -------------------------------------------------------------------------------------------------- main thread
     def start(self) -> None:
@@ -194,6 +196,11 @@ class Guard:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, max(0.1, GRACE - (time.monotonic() - self.reported_at)))
 
+    def stop_together(self) -> StopTogether:
+        """For a loop that one rank may want to leave: see StopTogether. None other is answered any more."""
+        self.stops = StopTogether(self.own_store, self.rank, self.world_size)
+        return self.stops
+
     # ------------------------------------------------------------------------------------------------- guard's thread
     def watch(self) -> None:
         """Looks again and again; another thread watches that a look does not take for ever."""
@@ -211,6 +218,7 @@ class Guard:
         self.clock.tick()
         error = self.failure() if self.failure is not None else None
         if error is not None: self.report(error)
+        if self.stops is not None: self.stops.look(self.store)
         if self.store.check(["culprit"]): self.react(json.loads(self.store.get("culprit")))
         elif self.clock.passed(LIFE):
             self.show_life()

@@ -203,8 +203,9 @@ class Ranks:
 
     def too_late(self, timeout: float | None) -> TimeoutError:
         late = [rank for rank in range(self.nprocs) if rank not in self.answers]
-        for rank in late: os.kill(self.processes[rank].pid, signal.SIGUSR1)  # shows where each is, on standard error
-        time.sleep(0.3)
+        for rank in late:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # shows where it is, on standard error
+            time.sleep(0.2)  # written piece by piece: two at a time would mix
         return TimeoutError(f"launch: ranks {late} of {self.nprocs} were still running after {timeout:g} s; "
                             "where they were stands on standard error.")
 

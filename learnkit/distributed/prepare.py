@@ -47,7 +47,7 @@ def sync_batchnorm(model: M) -> M:
 
 
 def restore_batchnorm(model: M) -> M:
-    """Undoes `sync_batchnorm`: the original classes, with the weights and statistics as they are now."""
+    """Undoes `sync_batchnorm`: the original modules again, with the weights and statistics as they are now."""
     return replaced(model, restored)
 
 
@@ -131,19 +131,16 @@ def synchronized(module: nn.Module) -> nn.Module:
     done = (GlobalBatchNorm, nn.SyncBatchNorm)
     if not isinstance(module, _BatchNorm) or isinstance(module, done): return module
     on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
-    return with_state_of(module, GlobalBatchNorm if on_cpu else nn.SyncBatchNorm, original=type(module))
+    kind: Any = GlobalBatchNorm if on_cpu else nn.SyncBatchNorm
+    twin = kind.__new__(kind)  # shares all that the module has: parameters, buffers, hooks and settings are the same objects
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["replaces"] = module  # not as an attribute, which would register it as a child
+    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
+    return twin
 
 
 def restored(module: nn.Module) -> nn.Module:
-    original = getattr(module, "replaces", None)
-    return with_state_of(module, original) if isinstance(original, type) else module
-
-
-def with_state_of(module: Any, kind: type[nn.Module], original: type | None = None) -> nn.Module:
-    """A `kind` that shares all that `module` has: parameters, buffers, hooks and settings are the same objects."""
-    twin = kind.__new__(kind)
-    twin.__dict__.update(module.__dict__)
-    for name in ("replaces", "process_group"): twin.__dict__.pop(name, None)
-    if original is not None: twin.__dict__["replaces"] = original
-    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
-    return twin
+    original = module.__dict__.get("replaces")
+    if not isinstance(original, nn.Module): return module
+    original.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("replaces", "process_group")})
+    return original

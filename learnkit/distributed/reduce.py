@@ -22,6 +22,7 @@ from learnkit.distributed.world import COMMAND, get_device, get_rank, get_store,
 
 HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
 _n_turns = 0  # of rank0_first, the same on every rank
+_n_done: dict[str, int] = {}  # turns of on_main, by name
 _machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> (rank, pid) of this machine's first
 
 
@@ -306,6 +307,32 @@ def rank0_first() -> Iterator[None]:
     else:
         wait_for_turn(store, key, leader, pid)
         yield
+
+
+def on_main(action: Callable[[], object], name: str) -> None:
+    """Does `action` on rank 0 only; the others wait for it, and raise RuntimeError where it fails.
+
+    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done; each name
+    counts its own turns.
+    """
+    store = get_store()
+    if store is None:
+        action()
+        return
+    _n_done[name] = _n_done.get(name, 0) + 1
+    key = f"on_main/{name}/{_n_done[name]}"
+    if get_rank() == 0:
+        outcome = "left without a word"
+        try:
+            action()
+            outcome = ""
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally: store.set(key, outcome)
+    else:
+        while not store.check([key]): time.sleep(0.01)
+        if outcome := store.get(key).decode(): raise RuntimeError(f"rank 0 failed to do this: {name}: {outcome}")
 
 
 def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:

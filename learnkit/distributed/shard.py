@@ -12,25 +12,17 @@ batches, or none.
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler, get_worker_info
 
-from learnkit.distributed.reduce import broadcast_from_main
-from learnkit.distributed.world import GOLDEN, get_rank, get_world_size
+from learnkit.batch import count_samples, split_batch
+from learnkit.distributed.reduce import agree, broadcast_from_main
+from learnkit.distributed.world import get_rank, get_world_size
+from learnkit.order import EpochOrder, PrivateGenerator, generator_of, mix, parts_of, privately
 
 T = TypeVar("T")
 
@@ -91,115 +83,73 @@ class HasEpoch(Protocol):
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Makes `epoch` the next one of a loader, its sampler or its batch sampler, whichever listens. Once an epoch."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    for part in {id(part): part for part in parts}.values():
+    for part in parts_of(loader):
         if isinstance(part, HasEpoch): part.set_epoch(epoch)
 
 
-class ShardedBatchSampler:
+class ShardedBatchSampler(EpochOrder):
     """The batches of one rank, out of any sampler of the user's: weighted, sorted by length, and so on.
 
     `sampler` yields indices, in the order of the whole data set. It may draw from torch's, Python's or numpy's global
-    generators: while it is asked these are seeded by (seed, epoch), on every rank alike, and put back. With `batch_size`
-    None it is a batch sampler: its k-th batch goes to rank k % world_size, and in training (`even`) a last round that has
-    no batch for every rank is left out. Epochs count by themselves; `set_epoch` says which one is next.
+    generators: while it is asked these are seeded by (seed, epoch), on every rank alike, and put back. A generator that
+    it owns is seeded too, unless `keep_generator`. With `batch_size` None it is a batch sampler: its k-th batch goes to
+    rank k % world_size, and in training (`even`) a last round that has no batch for every rank is left out. Epochs count
+    by themselves; `set_epoch` says which one is next.
 
     >>> [list(ShardedBatchSampler(range(7), 2, rank=r, world_size=2)) for r in range(2)]
     [[[0, 1], [4, 5]], [[2, 3], [6]]]
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int | None, *, rank: int | None = None,
-                 world_size: int | None = None, drop_last: bool = False, even: bool = True, seed: int = 0) -> None:
+                 world_size: int | None = None, drop_last: bool = False, even: bool = True, seed: int = 0,
+                 keep_generator: bool = False) -> None:
+        super().__init__(seed)
         if isinstance(sampler, Iterator):
             raise TypeError(f"sampler is a {type(sampler).__name__}, which can be read only once: expected a sampler, whose "
                             "__iter__ starts anew at each epoch.")
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size}, expected 1 or more.")
-        self.sampler, self.batch_size, self.drop_last, self.even, self.seed = sampler, batch_size, drop_last, even, seed
+        self.sampler, self.batch_size, self.drop_last, self.even = sampler, batch_size, drop_last, even
         self.rank = get_rank() if rank is None else rank
         self.world_size = get_world_size() if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={rank} of world_size={world_size}, expected 0 to {self.world_size - 1}.")
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the next one."""
-        self.epoch = epoch
+        self.keep_generator = keep_generator
+        self.sizes: list[int] = []  # of a batch sampler: the samples of all ranks in each step so far
 
     def global_batch_size(self, k: int) -> int:
-        """The number of samples (of a batch sampler: of batches) that all ranks have in step k, counted from 0."""
-        if not isinstance(self.sampler, Sized): raise TypeError(f"{type(self.sampler).__name__} has no len().")
-        step = (self.batch_size or 1) * self.world_size
-        return min(step, len(self.sampler) - k * step)
-
-    def share_of(self, k: int) -> tuple[int, int]:
-        """(start, stop) of this rank's part of step k, as positions in the order of the epoch."""
-        start = k * (self.batch_size or 1) * self.world_size
-        own = shard_batch(range(start, start + self.global_batch_size(k)), self.rank, self.world_size)
-        return own[0] if own else start, own[-1] + 1 if own else start
+        """The number of samples that all ranks have in step k, counted from 0; of a batch sampler, once it was given out."""
+        if self.batch_size is None: return self.sizes[k]
+        step = self.batch_size * self.world_size
+        return min(step, length_of(self.sampler) - k * step)
 
     def __len__(self) -> int:
-        if not isinstance(self.sampler, Sized): raise TypeError(f"{type(self.sampler).__name__} has no len().")
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample
-        return n_rank_batches(len(self.sampler), per_rank, self.rank, self.world_size, drop_last=self.drop_last,
+        return n_rank_batches(length_of(self.sampler), per_rank, self.rank, self.world_size, drop_last=self.drop_last,
                               even=self.even)
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator: a DataLoader with workers calls iter() twice and reads one of them, which is the one that counts.
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        if isinstance(self.sampler, HasEpoch): self.sampler.set_epoch(epoch)
-        order = in_private(self.sampler, mixed(self.seed, epoch), (self.batch_size or 1) * self.world_size)
+        epoch, seed = self.next_epoch(), self.seed
+        if isinstance(self.sampler, EpochOrder): self.sampler.set_epoch(epoch, seed)
+        elif isinstance(self.sampler, HasEpoch): self.sampler.set_epoch(epoch)
+        order = privately(self.sampler, mix(seed, epoch), (self.batch_size or 1) * self.world_size, reseed=not self.keep_generator)
         place = (self.rank, self.world_size)
-        if self.batch_size is None:
-            for [batch] in rank_batches(order, 1, *place, even=self.even): yield batch
+        if self.batch_size is None: yield from dealt_out(order, *place, even=self.even, sizes=self.sizes, size=len)
         else: yield from map(list, rank_batches(order, self.batch_size, *place, drop_last=self.drop_last, even=self.even))
 
 
-def mixed(seed: int, *numbers: int) -> int:
-    """One seed made of several, far apart for neighbours."""
-    for number in numbers: seed = ((seed ^ (seed >> 29)) * GOLDEN + number + 1) % 2**63
-    return seed
+def length_of(sampler: Any) -> int:
+    if not isinstance(sampler, Sized): raise TypeError(f"{type(sampler).__name__} has no len().")
+    return len(sampler)
 
 
-def in_private(sampler: Iterable[T], seed: int, at_a_time: int) -> Iterator[T]:
-    """What `sampler` yields when the global generators are seeded with `seed`; read in portions, and put back in between.
-
-    The generator that a sampler owns is seeded too: unequal ones would give each rank another order.
-    """
-    state = private_state(seed)
-    with swapped(state):
-        generator = getattr(sampler, "generator", None)
-        if isinstance(generator, torch.Generator): generator.manual_seed(seed)
-        samples = iter(sampler)
-    while True:
-        with swapped(state): portion = list(islice(samples, at_a_time))
-        if not portion: return
-        yield from portion
-
-
-def private_state(seed: int) -> list[Any]:
-    """The states of torch's, Python's and (where it is loaded) numpy's global generators, seeded."""
-    state: list[Any] = [torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate()]
-    if "numpy" in sys.modules: state.append(sys.modules["numpy"].random.RandomState(seed % 2**32).get_state())
-    return state
-
-
-@contextmanager
-def swapped(state: list[Any]) -> Iterator[None]:
-    """For a while, the global generators are in `state`, which then takes up where they have got to."""
-    numpy = sys.modules["numpy"].random if len(state) == 3 else None
-    before = [torch.get_rng_state(), random.getstate(), *([numpy.get_state()] if numpy else [])]
-
-    def put(values: list[Any]) -> None:
-        torch.set_rng_state(values[0])
-        random.setstate(values[1])
-        if numpy: numpy.set_state(values[2])
-
-    put(state)
-    try: yield
-    finally:
-        state[:] = [torch.get_rng_state(), random.getstate(), *([numpy.get_state()] if numpy else [])]
-        put(before)
+def dealt_out(batches: Iterable[T], rank: int, world_size: int, *, even: bool, sizes: list[int],
+              size: Callable[[T], int]) -> Iterator[T]:
+    """Every world_size-th batch; into `sizes` goes how many samples all ranks have in each step."""
+    sizes.clear()
+    for step in global_batches(batches, world_size, drop_last=even):
+        sizes.append(sum(map(size, step)))
+        if rank < len(step): yield step[rank]
 
 
 # --- loaders ------------------------------------------------------------------------------------------------------------
@@ -219,17 +169,41 @@ class ShardedLoader:
         self.loader, self.even = loader, even
         self.rank = get_rank() if rank is None else rank
         self.world_size = get_world_size() if world_size is None else world_size
+        self.sizes: list[int] = []  # the samples of all ranks in each step so far
+
+    def global_batch_size(self, k: int) -> int:
+        """The number of samples that all ranks have in step k, counted from 0, once it was given out."""
+        return self.sizes[k]
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on to the loader, if it listens."""
         set_epoch(self.loader, epoch)
 
     def __len__(self) -> int:
-        if not isinstance(self.loader, Sized): raise TypeError(f"{type(self.loader).__name__} has no len().")
-        return n_rank_batches(len(self.loader), 1, self.rank, self.world_size, even=self.even)
+        return n_rank_batches(length_of(self.loader), 1, self.rank, self.world_size, even=self.even)
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for [batch] in rank_batches(self.loader, 1, self.rank, self.world_size, even=self.even))
+        return dealt_out(self.loader, self.rank, self.world_size, even=self.even, sizes=self.sizes, size=n_samples)
+
+
+def n_samples(batch: Any) -> int: return count_samples(*split_batch(batch))
+
+
+class InStep:
+    """A rank's batches for as long as every rank has another one: for loaders whose lengths nobody knows.
+
+    Costs one small collective a batch. The batches that some ranks have more are left out, on each of them.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None: self.loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the loader, if it listens."""
+        set_epoch(self.loader, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, end = iter(self.loader), object()
+        while not agree((batch := next(batches, end)) is end): yield batch
 
 
 class ShardedStream(IterableDataset):
@@ -241,6 +215,8 @@ class ShardedStream(IterableDataset):
     >>> [list(ShardedStream(range(9), 2, rank=r, world_size=2)) for r in range(2)]
     [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
+
+    is_sharded = True
 
     def __init__(self, dataset: Iterable[Any], batch_size: int, *, rank: int | None = None,
                  world_size: int | None = None, even: bool = True) -> None:
@@ -260,7 +236,7 @@ class ShardedStream(IterableDataset):
         for batch in islice(batches, number, None, n_workers): yield from batch  # a DataLoader asks its workers in turn
 
 
-def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None) -> Any:
+def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None, keep_generator: bool = False) -> Any:
     """A loader of this rank's part: the same kind, with all its settings, over a sharded order. See `set_epoch`.
 
     In a world of one the loader itself, unless a `seed` is given, which fixes the order of a shuffled one at any world
@@ -268,16 +244,28 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
     an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
     A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
     is dealt out batch by batch; one with a DistributedSampler stays as it is. An IterableDataset is refused, with advice.
+    `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state.
     """
     if get_world_size() == 1 and seed is None: return loader
     if not isinstance(loader, DataLoader): return as_sharded(loader, training)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
     if isinstance(loader.sampler, DistributedSampler): return loader
-    shared = broadcast_from_main(torch.initial_seed() if seed is None else seed)
     sampler, batch_size, drop_last = order_of(loader)
+    own = sampler.seed if isinstance(sampler, EpochOrder) else torch.initial_seed()
+    shared = broadcast_from_main(own) if seed is None else seed
+    if keep_generator: share_states(loader)
     even = drop_last or not isinstance(sampler, SequentialSampler) if training is None else training
-    batch_sampler = ShardedBatchSampler(sampler, batch_size, drop_last=even and drop_last, even=even, seed=shared)
+    batch_sampler = ShardedBatchSampler(sampler, batch_size, drop_last=even and drop_last, even=even, seed=shared,
+                                        keep_generator=keep_generator)
     return rebuilt_with(loader, batch_sampler, shared)
+
+
+def share_states(loader: DataLoader[Any]) -> None:
+    """The generators that a user gave to a loader or its samplers go on from rank 0's states, on every rank."""
+    own = {id(g): g for g in map(generator_of, parts_of(loader)) if g is not None and not isinstance(g, PrivateGenerator)}
+    if not own: return
+    states = broadcast_from_main([generator.get_state() for generator in own.values()])
+    for generator, state in zip(own.values(), states, strict=True): generator.set_state(state)
 
 
 def as_sharded(loader: Any, training: bool | None) -> Any:
@@ -298,12 +286,12 @@ def order_of(loader: DataLoader[Any]) -> tuple[Iterable[Any], int | None, bool]:
 
 
 def check_stream(loader: DataLoader[Any]) -> DataLoader[Any]:
-    if isinstance(loader.dataset, ShardedStream) or get_world_size() == 1: return loader
+    if get_world_size() == 1 or getattr(loader.dataset, "is_sharded", False): return loader
     name = type(loader.dataset).__name__
     raise TypeError(f"the dataset {name} is an IterableDataset: each rank and worker would read all of it. If its order is the "
                     f"same in every process, wrap it: DataLoader(ShardedStream({name}(…), batch_size), batch_size). Else let "
-                    "its __iter__ read a part: number get_rank() * num_workers + get_worker_info().id of get_world_size() * "
-                    "num_workers parts, and leave prepare_data_loader out.")
+                    "its __iter__ read a part, number get_rank() * num_workers + get_worker_info().id of get_world_size() * "
+                    f"num_workers parts, and say so: {name}.is_sharded = True.")
 
 
 def rebuilt_with(loader: DataLoader[Any], batch_sampler: ShardedBatchSampler, seed: int) -> DataLoader[Any]:
@@ -312,5 +300,5 @@ def rebuilt_with(loader: DataLoader[Any], batch_sampler: ShardedBatchSampler, se
     sharded._iterator = None  # workers that live on belong to the original
     object.__setattr__(sharded, "batch_sampler", batch_sampler)  # DataLoader refuses a plain assignment
     if sharded.generator is None:  # it seeds the workers: else all ranks would draw the same augmentations
-        sharded.generator = torch.Generator().manual_seed(mixed(seed, batch_sampler.rank))
+        sharded.generator = torch.Generator().manual_seed(mix(seed, batch_sampler.rank))
     return sharded

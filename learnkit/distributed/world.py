@@ -51,6 +51,14 @@ def get_local_rank() -> int:
     return _integer("LOCAL_RANK", 0)
 
 
+def get_local_world_size() -> int:
+    """How many processes of this training run on this machine: `LOCAL_WORLD_SIZE`, else SLURM's, else 1."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not given and _n_slurm_tasks(os.environ) > 1:  # such as 2(x3),1: of a mixed one, the first machines'
+        given = re.split(r"\D", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", ""))[0]
+    return max(1, int(given)) if given.isdigit() else 1
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints, draws and writes."""
     return get_rank() == 0

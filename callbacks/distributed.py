@@ -1,0 +1,271 @@
+"""One Learner on many processes: the model wrapped, the data sharded, the results of all ranks brought together."""
+from __future__ import annotations
+
+import atexit
+import copy
+import inspect
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from learnkit.batch import count_samples
+from learnkit.data import TensorLoader, n_batches
+from learnkit.distributed.compare import check_same
+from learnkit.distributed.guard import Guard, guard
+from learnkit.distributed.prepare import prepare_model, restore_batchnorm
+from learnkit.distributed.reduce import agree, all_sum, broadcast_from_main, gather_objects, on_main
+from learnkit.distributed.shard import InStep, prepare_data_loader
+from learnkit.distributed.stop import StopTogether
+from learnkit.distributed.world import destroy_process_group, get_device, get_rank, get_world_size, init_process_group
+from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
+from learnkit.learner import Learner
+from learnkit.order import EpochOrder, PrivateGenerator, generator_of, parts_of
+
+NO_BATCH = 2**62        # further than any batch of an epoch
+
+
+class Distributed(Callback):
+    """What `learn.to_distributed()` adds, where there is more than one process.
+
+    For the length of a fit the training batches go through DistributedDataParallel, and each rank's training loader is its
+    part of the whole one; validate and get_preds shard theirs too, unpadded, and leave DDP out. Losses, metrics and
+    predictions are those of all ranks. What one rank stops, all stop, after the same step. A guard ends all processes when
+    one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`.
+
+    >>> learn.to_distributed(sync_bn=True)  # doctest: +SKIP
+    """
+    order = -100
+    unique = True
+
+    def __init__(self, *, sync_bn: bool = False, hang_timeout: float | None = 600., seed: int = 0, **ddp_options: Any) -> None:
+        check_options(ddp_options)
+        self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
+        self.seed = seed                        # of what no other seed decides, the same on all ranks
+        self.stops: StopTogether | None = None  # in a fit
+        self.stops_fit = False                  # whether this rank has raised StopFit
+        self.unchecked = False                  # whether this fit's first backward is still to come
+        self.size_of: Callable[[int], int] = int    # batch index -> samples of all ranks in it
+        self.uneven_from = NO_BATCH             # index of the first batch that the ranks may share unevenly
+
+    # ------------------------------------------------------------------ a fit
+    def around_fit(self, learn: Learner, run: Run) -> None:
+        whole, seed = learn.data, learn.order_seed
+        with self.guarded(learn) as watch:
+            self.stops, self.stops_fit = watch.stop_together(), False
+            try:
+                learn.order_seed = broadcast_from_main(order_seed(learn))
+                learn.data = copy.copy(whole)
+                learn.data.train_dl = training_share(whole.train_dl, learn)
+                learn.plan_steps()
+                check_same(facts(learn))
+                self.size_of, self.uneven_from = sizes(learn.data.train_dl)
+                learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+                self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
+                run()
+            finally:
+                unwrap(learn)
+                learn.data, learn.order_seed, self.stops = whole, seed, None
+
+    def around_epoch(self, learn: Learner, run: Run) -> None:
+        """The stops that are still pending are settled where all ranks meet: only StopFit outlives its epoch."""
+        assert self.stops is not None
+        if learn.epoch == 0: check_same({"the optimizer's settings": settings(learn)})      # with the schedules' first values
+        signal: ControlFlow | None = None
+        try: run()
+        except ControlFlow as raised: signal = raised
+        stops_fit = self.stops_fit or isinstance(signal, StopFit)
+        settled = agree(2 if stops_fit else int(self.stops.under_way))
+        if settled: self.stops.end()
+        if settled == 2 and not isinstance(signal, StopFit): raise StopFit
+        if signal is not None: raise signal
+
+    def around_train(self, learn: Learner, run: Run) -> None:
+        run()
+        share_buffers(learn)
+
+    def around_batch(self, learn: Learner, run: Run) -> None:
+        """A rank that leaves the loop alone would leave the others waiting."""
+        if not learn.training or self.stops is None: return run()
+        wish: Stop | None = None
+        try: run()
+        except (StopFit, StopEpoch, StopTrain) as signal:
+            wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
+        agreed = self.stops.passed(wish.stage if wish else None)
+        if agreed: raise wish if wish and wish.stage == agreed else STOPS_OF_ALL[agreed]
+
+    def around_backward(self, learn: Learner, run: Run) -> None:
+        if learn.batch_index >= self.uneven_from: weighted(learn, self.size_of(learn.batch_index), run)
+        else: run()
+        if self.unchecked: self.check_unused(learn)
+
+    def check_unused(self, learn: Learner) -> None:
+        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
+        self.unchecked = False
+        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
+                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
+                             "learn.to_distributed(find_unused_parameters=True).")
+
+    # ------------------------------------------------------------------ an evaluation
+    def around_validate(self, learn: Learner, run: Run) -> None:
+        if learn.meter.everywhere: return run()
+        learn.dl = evaluation_share(learn.dl, learn, self.seed)     # the Learner puts its own back
+        with self.guarded(learn): run()
+
+    @contextmanager
+    def guarded(self, learn: Learner) -> Iterator[Guard]:
+        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch: yield watch
+
+
+STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopFit, StopEpoch, StopTrain)}
+
+
+class Group:
+    """All ranks of the process group, as `learn.ranks`."""
+
+    def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
+    def agree(self, flag: bool) -> bool: return bool(agree(flag))
+    def on_main(self, action: Callable[[], object], name: str) -> None: on_main(action, name)
+
+    def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Ranks have contiguous parts of each global batch, in rank order."""
+        shares = gather_objects(rows)
+        return [share[k] for k in range(max(map(len, shares))) for share in shares if k < len(share)]
+
+
+# ---------------------------------------------------------------------- joining the others
+def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, **options: Any) -> Learner:
+    """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
+    if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
+    callback = Distributed(**options)           # its errors before anything else
+    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
+    if get_world_size() == 1: return learn
+    if learn.device.type != "cpu": learn.device = get_device(local_rank)
+    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    learn.model.to(learn.device)
+    share_weights(learn)
+    callback.seed = broadcast_from_main(torch.initial_seed())
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Distributed)]     # a second call replaces the first
+    return learn.add_callback(callback)
+
+
+def check_options(ddp_options: dict[str, Any]) -> None:
+    known = list(inspect.signature(DistributedDataParallel).parameters)
+    unknown = [name for name in ddp_options if name not in known or name in ("module", "device_ids", "output_device")]
+    if unknown:
+        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, sync_bn, timeout, hang_timeout, or an option "
+                        f"of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
+
+
+EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+
+
+def share_weights(learn: Learner) -> None:
+    """Rank 0's weights and buffers on every rank, so that an evaluation before the first fit agrees too."""
+    check_same({"the torch version": torch.__version__, "the model": type(learn.model).__name__,
+                "the model's parameters": model_in_words(learn)})
+    share(list(learn.model.state_dict().values()))
+
+
+def share_buffers(learn: Learner) -> None:
+    """Rank 0's buffers (batch norm's statistics) on every rank: what is evaluated must be one model."""
+    share(list(learn.model.buffers()))
+
+
+def share(values: list[Any]) -> None:
+    """Put rank 0's tensors in the place of this rank's, in one broadcast."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not tensors: return
+    with torch.no_grad():
+        for own, given in zip(tensors, broadcast_from_main(tensors), strict=True): own.copy_(given)
+
+
+def unwrap(learn: Learner) -> None:
+    """Take DDP off the model again; without its hooks, the model can be trained alone or wrapped anew."""
+    if isinstance(learn.training_model, DistributedDataParallel): learn.training_model._remove_autograd_hooks()
+    restore_batchnorm(learn.model)
+    learn.training_model = learn.model
+
+
+# ---------------------------------------------------------------------- shares
+def order_seed(learn: Learner) -> int:
+    """The seed of the order of samples: the Learner's, else the one that its loader would use alone."""
+    if learn.order_seed is not None: return learn.order_seed
+    return next((part.seed for part in parts_of(learn.data.train_dl) if isinstance(part, EpochOrder)), torch.initial_seed())
+
+
+def training_share(loader: Any, learn: Learner) -> Any:
+    """This rank's part of the training loader: as many batches as the others have."""
+    own = own_share(loader, learn, learn.order_seed, training=True)
+    n = n_batches(own)
+    if n == 0:
+        bs = batch_size_of(loader)
+        raise ValueError(f"train_dl has no batch for each of the {learn.world_size} ranks: alone it has {n_batches(loader)}, of {bs} "
+                         "samples. Take a smaller batch size, which is per rank, fewer ranks, or drop_last=False.")
+    return InStep(own) if n is None else own
+
+
+def evaluation_share(loader: Any, learn: Learner, seed: int) -> Any:
+    """This rank's part of an evaluation's loader: each sample is some rank's, none is two's."""
+    return own_share(loader, learn, seed if learn.order_seed is None else learn.order_seed, training=False)
+
+
+def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) -> Any:
+    if isinstance(loader, TensorLoader):
+        own = loader.sharded(learn.rank, learn.world_size, even=training)
+        own.tensors = tuple(t.to(learn.device) for t in own.tensors)
+        return own
+    own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
+    if isinstance(own, DataLoader) and own is not loader and isinstance(generator_of(own), PrivateGenerator):
+        own.generator = PrivateGenerator()      # seeds the workers: ranks must not draw the same augmentations
+        own.generator.rank = learn.rank
+    return own
+
+
+def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
+    """(batch index -> samples of all ranks in that batch, the first index from which the ranks may share them unevenly)."""
+    part = next((part for part in parts_of(loader) if hasattr(part, "global_batch_size")), None)
+    if part is None: return int, NO_BATCH
+    if getattr(part, "batch_size", None) is None: return part.global_batch_size, 0
+    last = n_batches(loader)
+    uneven = last is not None and part.global_batch_size(last - 1) % part.world_size != 0
+    return part.global_batch_size, last - 1 if last is not None and uneven else NO_BATCH
+
+
+def weighted(learn: Learner, n_global: int, run: Run) -> None:
+    """DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples."""
+    loss, weight = learn.loss, count_samples(learn.inputs, learn.target) * learn.world_size / n_global
+    learn.loss = loss if weight == 1 else loss * weight
+    try: run()
+    finally: learn.loss = loss
+
+
+# ---------------------------------------------------------------------- what must be equal
+def facts(learn: Learner) -> dict[str, Any]:
+    """What must be equal on all ranks before the first step."""
+    return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn),
+            "the optimizer": type(learn.opt).__name__, "the number of epochs": learn.n_epochs,
+            "the number of steps": learn.n_steps, "the batch size": batch_size_of(learn.data.train_dl), "the seed": learn.seed,
+            "the epochs trained so far": learn.epochs_trained, "validates": learn.data.valid_dl is not None,
+            "the metrics": ", ".join(name for metric in learn.metrics for name in metric.names)}
+
+
+def settings(learn: Learner) -> str:
+    """Every setting of the optimizer's groups; what is equal in all of them once."""
+    return "; ".join(", ".join(f"{name}={value}" for name, value in group.items() if name != "params")
+                     for group in learn.opt.param_groups)
+
+
+def batch_size_of(loader: Any) -> int | None:
+    part = next((part for part in parts_of(loader) if getattr(part, "batch_size", None) is not None), None)
+    return None if part is None else int(part.batch_size)
+
+
+def model_in_words(learn: Learner) -> str:
+    return ", ".join(f"{name} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}" for name, p in learn.model.named_parameters())

@@ -1,0 +1,67 @@
+# pyright: reportPrivateImportUsage=false
+"""One rank wants to stop in the middle of an epoch: all stop after the same step, without a collective per step."""
+from __future__ import annotations
+
+import threading
+import time
+
+import torch.distributed as dist
+
+LOOK = 0.005  # seconds between two looks into the store, while this rank waits for the others' answers
+
+
+class StopTogether:
+    """Agrees on the step after which all ranks stop, through the store that they share.
+
+    The rank that wants to stop says so under one key, and waits where it is. Each other rank promises not to pass its next
+    step; its guard's thread does so for it, as its main thread may wait in a collective for the one that has stopped. The
+    latest promise is the step after which all stop. Ranks that want to stop at the same step have promised that step
+    themselves, so they stop there exactly; else it is a step later, within two of the guard's looks.
+
+    Steps are counted by `passed`, which costs a lock and a comparison.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.lock = threading.Lock()
+        self.n_done = 0  # steps, the same on all ranks when they stop
+        self.round = 0  # stops agreed so far, the same on all ranks
+        self.promised: int | None = None  # this rank passes no further before all have promised
+
+    @property
+    def under_way(self) -> bool:
+        """Whether this rank knows that somebody wants to stop."""
+        return self.promised is not None
+
+    def passed(self, wish: str | None) -> str | None:
+        """After each step, with what this rank wants, if anything; returns what all ranks now do, or None: go on."""
+        with self.lock:
+            self.n_done += 1
+            if wish is None and self.promised is None: return None
+            if wish is not None: self.store.compare_set(self.key("wish"), "", wish)
+            self.promise(self.store, self.n_done)
+        if self.n_done < self.common_step(): return None
+        agreed = self.store.get(self.key("wish")).decode()
+        self.end()
+        return agreed
+
+    def look(self, store: dist.Store) -> None:
+        """Called by the guard's thread again and again, with its own connection: answers for the main thread."""
+        if self.promised is not None or not store.check([self.key("wish")]): return
+        with self.lock: self.promise(store, self.n_done + 1)
+
+    def promise(self, store: dist.Store, step: int) -> None:
+        if self.promised is not None: return
+        self.promised = step
+        store.set(self.key(f"promise/{self.rank}"), str(step))
+
+    def common_step(self) -> int:
+        keys = [self.key(f"promise/{rank}") for rank in range(self.world_size)]
+        while not self.store.check(keys): time.sleep(LOOK)
+        return max(int(value) for value in self.store.multi_get(keys))
+
+    def end(self) -> None:
+        """The stop has happened, or is no longer wanted; all ranks call it at the same step."""
+        with self.lock: self.round, self.promised = self.round + 1, None
+
+    def key(self, name: str) -> str: return f"stop/{self.round}/{name}"
