@@ -230,12 +230,15 @@ def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) 
 
 def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
     """(batch index -> samples of all ranks in that batch, the first index from which the ranks may share them unevenly)."""
-    part = next((part for part in parts_of(loader) if hasattr(part, "global_batch_size")), None)
+    part = next((part for part in parts_in_step(loader) if hasattr(part, "global_batch_size")), None)
     if part is None: return int, NO_BATCH
-    if getattr(part, "batch_size", None) is None: return part.global_batch_size, 0
     last = n_batches(loader)
-    uneven = last is not None and part.global_batch_size(last - 1) % part.world_size != 0
-    return part.global_batch_size, last - 1 if last is not None and uneven else NO_BATCH
+    if last is None or getattr(part, "batch_size", None) is None: return part.global_batch_size, 0
+    uneven = part.global_batch_size(last - 1) % part.world_size != 0
+    return part.global_batch_size, last - 1 if uneven else NO_BATCH
+
+
+def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
 
 
 def weighted(learn: Learner, n_global: int, run: Run) -> None:
@@ -253,7 +256,8 @@ def facts(learn: Learner) -> dict[str, Any]:
             "the optimizer": type(learn.opt).__name__, "the number of epochs": learn.n_epochs,
             "the number of steps": learn.n_steps, "the batch size": batch_size_of(learn.data.train_dl), "the seed": learn.seed,
             "the epochs trained so far": learn.epochs_trained, "validates": learn.data.valid_dl is not None,
-            "the metrics": ", ".join(name for metric in learn.metrics for name in metric.names)}
+            "the metrics": ", ".join(name for metric in learn.metrics for name in metric.names),
+            "the callbacks": ", ".join(type(cb).__name__ for cb in learn.callbacks)}
 
 
 def settings(learn: Learner) -> str:
@@ -263,7 +267,7 @@ def settings(learn: Learner) -> str:
 
 
 def batch_size_of(loader: Any) -> int | None:
-    part = next((part for part in parts_of(loader) if getattr(part, "batch_size", None) is not None), None)
+    part = next((part for part in parts_in_step(loader) if getattr(part, "batch_size", None) is not None), None)
     return None if part is None else int(part.batch_size)
 
 

@@ -5,6 +5,9 @@ import sys
 import time
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from learnkit.callbacks.recorder import Recorder
 from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run
@@ -32,12 +35,15 @@ class Progress(Callback):
         self.next_batch = sys.maxsize           # the batch after which the bar is due again
         self.n_seen = 0                         # losses in the moving average
         self.smooth = self.debias = 0.
+        self.shares = False                     # whether the ranks tell each other their losses, because one shows a bar
+        self.next_share = sys.maxsize           # the training batch after which they do so again
         self.epoch_start = 0.
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         shows = self.bar and self.lines and learn.rank == 0 and is_interactive()
         self.master = new_master(learn.n_epochs) if shows else None
         self.n_seen, self.smooth, self.debias = 0, 0., 0.
+        self.shares = learn.world_size > 1 and learn.ranks.agree(shows)
         try:
             if self.master is not None:
                 self.master.update(0)
@@ -49,17 +55,23 @@ class Progress(Callback):
         finally:
             self.end_bar()
             if self.master is not None and self.master.main_bar.last_v is not None: self.master.on_iter_end()
-            self.master = None
+            self.master, self.next_share = None, sys.maxsize
 
     def before_epoch(self, learn: Learner) -> None:
         self.epoch_start = time.perf_counter()
 
-    def before_train(self, learn: Learner) -> None: self.start_bar(learn)
+    def before_train(self, learn: Learner) -> None:
+        self.start_bar(learn)
+        if self.shares: self.next_share = share_interval(learn) - 1
+
     def before_validate(self, learn: Learner) -> None: self.start_bar(learn)
     def after_train(self, learn: Learner) -> None: self.end_bar()
     def after_validate(self, learn: Learner) -> None: self.end_bar()
 
     def after_batch(self, learn: Learner) -> None:
+        if learn.batch_index >= self.next_share and learn.training:
+            self.smooth, self.debias = self.loss_of_all(learn), 1.
+            self.next_share = learn.batch_index + share_interval(learn)
         if learn.batch_index >= self.next_batch: self.advance(learn)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -95,14 +107,32 @@ class Progress(Callback):
         self.child, self.next_batch = None, sys.maxsize
 
     def loss_so_far(self, learn: Learner) -> str:
-        recorder = next((cb for cb in learn.callbacks if isinstance(cb, Recorder)), None)
-        if recorder is None: return ""
-        for loss in recorder.trace.since(self.n_seen).tolist():     # reads the device: a few times a second
+        if learn.world_size == 1: self.follow_loss(learn)
+        return f"train_loss {self.smooth / self.debias:.4f}" if self.debias else ""
+
+    def follow_loss(self, learn: Learner) -> None:
+        """Bring the moving average up to date."""
+        for loss in losses_since(self.n_seen, learn).tolist():      # reads the device: a few times a second
             self.n_seen += 1
             self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
             self.debias += (1 - SMOOTHING) * (1 - self.debias)
-        name = "train_loss" if learn.world_size == 1 else "loss of rank 0"
-        return f"{name} {self.smooth / self.debias:.4f}" if self.n_seen else ""
+
+    def loss_of_all(self, learn: Learner) -> float:
+        """The mean loss of all ranks since they last told each other: a collective and a read, a few times an epoch."""
+        losses = losses_since(self.n_seen, learn)
+        self.n_seen += len(losses)
+        total, n = learn.ranks.all_sum([losses.double().sum(), len(losses)])
+        return float(total) / max(n, 1)
+
+
+def losses_since(n: int, learn: Learner) -> Tensor:
+    recorder = next((cb for cb in learn.callbacks if isinstance(cb, Recorder)), None)
+    return torch.zeros(0) if recorder is None else recorder.trace.since(n)
+
+
+def share_interval(learn: Learner) -> int:
+    """Batches between two times that the ranks tell each other their losses: twenty times an epoch, but not too often."""
+    return max(10, (n_batches(learn.dl) or 1000) // 20)
 
 
 def is_interactive() -> bool:

@@ -69,13 +69,14 @@ class Recorder(Callback):
         self.values: list[list[float]] = []
         self.ends: list[int] = []       # steps done at the end of each epoch
         self.momentum: str | None = None
+        self.is_main = True
 
     @property
     def losses(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
 
     def before_fit(self, learn: Learner) -> None:
         self.__init__()
-        self.metric_names, self.momentum = learn.value_names, momentum_name(learn.opt)
+        self.metric_names, self.momentum, self.is_main = learn.value_names, momentum_name(learn.opt), learn.rank == 0
 
     def after_step(self, learn: Learner) -> None:
         self.trace.append(learn.loss.detach().clone())     # a copy: the user may change the loss in place later
@@ -120,8 +121,9 @@ class Recorder(Callback):
         return plot_columns(ax or new_axes(), columns)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write one row an epoch, with a header, to a CSV file."""
+        """Write one row an epoch, with a header, to a CSV file; on several ranks rank 0 alone does. Returns the path."""
         path = Path(path)
+        if not self.is_main: return path
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["epoch", *self.metric_names])

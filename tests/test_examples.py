@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
-def run_example(path: Path) -> str:
+def run_example(path: Path, *launcher: str) -> str:
     """What the example prints: with warnings as errors, and two threads, as its header says."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-W", "error", str(path)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *(launcher or ("-W", "error")), str(path)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr
+    assert launcher or not done.stderr
     return done.stdout
 
 
@@ -41,6 +41,15 @@ def test_diabetes_is_learned_better_with_the_callback_than_without():
     with_noise, without = map(float, re.findall(r"\d\.\d\d", printed))
     assert with_noise >= .44 and with_noise >= without + .03
     assert len(printed.splitlines()) == 1 and not list(Path().iterdir())
+
+
+def test_two_processes_have_the_valid_loss_of_one_to_12_digits():
+    path = ROOT / "examples/03_processes.py"
+    alone = run_example(path)
+    together = run_example(path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert len(together.splitlines()) == 4, "not one line an epoch and one for the result, by one process"
+    results = [re.findall(r"valid_loss (\d\.\d{12}), accuracy (.*)", printed) for printed in (alone, together)]
+    assert results[0] == results[1] and float(results[0][0][1]) > .95
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

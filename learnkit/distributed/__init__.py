@@ -17,12 +17,14 @@ from learnkit.distributed.prepare import GlobalBatchNorm as GlobalBatchNorm
 from learnkit.distributed.prepare import prepare_model as prepare_model
 from learnkit.distributed.prepare import restore_batchnorm as restore_batchnorm
 from learnkit.distributed.prepare import sync_batchnorm as sync_batchnorm
+from learnkit.distributed.prepare import unwrap_model as unwrap_model
 from learnkit.distributed.reduce import agree as agree
 from learnkit.distributed.reduce import all_sum as all_sum
 from learnkit.distributed.reduce import barrier as barrier
 from learnkit.distributed.reduce import broadcast_from_main as broadcast_from_main
 from learnkit.distributed.reduce import gather_for_metrics as gather_for_metrics
 from learnkit.distributed.reduce import gather_objects as gather_objects
+from learnkit.distributed.reduce import on_main as on_main
 from learnkit.distributed.reduce import rank0_first as rank0_first
 from learnkit.distributed.shard import ShardedBatchSampler as ShardedBatchSampler
 from learnkit.distributed.shard import ShardedLoader as ShardedLoader
@@ -67,6 +69,7 @@ __all__ = [  # the submodules stay out of a star import
     "init_process_group",
     "is_main",
     "launch",
+    "on_main",
     "prepare_data_loader",
     "prepare_model",
     "rank0_first",
@@ -77,4 +80,5 @@ __all__ = [  # the submodules stay out of a star import
     "shard_batch",
     "sync_batchnorm",
     "torch",
+    "unwrap_model",
 ]

@@ -35,6 +35,15 @@ def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, devi
     return DistributedDataParallel(model, device_ids=devices, **{"gradient_as_bucket_view": True, **ddp_options})
 
 
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel wraps; any other model as it is.
+
+    For evaluation and for saving: DDP's own forward waits for the other ranks (it shares buffers), which may have fewer
+    batches, and its state_dict says `module.` before every name.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 # --- batch normalization ------------------------------------------------------------------------------------------------
 
 

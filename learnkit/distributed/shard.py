@@ -23,6 +23,7 @@ from learnkit.batch import count_samples, split_batch
 from learnkit.distributed.reduce import agree, broadcast_from_main
 from learnkit.distributed.world import get_rank, get_world_size
 from learnkit.order import EpochOrder, PrivateGenerator, generator_of, mix, parts_of, privately
+from learnkit.order import set_epoch as set_seed_and_epoch
 
 T = TypeVar("T")
 
@@ -115,12 +116,15 @@ class ShardedBatchSampler(EpochOrder):
             raise ValueError(f"rank={rank} of world_size={world_size}, expected 0 to {self.world_size - 1}.")
         self.keep_generator = keep_generator
         self.sizes: list[int] = []  # of a batch sampler: the samples of all ranks in each step so far
+        self.n_drawn = 0  # samples of this epoch that all ranks have been given
 
     def global_batch_size(self, k: int) -> int:
-        """The number of samples that all ranks have in step k, counted from 0; of a batch sampler, once it was given out."""
+        """The number of samples that all ranks have in step k, counted from 0; where no length tells, once it was given out."""
         if self.batch_size is None: return self.sizes[k]
+        try: n = length_of(self.sampler)
+        except TypeError: n = self.n_drawn
         step = self.batch_size * self.world_size
-        return min(step, length_of(self.sampler) - k * step)
+        return min(step, n - k * step)
 
     def __len__(self) -> int:
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample
@@ -135,7 +139,11 @@ class ShardedBatchSampler(EpochOrder):
         order = privately(self.sampler, mix(seed, epoch), (self.batch_size or 1) * self.world_size, reseed=not self.keep_generator)
         place = (self.rank, self.world_size)
         if self.batch_size is None: yield from dealt_out(order, *place, even=self.even, sizes=self.sizes, size=len)
-        else: yield from map(list, rank_batches(order, self.batch_size, *place, drop_last=self.drop_last, even=self.even))
+        else: yield from map(list, rank_batches(self.counted(order), self.batch_size, *place, drop_last=self.drop_last, even=self.even))
+
+    def counted(self, order: Iterable[int]) -> Iterator[int]:
+        self.n_drawn = 0
+        for self.n_drawn, sample in enumerate(order, 1): yield sample
 
 
 def length_of(sampler: Any) -> int:
@@ -189,17 +197,20 @@ class ShardedLoader:
 def n_samples(batch: Any) -> int: return count_samples(*split_batch(batch))
 
 
-class InStep:
+class InStep(EpochOrder):
     """A rank's batches for as long as every rank has another one: for loaders whose lengths nobody knows.
 
     Costs one small collective a batch. The batches that some ranks have more are left out, on each of them.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None: self.loader = loader
+    def __init__(self, loader: Iterable[Any]) -> None:
+        super().__init__(None)
+        self.loader = loader
 
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on to the loader, if it listens."""
-        set_epoch(self.loader, epoch)
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        """Passed on to the loader, if it listens; its private generators are seeded anew."""
+        super().set_epoch(epoch, seed)
+        set_seed_and_epoch(self.loader, seed, epoch)
 
     def __iter__(self) -> Iterator[Any]:
         batches, end = iter(self.loader), object()

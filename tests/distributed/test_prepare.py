@@ -15,6 +15,7 @@ from learnkit.distributed import (
     prepare_model,
     restore_batchnorm,
     sync_batchnorm,
+    unwrap_model,
 )
 
 
@@ -161,3 +162,12 @@ def test_of_two_ranks_the_other_one_is_odd(ranks):
 
 def test_alone_all_agree():
     check_same({"lr": 1})
+
+
+def test_an_unwrapped_model_is_the_one_that_was_given(ranks):
+    def fn():
+        model = nn.Linear(2, 2)
+        return [unwrap_model(prepare_model(model)) is model, unwrap_model(model) is model]
+
+    assert ranks(2, fn) == [[True, True]] * 2
+    assert fn() == [True, True]
