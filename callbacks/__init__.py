@@ -1,4 +1,5 @@
 """The callbacks that come with learnkit: one a file, each written as a user would write it."""
+from learnkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler

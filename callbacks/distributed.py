@@ -24,7 +24,7 @@ from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.world import destroy_process_group, get_device, get_rank, get_world_size, init_process_group
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
 from learnkit.learner import Learner
-from learnkit.order import EpochOrder, PrivateGenerator, generator_of, parts_of
+from learnkit.order import PrivateGenerator, generator_of, parts_of
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 
@@ -47,6 +47,7 @@ class Distributed(Callback):
         self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
         self.seed = seed                        # of what no other seed decides, the same on all ranks
         self.stops: StopTogether | None = None  # in a fit
+        self.compared = False                   # whether the ranks have compared their optimizers in this fit
         self.stops_fit = False                  # whether this rank has raised StopFit
         self.unchecked = False                  # whether this fit's first backward is still to come
         self.size_of: Callable[[int], int] = int    # batch index -> samples of all ranks in it
@@ -56,14 +57,13 @@ class Distributed(Callback):
     def around_fit(self, learn: Learner, run: Run) -> None:
         whole, seed = learn.data, learn.order_seed
         with self.guarded(learn) as watch:
-            self.stops, self.stops_fit = watch.stop_together(), False
+            self.stops, self.stops_fit, self.compared = watch.stop_together(), False, False
             try:
-                learn.order_seed = broadcast_from_main(order_seed(learn))
+                learn.order_seed = broadcast_from_main(learn.order_seed)
                 learn.data = copy.copy(whole)
                 learn.data.train_dl = training_share(whole.train_dl, learn)
                 learn.plan_steps()
                 check_same(facts(learn))
-                self.size_of, self.uneven_from = sizes(learn.data.train_dl)
                 learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
                 self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
                 run()
@@ -72,19 +72,23 @@ class Distributed(Callback):
                 learn.data, learn.order_seed, self.stops = whole, seed, None
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        """The stops that are still pending are settled where all ranks meet: only StopFit outlives its epoch."""
+        """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
         assert self.stops is not None
-        if learn.epoch == 0: check_same({"the optimizer's settings": settings(learn)})      # with the schedules' first values
+        if not self.compared: check_same({"the optimizer's settings": settings(learn)})     # with the schedules' first values
+        self.compared = True
         signal: ControlFlow | None = None
         try: run()
         except ControlFlow as raised: signal = raised
         stops_fit = self.stops_fit or isinstance(signal, StopFit)
-        settled = agree(2 if stops_fit else int(self.stops.under_way))
+        own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
+        settled = agree(own)
         if settled: self.stops.end()
-        if settled == 2 and not isinstance(signal, StopFit): raise StopFit
+        if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
+        if (settled == STOP or settled > WANTED) and not isinstance(signal, StopFit): raise StopFit
         if signal is not None: raise signal
 
     def around_train(self, learn: Learner, run: Run) -> None:
+        self.size_of, self.uneven_from = sizes(learn.dl)
         run()
         share_buffers(learn)
 
@@ -95,11 +99,15 @@ class Distributed(Callback):
         try: run()
         except (StopFit, StopEpoch, StopTrain) as signal:
             wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
-        agreed = self.stops.passed(wish.stage if wish else None)
-        if agreed: raise wish if wish and wish.stage == agreed else STOPS_OF_ALL[agreed]
+        agreed = self.stops.passed(wish.stage if wish else learn.wanted)
+        if agreed is None: return
+        if agreed == learn.wanted: learn.wanted = None
+        if agreed not in STOPS_OF_ALL: learn.agreed = agreed
+        if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
 
     def around_backward(self, learn: Learner, run: Run) -> None:
-        if learn.batch_index >= self.uneven_from: weighted(learn, self.size_of(learn.batch_index), run)
+        k = learn.batch_index - learn.first_batch
+        if k >= self.uneven_from: weighted(learn, self.size_of(k), run)
         else: run()
         if self.unchecked: self.check_unused(learn)
 
@@ -123,6 +131,13 @@ class Distributed(Callback):
         with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch: yield watch
 
 
+STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
+
+
+def number_of(wanted: str) -> int: return 0 if wanted == "save" else int(wanted.split()[1])
+def name_of(number: int) -> str: return f"signal {number}" if number else "save"
+
+
 STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopFit, StopEpoch, StopTrain)}
 
 
@@ -131,7 +146,18 @@ class Group:
 
     def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
+    def gather(self, state: Any) -> list[Any]: return gather_objects(state)
     def on_main(self, action: Callable[[], object], name: str) -> None: on_main(action, name)
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        error, told = None, None
+        if get_rank() == 0:
+            try: told = [True, action()]
+            except Exception as raised: error, told = raised, [False, f"{type(raised).__name__}: {raised}"]
+        done, result = broadcast_from_main(told)
+        if error is not None: raise error
+        if not done: raise RuntimeError(f"rank 0 failed: {result}")
+        return result
 
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Ranks have contiguous parts of each global batch, in rank order."""
@@ -194,12 +220,6 @@ def unwrap(learn: Learner) -> None:
 
 
 # ---------------------------------------------------------------------- shares
-def order_seed(learn: Learner) -> int:
-    """The seed of the order of samples: the Learner's, else the one that its loader would use alone."""
-    if learn.order_seed is not None: return learn.order_seed
-    return next((part.seed for part in parts_of(learn.data.train_dl) if isinstance(part, EpochOrder)), torch.initial_seed())
-
-
 def training_share(loader: Any, learn: Learner) -> Any:
     """This rank's part of the training loader: as many batches as the others have."""
     own = own_share(loader, learn, learn.order_seed, training=True)

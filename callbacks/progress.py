@@ -90,6 +90,7 @@ class Progress(Callback):
         if self.master is None: return
         from fastprogress.fastprogress import progress_bar
         n = n_batches(learn.dl)
+        if n is not None and learn.training: n += learn.first_batch     # those before it were trained on before
         self.child = progress_bar(range(n or 0), total="noinfer" if n is None else n, parent=self.master, leave=False)
         self.child.update(0)
         self.next_batch = 0

@@ -36,7 +36,7 @@ class Trace:
     def since(self, start: int) -> torch.Tensor:
         """The numbers from index `start` on: float (n,), on the device."""
         if self.recent: self.fold()
-        if len(self.folded) > 1: self.folded = [torch.cat(self.folded)]
+        if len(self.folded) > 1: self.folded = [torch.cat([part.to(self.folded[-1].device) for part in self.folded])]
         return self.folded[0][start:] if self.folded else torch.zeros(0)
 
     def replace(self, start: int, values: torch.Tensor) -> None:
@@ -59,6 +59,7 @@ class Recorder(Callback):
     """
     order = 100
     unique = True
+    per_rank = True         # within an epoch each rank keeps its own losses
 
     def __init__(self) -> None:
         self.trace = Trace()
@@ -131,10 +132,11 @@ class Recorder(Callback):
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.trace.since(0), "counts": self.counts, "lrs": self.lrs, "moms": self.moms, "values": self.values,
-                "metric_names": list(self.metric_names), "ends": self.ends}
+        rows = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("counts", "lrs", "moms", "ends")}
+        return {"losses": self.trace.since(0), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace.folded, self.trace.recent = [state["losses"]], []
-        self.metric_names = tuple(state["metric_names"])
-        for name in ("counts", "lrs", "moms", "values", "ends"): setattr(self, name, state[name])
+        self.metric_names, self.values = tuple(state["metric_names"]), [list(row) for row in state["values"]]
+        for name in ("lrs", "moms"): setattr(self, name, state[name].tolist())
+        for name in ("counts", "ends"): setattr(self, name, state[name].long().tolist())

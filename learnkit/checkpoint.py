@@ -99,5 +99,13 @@ def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
                for value in values.values() if isinstance(value, Tensor))
 
 
+def load_optimizer(opt: Optimizer, state: Mapping[str, Any]) -> None:
+    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold."""
+    groups = list(opt.param_groups)
+    opt.load_state_dict(dict(state))
+    for group, loaded in zip(groups, opt.param_groups, strict=True): group.update(loaded)
+    opt.param_groups[:] = groups
+
+
 def shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

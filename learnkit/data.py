@@ -41,6 +41,7 @@ class TensorLoader:
         self.tensors = check_tensors(tensors)
         self.batch_size, self.drop_last, self.batch_tfms = bs, drop_last, tuple(batch_tfms)
         self.rank, self.world_size, self.even = 0, 1, True      # see sharded
+        self.n_left_out = 0                                     # see rest
         self.sampler = EpochSampler(len(self.tensors[0]), shuffle=shuffle, seed=seed)
 
     @property
@@ -63,13 +64,21 @@ class TensorLoader:
         loader.rank, loader.world_size, loader.even = rank, world_size, even
         return loader
 
+    @property
+    def items_per_batch(self) -> int: return self.batch_size * self.world_size
+
+    def rest(self, n: int) -> TensorLoader:
+        """The same epochs, each from its n-th sample on."""
+        loader = copy.copy(self)
+        loader.n_left_out = n
+        return loader
+
     def global_batch_size(self, k: int) -> int:
         """The number of samples of all ranks in the k-th batch."""
-        step = self.batch_size * self.world_size
-        return min(step, self.n_samples - k * step)
+        return min(self.items_per_batch, self.n_samples - self.n_left_out - k * self.items_per_batch)
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.n_samples, self.batch_size * self.world_size)
+        whole, rest = divmod(max(0, self.n_samples - self.n_left_out), self.items_per_batch)
         return whole + (not self.drop_last and rest >= (self.world_size if self.even else self.rank + 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -78,10 +87,9 @@ class TensorLoader:
         return self.batches(order)
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        step = self.batch_size * self.world_size
         for k in range(len(self)):
-            start, stop = share(min(step, self.n_samples - k * step), self.rank, self.world_size)
-            start, stop = k * step + start, k * step + stop
+            start, stop = share(self.global_batch_size(k), self.rank, self.world_size)
+            start, stop = (self.n_left_out + k * self.items_per_batch + i for i in (start, stop))
             if order is None: batch = tuple([t[start:stop] for t in self.tensors])
             else:
                 index = order[start:stop]

@@ -19,7 +19,7 @@ from learnkit.evaluate import Collect, Measure
 from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
 from learnkit.metrics import as_metrics
-from learnkit.order import mix, private_order, set_epoch
+from learnkit.order import EpochOrder, items_per_batch, mix, parts_of, private_order, rest_of, set_epoch, with_seeded_workers
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 
@@ -89,6 +89,13 @@ class Learner:
         self.n_steps: int | None = None         # optimizer steps planned for this fit; None: a loader has no length
         self.epoch = 0                          # of this fit, from 0
         self.step = 0                           # optimizer steps done in this fit
+        self.n_items_done = 0                   # of this epoch's order, trained on: samples, or batches of a loader of batches
+        self.first_batch = 0                    # of this epoch's training pass; not 0 in an epoch that a checkpoint was taken in
+        self.n_fits = 0                         # begun in this learner's life
+        self.resume = False                     # whether this fit was asked to go on from a checkpoint
+        self.resumed: dict[str, Any] | None = None  # the place that it went on from
+        self.wanted: str | None = None          # after this batch, by this rank: "save", or "signal 15"
+        self.agreed: str | None = None          # after this batch, by all ranks
         self.epochs_trained = 0                 # in this learner's life: decides the order of samples
         self.training = False
         self.training_model = model             # what training batches go through: the model, or a wrapper for a fit's length
@@ -101,6 +108,7 @@ class Learner:
         self.values: dict[str, float] = {}      # the last train_loss, valid_loss and metrics
         self.failure: BaseException | None = None   # the first error of the session, which is the one that surfaces
 
+        self.running: tuple[Callback, ...] = () # the callbacks of the session under way, in their order
         self._run: Any = None                   # the resolved Stages; None outside fit, validate and predict
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
         self._zero_grad: Callable[[], None] = lambda: None
@@ -113,12 +121,13 @@ class Learner:
 
     # ------------------------------------------------------------------ the loop: one method a stage
     def _fit(self) -> None:
-        for self.epoch in range(self.n_epochs):
+        for self.epoch in range(self.epoch, self.n_epochs):     # a fit that is resumed begins further on
             self._run.epoch()
+            self.n_items_done = 0
 
     def _epoch(self) -> None:
         self.values, self.batch_index = {}, -1
-        self.dl, self.training = self.data.train_dl, True
+        self.dl, self.training = rest_of(self.data.train_dl, self.n_items_done), True
         self.model.train()
         self._run.train()
         self.training, self.batch_index = False, -1
@@ -127,8 +136,13 @@ class Learner:
     def _train(self) -> None:
         set_epoch(self.dl, self.order_seed, self.epochs_trained)
         self.epochs_trained += 1                # also if a hook stops it early: the next epoch has the next order
-        with closing(self._feed(self.dl)) as batches:
-            for _ in batches: self._run.batch()
+        n_before, per_batch = self.n_items_done, items_per_batch(self.data.train_dl)
+        self.first_batch = n_before // per_batch
+        seeded = with_seeded_workers(self.dl, mix(self.order_seed or 0, self.epochs_trained - 1, self.rank), self.first_batch)
+        with closing(self._feed(seeded, self.first_batch)) as batches:
+            for n, _ in enumerate(batches, 1):
+                self.n_items_done = n_before + n * per_batch
+                self._run.batch()
 
     def _validate(self) -> None:
         set_epoch(self.dl, self.order_seed, 0)
@@ -158,12 +172,12 @@ class Learner:
         self._zero_grad()
         self.step += 1
 
-    def _feed(self, loader: Any) -> Generator[None, None, None]:
+    def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
-        self.batch_index, moves = -1, False
-        for self.batch_index, batch in enumerate(loader):
-            if self.batch_index == 0: moves = self._see_first(batch)
+        self.batch_index, moves = first - 1, False
+        for self.batch_index, batch in enumerate(loader, first):
+            if self.batch_index == first: moves = self._see_first(batch)
             if moves: batch = to_device(batch, self.device)
             self.inputs, self.target = split_batch(batch)
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
@@ -192,13 +206,18 @@ class Learner:
 
     # ------------------------------------------------------------------ fitting
     def fit(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
-            max_steps: int | None = None) -> Learner:
-        """Train for `epochs` at a constant rate (`lr=None`: the Learner's), but for `max_steps` optimizer steps at most."""
-        return self._fit_with(epochs, {"lr": lr}, wd, callbacks, max_steps)
+            max_steps: int | None = None, resume: bool = False) -> Learner:
+        """Train for `epochs` at a constant rate (`lr=None`: the Learner's), but for `max_steps` optimizer steps at most.
+
+        `resume=True` goes on from the newest checkpoint that a `Checkpoint` callback wrote in a fit of the same arguments, exactly,
+        at the step at which it was taken; begins where there is none; does nothing where that fit was finished.
+        """
+        return self._fit_with(epochs, {"lr": lr}, wd, callbacks, max_steps, resume)
 
     def fit_one_cycle(self, epochs: int, max_lr: Rate | None = None, *, wd: float | None = None,
                       moms: tuple[float, float] | None = (.95, .85), div_factor: float = 25., final_div: float | None = None,
-                      pct_start: float = .3, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+                      pct_start: float = .3, callbacks: Iterable[Callback] = (), max_steps: int | None = None,
+                      resume: bool = False) -> Learner:
         """One cycle (Smith & Topin, 2018): from max_lr / div_factor by cosine to max_lr, then to max_lr / final_div.
 
         Of n optimizer steps the peak is at int(n * pct_start); `final_div=None` is div_factor * 1e4. Momentum, or Adam's
@@ -206,21 +225,23 @@ class Learner:
         """
         def cycle(peak: float) -> Schedule: return one_cycle(peak, div_factor, final_div, pct_start)
         momentum = {} if moms is None else {"mom": one_cycle_momentum(moms, pct_start)}
-        return self._fit_with(epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps)
+        return self._fit_with(epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps, resume)
 
     def fit_flat_cos(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, div_final: float = 1e5,
-                     pct_start: float = .75, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+                     pct_start: float = .75, callbacks: Iterable[Callback] = (), max_steps: int | None = None,
+                     resume: bool = False) -> Learner:
         """A flat rate for the first `pct_start` of the steps, then by cosine to lr / div_final."""
-        return self._fit_with(epochs, {"lr": (lr, lambda rate: flat_cos(rate, div_final, pct_start))}, wd, callbacks, max_steps)
+        return self._fit_with(epochs, {"lr": (lr, lambda rate: flat_cos(rate, div_final, pct_start))}, wd, callbacks, max_steps, resume)
 
     def fit_sgdr(self, n_cycles: int, lr: Rate | None = None, *, cycle_len: int = 1, cycle_mult: int = 2,
-                 wd: float | None = None, callbacks: Iterable[Callback] = (), max_steps: int | None = None) -> Learner:
+                 wd: float | None = None, callbacks: Iterable[Callback] = (), max_steps: int | None = None,
+                 resume: bool = False) -> Learner:
         """Cosine with warm restarts (Loshchilov & Hutter, 2017): `n_cycles` from lr to 0, the first one `cycle_len` epochs
         long, each next one `cycle_mult` times as long as the one before."""
         for name, value in (("n_cycles", n_cycles), ("cycle_len", cycle_len), ("cycle_mult", cycle_mult)): check_count(name, value)
         epochs = sum(cycle_len * cycle_mult ** i for i in range(n_cycles))
         cycles = partial(cyclic, n_cycles=n_cycles, cycle_mult=cycle_mult)
-        return self._fit_with(epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps)
+        return self._fit_with(epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps, resume)
 
     def fine_tune(self, epochs: int, base_lr: Rate | None = None, freeze_epochs: int = 1, *, lr_mult: float = 100.,
                   pct_start: float = .3, div_factor: float = 5., **options: Any) -> Learner:
@@ -237,7 +258,7 @@ class Learner:
         return self.fit_one_cycle(epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options)
 
     def _fit_with(self, epochs: int, schedules: dict[str, Any], wd: float | None, callbacks: Iterable[Callback],
-                  max_steps: int | None) -> Learner:
+                  max_steps: int | None, resume: bool) -> Learner:
         """All fit methods: `schedules["lr"]` is a rate, or a pair of it and a function of a rate that gives its schedule."""
         from learnkit.callbacks.param_scheduler import ParamScheduler
         from learnkit.callbacks.stop_after import StopAfter
@@ -255,22 +276,37 @@ class Learner:
         if schedules: extra.append(ParamScheduler(schedules))
         if wd is not None or not isinstance(self.opt_func, Optimizer):
             optim.set_weight_decay(opt, optim.check_rate("wd", self.wd if wd is None else wd))
-        self.n_epochs, self.max_steps = epochs, max_steps
+        self.n_epochs, self.max_steps, self.resume, self.resumed = epochs, max_steps, resume, None
+        self.epoch, self.step, self.batch_index, self.n_items_done = 0, 0, -1, 0
+        self.n_fits += 1
         self.plan_steps()
-        self.epoch, self.step, self.batch_index = 0, 0, -1
         self._zero_grad = optim.zero_grad_of(opt)
         self._seed_by_rank()
-        with self._session(extra):
-            self._zero_grad()                   # what an interrupted loop or a backward by hand left behind
-            try: self._run.fit()
-            finally: self._zero_grad()
+        seed, self.order_seed = self.order_seed, self._seed_of_order()
+        try:
+            with self._session(extra):
+                self._zero_grad()               # what an interrupted loop or a backward by hand left behind
+                try: self._run.fit()
+                finally: self._zero_grad()
+        finally: self.order_seed = seed
         return self
 
     def plan_steps(self) -> None:
-        """Set `n_steps` from the training loader as it is now."""
+        """Set `n_steps` from the training loader as it is now, and from the place that a resumed fit goes on from."""
         length = n_batches(self.data.train_dl)
-        planned = [n for n in (None if length is None else length * self.n_epochs, self.max_steps) if n is not None]
-        self.n_steps = min(planned, default=None)
+        if self.resumed is not None and self.resumed["items_per_batch"] == items_per_batch(self.data.train_dl):
+            self.n_steps = self.resumed["n_steps"]
+            return
+        if length is not None and self.resumed is not None:     # on another number of ranks
+            rest = n_batches(rest_of(self.data.train_dl, self.n_items_done))
+            length_of_fit = self.step + (rest or 0) + length * (self.n_epochs - self.epoch - 1)
+        else: length_of_fit = None if length is None else length * self.n_epochs
+        self.n_steps = min((n for n in (length_of_fit, self.max_steps) if n is not None), default=None)
+
+    def _seed_of_order(self) -> int:
+        """The seed of the order of samples in a fit: the Learner's, else the one of its training loader."""
+        if self.order_seed is not None: return self.order_seed
+        return next((part.seed for part in parts_of(self.data.train_dl) if isinstance(part, EpochOrder)), torch.initial_seed())
 
     def _seed_by_rank(self) -> None:
         """Seed torch from `seed` if there is one; on other ranks than 0 at any rate, whose dropout must not be rank 0's."""
@@ -373,8 +409,11 @@ class Learner:
     def _session(self, extra: Sequence[Callback] = (), dls: Sequence[Any] = ()) -> Iterator[None]:
         """Hooks resolved and loaders with an order of their own; afterwards all is as it was, whatever was raised."""
         everyone = sorted(check_callbacks([*self.callbacks, *extra]), key=lambda callback: callback.order)
+        if self.resume and not any(callback.restores for callback in everyone):
+            raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
         modes = [(module, module.training) for module in self.model.modules()]
         self.training_model = self.model
+        self.running = tuple(everyone)
         self._run = Stages(self, everyone, {stage: getattr(self, f"_{stage}") for stage in STAGES})
         try:
             with private_order(self.data.train_dl, *dls): yield
@@ -386,6 +425,7 @@ class Learner:
         finally:
             for module, mode in modes: module.training = mode
             self._run = self.failure = self.pred = self.loss = None
+            self.running, self.resume = (), False
             self.training, self.training_model = False, self.model
 
     @property
@@ -518,7 +558,7 @@ class Learner:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
                              "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
         checkpoint.load_model(self.model, state.get("model", state), strict=strict)
-        if fits: self.opt.load_state_dict(state["opt"])
+        if fits: checkpoint.load_optimizer(self.opt, state["opt"])
         return self
 
     def summary(self) -> str:

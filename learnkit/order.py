@@ -2,6 +2,7 @@
 validation passes in between, or of the global random number generators."""
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import sys
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
 T = TypeVar("T")
 
@@ -79,12 +80,135 @@ class PrivateSampler(EpochOrder, Sampler[Any]):
     def __iter__(self) -> Iterator[Any]: return privately(self.sampler, mix(self.seed, self.next_epoch()))
 
 
+class RestSampler(EpochOrder, Sampler[Any]):
+    """What a sampler or batch sampler yields from its n-th item on: the rest of an epoch that was begun before."""
+
+    def __init__(self, sampler: Any, n: int) -> None:
+        super().__init__(getattr(sampler, "seed", 0))
+        self.sampler, self.n = sampler, n
+
+    @property
+    def generator(self) -> torch.Generator | None: return generator_of(self.sampler)
+
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        super().set_epoch(epoch, seed)
+        if isinstance(self.sampler, EpochOrder): self.sampler.set_epoch(epoch, seed)
+        elif callable(getattr(self.sampler, "set_epoch", None)): self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int: return max(0, len(self.sampler) - self.n)
+
+    def __iter__(self) -> Iterator[Any]: return islice(iter(self.sampler), self.n, None)
+
+
+class RestLoader:
+    """Any iterable's batches from the n-th on. What comes before is read, and left out."""
+
+    def __init__(self, loader: Any, n: int) -> None: self.loader, self.n = loader, n
+
+    def set_epoch(self, epoch: int) -> None:
+        if callable(getattr(self.loader, "set_epoch", None)): self.loader.set_epoch(epoch)
+
+    def __len__(self) -> int: return max(0, len(self.loader) - self.n)
+
+    def __iter__(self) -> Iterator[Any]: return islice(iter(self.loader), self.n, None)
+
+
+def items_per_batch(loader: Any) -> int:
+    """How many items of the order of an epoch a step of all ranks takes: samples, or batches where the loader deals out batches."""
+    if isinstance(loader, DataLoader):
+        batches = loader.batch_sampler
+        if type(batches) is BatchSampler: return batches.batch_size
+        return getattr(batches, "items_per_batch", 1)
+    return getattr(loader, "items_per_batch", 1)
+
+
+def rest_of(loader: Any, n: int) -> Any:
+    """A loader whose next epoch begins at the n-th item of its order (see `items_per_batch`); samples before it are not read."""
+    if n == 0: return loader
+    if callable(getattr(loader, "rest", None)): return loader.rest(n)
+    if isinstance(loader, (list, tuple)): return loader[n:]
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset): return RestLoader(loader, n)
+    own = copy.copy(loader)
+    own._iterator = None                # workers that live on belong to the original
+    if loader.batch_sampler is None: object.__setattr__(own, "sampler", RestSampler(loader.sampler, n))
+    elif type(loader.batch_sampler) is BatchSampler: object.__setattr__(own, "batch_sampler", with_rest(loader.batch_sampler, n))
+    elif callable(rest := getattr(loader.batch_sampler, "rest", None)): object.__setattr__(own, "batch_sampler", rest(n))
+    else: object.__setattr__(own, "batch_sampler", RestSampler(loader.batch_sampler, n))
+    return own
+
+
+def with_rest(owner: Any, n: int, attribute: str = "sampler") -> Any:
+    """A copy whose sampler begins at its n-th item."""
+    twin = copy.copy(owner)
+    setattr(twin, attribute, RestSampler(getattr(owner, attribute), n))
+    return twin
+
+
+# ---------------------------------------------------------------------- workers
+class SeededIndices(list[Any]):
+    """The indices of one batch, and the seed for what a worker draws while it loads them."""
+    seed = 0
+
+
+class SeededBatches(Sampler[Any]):
+    """Gives each batch the seed (seed, epoch, rank, number): what a worker draws does not depend on the batches before."""
+
+    def __init__(self, batches: Any, seed: int, first: int) -> None: self.batches, self.seed, self.first = batches, seed, first
+
+    def __len__(self) -> int: return len(self.batches)
+
+    def __iter__(self) -> Iterator[SeededIndices]:
+        for k, indices in enumerate(self.batches, self.first):
+            own = SeededIndices(indices)
+            own.seed = mix(self.seed, k)
+            yield own
+
+
+class SeededDataset:
+    """A dataset that seeds its process's generators before each batch; everything else is the dataset's own."""
+
+    def __init__(self, dataset: Any) -> None: self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset": raise AttributeError(name)        # while it is being unpickled
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int: return len(self.dataset)
+    def __getitem__(self, index: Any) -> Any: return self.dataset[index]
+
+    def __getitems__(self, indices: Any) -> list[Any]:
+        if isinstance(indices, SeededIndices): seed_process(indices.seed)
+        many: Any = getattr(self.dataset, "__getitems__", None)
+        return many(indices) if many is not None else [self.dataset[i] for i in indices]
+
+
+def seed_process(seed: int) -> None:
+    """torch's, Python's and (where it is loaded) numpy's generators of a loader's worker."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules: sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def with_seeded_workers(loader: Any, seed: int, first: int) -> Any:
+    """A copy of a DataLoader whose workers draw anew for each batch, the first one of which has the number `first`.
+
+    Any other loader, and one whose workers live on from epoch to epoch, is taken as it is.
+    """
+    if not isinstance(loader, DataLoader) or not loader.num_workers or loader.persistent_workers: return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None: return loader
+    own = copy.copy(loader)
+    object.__setattr__(own, "dataset", SeededDataset(loader.dataset))
+    object.__setattr__(own, "batch_sampler", SeededBatches(loader.batch_sampler, seed, first))
+    return own
+
+
+# ---------------------------------------------------------------------- what a loader is made of
 def parts_of(loader: Any) -> list[Any]:
     """The loader and those of its samplers that exist: where an order, an epoch or a generator may live."""
     found, layer = [loader, getattr(loader, "sampler", None)], getattr(loader, "batch_sampler", None)
     while layer is not None and layer not in found:
         found.append(layer)
-        layer = getattr(layer, "sampler", None)
+        layer = getattr(layer, "batches", getattr(layer, "sampler", None))
     unique = {id(part): part for part in found if part is not None}
     return list(unique.values())
 

@@ -25,6 +25,14 @@ class Ranks(Protocol):
         """Do something on rank 0 only; the others that come here wait for it, and raise if it fails. `name` says what."""
         ...
 
+    def gather(self, state: Any) -> list[Any]:
+        """What each rank gave, in rank order: plain types and tensors."""
+        ...
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on all ranks: plain types and tensors; all raise if it fails."""
+        ...
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag is true."""
         ...
@@ -36,4 +44,6 @@ class Alone:
     def all_sum(self, tensors: Any) -> Any: return tensors
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
     def on_main(self, action: Callable[[], object], name: str) -> None: action()
+    def gather(self, state: Any) -> list[Any]: return [state]
+    def from_main(self, action: Callable[[], Any]) -> Any: return action()
     def agree(self, flag: bool) -> bool: return flag

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from learnkit.batch import count_samples, split_batch
 from learnkit.distributed.reduce import agree, broadcast_from_main
 from learnkit.distributed.world import get_rank, get_world_size
-from learnkit.order import EpochOrder, PrivateGenerator, generator_of, mix, parts_of, privately
+from learnkit.order import EpochOrder, PrivateGenerator, generator_of, items_per_batch, mix, parts_of, privately, rest_of, with_rest
 from learnkit.order import set_epoch as set_seed_and_epoch
 
 T = TypeVar("T")
@@ -118,13 +118,19 @@ class ShardedBatchSampler(EpochOrder):
         self.sizes: list[int] = []  # of a batch sampler: the samples of all ranks in each step so far
         self.n_drawn = 0  # samples of this epoch that all ranks have been given
 
+    @property
+    def items_per_batch(self) -> int: return (self.batch_size or 1) * self.world_size
+
+    def rest(self, n: int) -> ShardedBatchSampler:
+        """The same epochs, each from the n-th item of `sampler` on."""
+        return with_rest(self, n)
+
     def global_batch_size(self, k: int) -> int:
         """The number of samples that all ranks have in step k, counted from 0; where no length tells, once it was given out."""
         if self.batch_size is None: return self.sizes[k]
         try: n = length_of(self.sampler)
         except TypeError: n = self.n_drawn
-        step = self.batch_size * self.world_size
-        return min(step, n - k * step)
+        return min(self.items_per_batch, n - k * self.items_per_batch)
 
     def __len__(self) -> int:
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample
@@ -136,7 +142,7 @@ class ShardedBatchSampler(EpochOrder):
         epoch, seed = self.next_epoch(), self.seed
         if isinstance(self.sampler, EpochOrder): self.sampler.set_epoch(epoch, seed)
         elif isinstance(self.sampler, HasEpoch): self.sampler.set_epoch(epoch)
-        order = privately(self.sampler, mix(seed, epoch), (self.batch_size or 1) * self.world_size, reseed=not self.keep_generator)
+        order = privately(self.sampler, mix(seed, epoch), self.items_per_batch, reseed=not self.keep_generator)
         place = (self.rank, self.world_size)
         if self.batch_size is None: yield from dealt_out(order, *place, even=self.even, sizes=self.sizes, size=len)
         else: yield from map(list, rank_batches(self.counted(order), self.batch_size, *place, drop_last=self.drop_last, even=self.even))
@@ -179,6 +185,13 @@ class ShardedLoader:
         self.world_size = get_world_size() if world_size is None else world_size
         self.sizes: list[int] = []  # the samples of all ranks in each step so far
 
+    @property
+    def items_per_batch(self) -> int: return self.world_size
+
+    def rest(self, n: int) -> ShardedLoader:
+        """The same epochs, each from the n-th batch of `loader` on."""
+        return ShardedLoader(rest_of(self.loader, n), rank=self.rank, world_size=self.world_size, even=self.even)
+
     def global_batch_size(self, k: int) -> int:
         """The number of samples that all ranks have in step k, counted from 0, once it was given out."""
         return self.sizes[k]
@@ -206,6 +219,13 @@ class InStep(EpochOrder):
     def __init__(self, loader: Iterable[Any]) -> None:
         super().__init__(None)
         self.loader = loader
+
+    @property
+    def items_per_batch(self) -> int: return items_per_batch(self.loader)
+
+    def rest(self, n: int) -> InStep:
+        """The same epochs, each from the n-th item on."""
+        return InStep(rest_of(self.loader, n))
 
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
         """Passed on to the loader, if it listens; its private generators are seeded anew."""

@@ -1,0 +1,204 @@
+"""Checkpoints of everything that a fit is, from which `fit(…, resume=True)` goes on as if it had never stopped."""
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnkit import resume, snapshots
+from learnkit.callbacks.distributed import Distributed
+from learnkit.hooks import Callback, Run, StopFit
+from learnkit.learner import Learner
+
+STOPPING = [s for s in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT")) if s is not None]
+SAVING = getattr(signal, "SIGUSR1", None)
+
+
+class Checkpoint(Callback):
+    """Keeps the last states of a fit in a folder; `learn.fit(…, resume=True)` goes on from the newest whole one, bit for bit.
+
+    dir             where they are kept; on several ranks rank 0's, which alone writes and reads
+    every_n_steps   also after every so many optimizer steps, within epochs too. None: only as below
+    every_n_epochs  after every so many epochs, and at the end. None: at the end alone
+    keep            how many of this fit's are kept; the one that it resumed from goes when a newer one is durable
+    async_write     write in a thread, from a copy in memory; errors come up at the next save or at the fit's end
+
+    SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks, save,
+    and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError before the
+    first step where the folder cannot be written to.
+
+    >>> learn = Learner(data, model, callbacks=[Checkpoint("checkpoints")])  # doctest: +SKIP
+    >>> learn.fit_one_cycle(10, resume=True)  # doctest: +SKIP
+    """
+    order = Distributed.order - 10
+    unique = True
+    restores = True
+
+    def __init__(self, dir: str | Path, *, every_n_steps: int | None = None, every_n_epochs: int | None = 1, keep: int = 2,
+                 async_write: bool = False) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("keep", keep)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
+        self.dir, self.every_n_steps, self.every_n_epochs, self.keep = Path(dir), every_n_steps, every_n_epochs, keep
+        self.async_write = async_write
+        self.run = ""                               # names a fit, over all its interruptions
+        self.written: list[Path] = []               # of this run, oldest first
+        self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
+        self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
+        self.saved_at: tuple[int, int] = (-1, -1)   # epoch and step
+        self.writer: ThreadPoolExecutor | None = None
+        self.writing: Future[None] | None = None
+
+    # ------------------------------------------------------------------ a fit
+    def around_fit(self, learn: Learner, run: Run) -> None:
+        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, (-1, -1)
+        learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
+        if learn.resume: self.find(learn)
+        try:
+            with handlers(learn): run()
+        except BaseException:
+            self.wait_for_writer()      # for what is being written; its own error is not the one to be told
+            raise
+        learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+        if (learn.agreed or "").startswith("signal"): self.leave(learn)
+
+    def prepare(self) -> None:
+        """See, before anything is trained, that the folder can be written to; remove what killed processes left."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.dir): pass
+        except OSError as error: raise snapshots.explained(error, self.dir, 0) from error
+        snapshots.clean(self.dir)
+
+    def find(self, learn: Learner) -> None:
+        """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
+        found = learn.ranks.from_main(self.read)
+        if found is None: return
+        parts, about = found
+        place = parts["place"]
+        if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
+        if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
+        self.parts, self.run, learn.resumed = parts, about["run"], place
+        self.written = snapshots.of_run(self.dir, self.run)
+        resume.put_place(learn, place)
+        learn.plan_steps()
+
+    def read(self) -> list[Any] | None:
+        found = snapshots.newest(self.dir)
+        return None if found is None else list(found[1:])
+
+    def before_epoch(self, learn: Learner) -> None:
+        self.put_back(learn)
+        self.generators = [generator.get_state() for generator in resume.generators_of(learn.data.train_dl)]
+
+    def after_fit(self, learn: Learner) -> None:
+        self.put_back(learn)            # a finished fit has no epoch in which to do so
+
+    def put_back(self, learn: Learner) -> None:
+        """When the other callbacks have been told that the fit begins, and have forgotten the one before."""
+        if self.parts is None: return
+        parts, self.parts = self.parts, None
+        resume.put_back(learn, self.others(learn), parts)
+        self.saved_at = learn.epoch, learn.step
+
+    def others(self, learn: Learner) -> list[Callback]: return [callback for callback in learn.running if callback is not self]
+
+    # ------------------------------------------------------------------ when
+    def after_batch(self, learn: Learner) -> None:
+        """Told when it is settled what all ranks do after this batch."""
+        if not learn.training: return
+        if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
+        n = self.every_n_steps
+        if learn.agreed == "save" or (n is not None and learn.step % n == 0): self.save(learn)
+        if learn.agreed == "save": learn.agreed = None
+        elif learn.agreed is not None: raise StopFit
+
+    def around_epoch(self, learn: Learner, run: Run) -> None:
+        stop: StopFit | None = None
+        try: run()
+        except StopFit as raised: stop = raised
+        if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
+        signalled = learn.agreed is not None and learn.agreed != "save"
+        if learn.training: self.save(learn, over=not signalled)         # left in the middle
+        else:
+            last = learn.epoch + 1 == learn.n_epochs or (stop is not None and not signalled)
+            due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
+            if due or last or learn.agreed is not None: self.save(learn, epoch_over=True, over=last)
+        if learn.agreed == "save": learn.agreed = None
+        if stop is not None: raise stop
+        if signalled: raise StopFit
+
+    # ------------------------------------------------------------------ saving
+    def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
+        """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
+        place = resume.place_of(learn, epoch_over=epoch_over, over=over)
+        now = place["epoch"], place["step"]
+        if now == self.saved_at and not over: return
+        self.saved_at = now
+        parts = resume.take(learn, self.others(learn), self.generators, place)
+        about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
+                 "values": {name: str(value) for name, value in learn.values.items()}}
+        learn.ranks.on_main(lambda: self.write(parts, about), f"write a checkpoint to {self.dir}")
+
+    def write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
+        if not self.async_write: return self.write_now(parts, about)
+        self.finish_writing()           # one at a time; its error comes up here
+        copy = snapshots.in_memory(parts)
+        if self.writer is None: self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing = self.writer.submit(self.write_now, copy, about)
+
+    def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
+        name = snapshots.next_name(self.dir, about["step"])
+        self.written.append(snapshots.write(self.dir, name, parts, about))
+        while len(self.written) > self.keep: snapshots.remove(self.written.pop(0))
+
+    def finish_writing(self) -> None:
+        writing, self.writing = self.writing, None
+        try:
+            if writing is not None: writing.result()
+        finally: self.wait_for_writer()
+
+    def wait_for_writer(self) -> None:
+        writer, self.writer = self.writer, None
+        if writer is not None: writer.shutdown()
+
+    # ------------------------------------------------------------------ leaving
+    def leave(self, learn: Learner) -> None:
+        assert learn.agreed is not None
+        number = int(learn.agreed.split()[1])
+        if learn.rank == 0:
+            print(f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+
+@contextmanager
+def handlers(learn: Learner) -> Iterator[None]:
+    """For a fit's length, signals only note what is wanted; a handler that the user had is called too, and put back."""
+    learn.wanted = learn.agreed = None
+    if threading.current_thread() is not threading.main_thread():
+        warnings.warn("fit runs in a thread, where no signal can be handled: SIGTERM will end it without a checkpoint.", stacklevel=2)
+        yield
+        return
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        learn.wanted = "save" if number == SAVING else f"signal {number}"
+        if number != SAVING: signal.signal(number, signal.SIG_DFL)      # a second one ends at once
+        if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None): before[number](number, frame)
+
+    for number in filter(None, [*STOPPING, SAVING]):
+        if signal.getsignal(number) == signal.SIG_IGN: continue
+        before[number] = signal.signal(number, note)
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""What a fit is at a step: taken as plain types and tensors, and put back, so that it goes on as if it had never stopped."""
+from __future__ import annotations
+
+import random
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learnkit import checkpoint
+from learnkit.order import PrivateGenerator, generator_of, items_per_batch, parts_of
+from learnkit.snapshots import check_plain
+
+if TYPE_CHECKING:
+    from learnkit.hooks import Callback
+    from learnkit.learner import Learner
+
+
+def take(learn: Learner, callbacks: list[Callback], generators: list[Tensor], place: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for.
+
+    `generators`: the states of the training loader's own at the epoch's start, from which its order is drawn anew.
+    """
+    states: dict[bool, dict[str, Any]] = {False: {}, True: {}}      # by whether ranks have different ones
+    for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
+        state = callback.state_dict()
+        check_plain(state, f"the state of {type(callback).__name__}")
+        if state: states[callback.per_rank][key] = state
+    own = {"random": random_state(learn.device), "callbacks": states[True]}
+    return {"model": checkpoint.plain_state(learn.model), "optimizer": learn.opt.state_dict(), "callbacks": states[False],
+            "place": place | {"generators": generators}, "ranks": learn.ranks.gather(own)}
+
+
+def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
+    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on."""
+    in_epoch = not epoch_over and not over
+    return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step,
+            "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
+            "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
+            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
+
+
+def put_place(learn: Learner, place: dict[str, Any]) -> None:
+    """Before the first hook: the epoch and the step from which the fit goes on."""
+    if place["n_epochs"] != learn.n_epochs:
+        raise ValueError(f"the checkpoint is of a fit of {place['n_epochs']} epochs, this one is of {learn.n_epochs}: resume it with the "
+                         "same arguments, or begin a new fit with resume=False or in another folder.")
+    learn.epoch, learn.step, learn.n_items_done = place["epoch"], place["step"], place["items"]
+    learn.epochs_trained, learn.order_seed = place["epochs_trained"], place["order_seed"]
+
+
+def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -> None:
+    """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
+        raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
+                         "with the same opt_func and splitter.")
+    keys, ranks = keys_of(callbacks), parts["ranks"]
+    own = ranks[learn.rank if len(ranks) == learn.world_size else 0]
+    states = {**parts["callbacks"], **own["callbacks"]}
+    unknown = [key for key in states if key not in keys]
+    if unknown:
+        raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
+                         "callbacks.")
+    checkpoint.load_model(learn.model, parts["model"], strict=True)
+    checkpoint.load_optimizer(learn.opt, parts["optimizer"])
+    for key, callback in zip(keys, callbacks, strict=True):
+        if key in states: callback.load_state_dict(states[key])
+    put_generators(learn.data.train_dl, parts["place"]["generators"])
+    if len(ranks) == learn.world_size: put_random_state(own["random"], learn.device)
+
+
+
+def keys_of(callbacks: list[Callback]) -> list[str]:
+    """A name for each: its class's, with a number where there are several."""
+    names = [type(callback).__name__ for callback in callbacks]
+    return [name if names.count(name) == 1 else f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
+
+
+# ---------------------------------------------------------------------- random states
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of this process's generators: torch's on the CPU and the device, Python's, and numpy's where it is loaded."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if device.type != "cpu": state["device"] = torch.get_device_module(device).get_rng_state(device)
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [kind, keys.tolist(), *rest]
+    return state
+
+
+def put_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate((version, tuple(words), gauss))
+    if "device" in state and device.type != "cpu": torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
+    if "numpy" in state:
+        import numpy
+        numpy.random.set_state(tuple(state["numpy"]))
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Those that the user gave to the loader or its samplers."""
+    found = {id(g): g for g in map(generator_of, parts_of(loader)) if g is not None and not isinstance(g, PrivateGenerator)}
+    return list(found.values())
+
+
+def put_generators(loader: Any, states: list[Tensor]) -> None:
+    for generator, state in zip(generators_of(loader), states, strict=True): generator.set_state(state.cpu())
