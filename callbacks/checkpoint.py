@@ -64,13 +64,16 @@ class Checkpoint(Callback):
         self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, (-1, -1)
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
+        stop: StopFit | None = None
         try:
             with handlers(learn): run()
+        except StopFit as raised: stop = raised
         except BaseException:
             self.wait_for_writer()      # for what is being written; its own error is not the one to be told
             raise
         learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
+        if stop is not None: raise stop
 
     def prepare(self) -> None:
         """See, before anything is trained, that the folder can be written to; remove what killed processes left."""
