@@ -88,7 +88,7 @@ class Checkpoint(Callback):
         found = learn.ranks.from_main(self.read)
         if found is None: return
         parts, about = found
-        place = parts["place"]
+        place = parts["run"]["place"]
         if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
         if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
         self.parts, self.run, learn.resumed = parts, about["run"], place

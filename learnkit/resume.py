@@ -28,8 +28,8 @@ def take(learn: Learner, callbacks: list[Callback], generators: list[Tensor], pl
         check_plain(state, f"the state of {type(callback).__name__}")
         if state: states[callback.per_rank][key] = state
     own = {"random": random_state(learn.device), "callbacks": states[True]}
-    return {"model": checkpoint.plain_state(learn.model), "optimizer": learn.opt.state_dict(), "callbacks": states[False],
-            "place": place | {"generators": generators}, "ranks": learn.ranks.gather(own)}
+    run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather(own)}
+    return {"model": checkpoint.plain_state(learn.model), "optimizer": learn.opt.state_dict(), "run": run}
 
 
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
@@ -55,9 +55,10 @@ def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -
     if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
                          "with the same opt_func and splitter.")
-    keys, ranks = keys_of(callbacks), parts["ranks"]
-    own = ranks[learn.rank if len(ranks) == learn.world_size else 0]
-    states = {**parts["callbacks"], **own["callbacks"]}
+    run, keys = parts["run"], keys_of(callbacks)
+    same_world = len(run["ranks"]) == learn.world_size
+    own = run["ranks"][learn.rank if same_world else 0]
+    states = {**run["callbacks"], **own["callbacks"]}
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
@@ -66,8 +67,8 @@ def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -
     checkpoint.load_optimizer(learn.opt, parts["optimizer"])
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states: callback.load_state_dict(states[key])
-    put_generators(learn.data.train_dl, parts["place"]["generators"])
-    if len(ranks) == learn.world_size: put_random_state(own["random"], learn.device)
+    put_generators(learn.data.train_dl, run["generators"])
+    if same_world: put_random_state(own["random"], learn.device)
 
 
 
