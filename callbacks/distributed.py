@@ -91,6 +91,7 @@ class Distributed(Callback):
         self.size_of, self.uneven_from = sizes(learn.dl)
         run()
         share_buffers(learn)
+        check_same(replica(learn))
 
     def around_batch(self, learn: Learner, run: Run) -> None:
         """A rank that leaves the loop alone would leave the others waiting."""
@@ -270,6 +271,14 @@ def weighted(learn: Learner, n_global: int, run: Run) -> None:
 
 
 # ---------------------------------------------------------------------- what must be equal
+def replica(learn: Learner) -> dict[str, Any]:
+    """A checksum of the weights, which are the same on all ranks or the training is none: two numbers, by one read."""
+    words = [p.detach().reshape(-1).view(torch.uint8) for p in learn.model.parameters()]
+    sums = torch.stack([w.sum(dtype=torch.int64) + 31 * w[1::2].sum(dtype=torch.int64) for w in words])
+    weights = torch.arange(1, len(words) + 1, device=sums.device)
+    return {"the weights' checksum": int((sums * weights).sum())}
+
+
 def facts(learn: Learner) -> dict[str, Any]:
     """What must be equal on all ranks before the first step."""
     return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, describe, split_batch, target_key, tensors_in, to_device
+from learnkit.batch import Inputs, count_samples, describe, split_batch, target_key, tensors_in, to_device
 from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, n_batches
 from learnkit.evaluate import Collect, Measure
 from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
@@ -421,7 +421,9 @@ class Learner:
             raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
                                f"{self.where()}.") from signal
         except BaseException as error:
-            raise surfacing(error, self.failure)  # noqa: B904
+            first = surfacing(error, self.failure)
+            if is_out_of_memory(first): add_note(first, out_of_memory(self.inputs, self.target))
+            raise first  # noqa: B904
         finally:
             for module, mode in modes: module.training = mode
             self._run = self.failure = self.pred = self.loss = None
@@ -610,6 +612,17 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     """Whether a function can be called with an argument of this name."""
     parameters = inspect.signature(function).parameters.values()
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a device, or on the CPU, where it is a RuntimeError like others."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def out_of_memory(inputs: Any, target: Any) -> str:
+    """What to do when a batch did not fit, with its size."""
+    return (f"learnkit: this batch of {count_samples(inputs, target)} samples did not fit into memory ({describe(inputs)}). Take a smaller "
+            "batch size. The model and the optimizer are as they were before it.")
 
 
 def surfacing(error: BaseException, first: BaseException | None) -> BaseException:
