@@ -17,6 +17,7 @@ import torch
 
 from learnkit import resume, snapshots
 from learnkit.callbacks.distributed import Distributed
+from learnkit.files import explained
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -80,7 +81,7 @@ class Checkpoint(Callback):
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir): pass
-        except OSError as error: raise snapshots.explained(error, self.dir, 0) from error
+        except OSError as error: raise explained(error, self.dir, 0) from error
         snapshots.clean(self.dir)
 
     def find(self, learn: Learner) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from learnkit.files import check_seal, explained, read_state, size_of, sync_folder, write_state
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
@@ -32,28 +33,18 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save beside `path`, flush it to the disk, and put it in place by one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_state(part, state, seal=True)
         os.replace(part, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError): raise explained(error, path, size_of(state)) from error
         raise
     return path
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; there is nothing to do where folders cannot be opened (Windows)."""
-    if os.name != "posix": return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try: os.fsync(descriptor)
-    finally: os.close(descriptor)
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
@@ -61,10 +52,8 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
     if not path.exists():
         there = sorted(p.stem for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"there is no {path}. Saved in that folder: {', '.join(there) or 'nothing'}.")
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read safely as a state of plain tensors: it is damaged, or holds other objects. "
-                         "Nothing was loaded.") from error
+    check_seal(path)
+    state = read_state(path, device)
     if not isinstance(state, dict): raise ValueError(f"{path} holds {type(state).__name__}, expected a dict of tensors.")
     return state
 

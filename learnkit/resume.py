@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from learnkit import checkpoint
+from learnkit.files import check_plain
 from learnkit.order import PrivateGenerator, generator_of, items_per_batch, parts_of
-from learnkit.snapshots import check_plain
 
 if TYPE_CHECKING:
     from learnkit.hooks import Callback

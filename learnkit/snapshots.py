@@ -10,41 +10,35 @@ renames are not atomic.
 """
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from learnkit.files import Damaged, explained, hash_file, read_state, size_of, sync_folder, write_bytes, write_state
+
 FORMAT = 1
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
 PARTIAL = re.compile(r"\.\d{6,}-step-\d+\.\d+\.part")      # .000007-step-1200.<pid>.part
-CHUNK = 1 << 20
-
-
-class Damaged(ValueError):
-    """A snapshot that does not verify; the message says which file and why."""
 
 
 # ---------------------------------------------------------------------- writing
 def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
     """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and space."""
     final, partial = folder / name, folder / f".{name}.{os.getpid()}.part"
-    need = sum(t.numel() * t.element_size() for part in parts.values() for t in tensors_in(part))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        files = {f"{part}.pt": write_file(partial / f"{part}.pt", state) for part, state in parts.items()}
+        files = {f"{part}.pt": write_state(partial / f"{part}.pt", state) for part, state in parts.items()}
         manifest = {"format": FORMAT, "files": files, "about": dict(about)}
         text = json.dumps({"manifest": manifest, "sha256": hash_of(manifest)}, indent=1)
         write_bytes(partial / "manifest.json", text.encode())
@@ -53,108 +47,16 @@ def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str,
         sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError): raise explained(error, final, need) from error
-        if isinstance(error, RuntimeError) and (cause := os_error_of(error)) is not None: raise explained(cause, final, need) from error
+        if isinstance(error, OSError): raise explained(error, final, size_of(parts)) from error
         raise
     return final
-
-
-def write_file(path: Path, state: Any) -> dict[str, Any]:
-    with path.open("xb") as raw:
-        file = Hashing(raw)
-        torch.save(state, file)         # type: ignore[arg-type]
-        if file.error is not None: raise file.error         # torch turns it into an internal error of its own
-        raw.flush()
-        os.fsync(raw.fileno())
-    return {"sha256": file.hash.hexdigest(), "bytes": file.n_bytes}
-
-
-class Hashing:
-    """A file opened for writing, whose bytes are hashed on their way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash, self.n_bytes = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try: n = self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.hash.update(data)
-        self.n_bytes += n
-        return n
-
-    def flush(self) -> None: self.file.flush()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was created and renamed in it durable."""
-    if os.name == "nt": return
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-
-def os_error_of(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError): return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def explained(error: OSError, path: Path, need: int) -> OSError:
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    advice = f"It needs about {need / 1e6:.1f} MB; {free / 1e6:.1f} MB are free there. "
-    advice += "Make room, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else \
-        "See that the folder exists and may be written to"
-    return OSError(error.errno, f"could not write the checkpoint {path}: {error.strerror or error}. {advice}; checkpoints written "
-                   "before are intact")
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor): yield value
-    elif isinstance(value, Mapping):
-        for v in value.values(): yield from tensors_in(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value: yield from tensors_in(v)
-
-
-def check_plain(value: Any, name: str) -> None:
-    """Refuse, before it is written, what could not be read again without executing code."""
-    if value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype)): return
-    if isinstance(value, Mapping):
-        for key, v in value.items():
-            if not isinstance(key, (str, int, float, bool, tuple)): raise refused(key, f"a key of {name}")
-            check_plain(v, f"{name}[{key!r}]")
-    elif type(value) in (list, tuple, torch.Size):
-        for i, v in enumerate(value): check_plain(v, f"{name}[{i}]")
-    else: raise refused(value, name)
-
-
-def refused(value: Any, name: str) -> TypeError:
-    return TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot keep: expected None, a bool, number, string or "
-                     "tensor, or a list, tuple or dict of them. Convert it in state_dict(), and back in load_state_dict().")
 
 
 # ---------------------------------------------------------------------- reading
 def read(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(parts, about) of a snapshot that verifies; raises Damaged, and executes nothing."""
     manifest = verify(path)
-    parts = {}
-    for name in manifest["files"]:
-        try: parts[name.removesuffix(".pt")] = torch.load(path / name, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise Damaged(f"{path / name} is whole, but holds more than tensors and plain types: {first_line(error)}") from None
-    return parts, manifest["about"]
+    return {name.removesuffix(".pt"): read_state(path / name, device) for name in manifest["files"]}, manifest["about"]
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -162,15 +64,10 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     for name, told in manifest["files"].items():
         if name != os.path.basename(name): raise Damaged(f"{path}: the manifest names {name!r}, which is outside of the folder.")
-        digest, n = hashlib.sha256(), 0
-        try:
-            with (path / name).open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-                    n += len(chunk)
+        try: digest, n = hash_file(path / name)
         except OSError as error: raise Damaged(f"{path / name} cannot be read: {error.strerror}.") from None
         if n != told["bytes"]: raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it was cut off, or replaced.")
-        if digest.hexdigest() != told["sha256"]: raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
+        if digest != told["sha256"]: raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
     return manifest
 
 
@@ -188,9 +85,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def hash_of(manifest: Any) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def first_line(error: BaseException) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------- the folder

@@ -257,15 +257,15 @@ def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypa
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_error_of_the_writer_comes_up_and_the_one_before_is_intact(asynchronous, monkeypatch):
     from learnkit import snapshots
-    real = snapshots.write_file
+    real = snapshots.write_state
 
     def fails(path: Path, content: Any) -> Any:
         if "step-6" in str(path): raise OSError(28, "No space left on device")
         return real(path, content)
 
-    monkeypatch.setattr(snapshots, "write_file", fails)
+    monkeypatch.setattr(snapshots, "write_state", fails)
     learn = make(DATA["tensors"], every_n_steps=3, async_write=asynchronous)
-    with pytest.raises(OSError, match=r"could not write the checkpoint kept/000002-step-6: No space.*needs about .* MB; .* MB are free"):
+    with pytest.raises(OSError, match=r"could not write kept/000002-step-6: No space.*needs about .* MB; .* MB are free"):
         learn.fit(EPOCHS)
     assert steps_kept() == [3] and newest(Path("kept")) is not None
     assert not list(Path("kept").glob(".*"))
@@ -275,7 +275,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step():
     Path("kept").write_text("a file")
     learn = make(DATA["tensors"])
     before = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(OSError, match="could not write the checkpoint kept"): learn.fit(1)
+    with pytest.raises(OSError, match="could not write kept"): learn.fit(1)
     assert all(torch.equal(p, q) for p, q in zip(before, learn.model.parameters(), strict=True)) and learn.step == 0
 
 
@@ -283,7 +283,7 @@ def test_what_could_not_be_read_again_is_refused_when_it_is_written():
     class Careless(Callback):
         def state_dict(self) -> dict[str, Any]: return {"where": [Path("x")]}
 
-    with pytest.raises(TypeError, match=r"the state of Careless\['where'\]\[0\] is a \w*Path, which a checkpoint cannot keep"):
+    with pytest.raises(TypeError, match=r"the state of Careless\['where'\]\[0\] is a \w*Path, which a file cannot keep"):
         make(DATA["tensors"]).fit(1, callbacks=[Careless()])
 
 
