@@ -148,6 +148,7 @@ def check_seal(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise Damaged(f"{path} was cut off or changed after it was written: {error}. Nothing was loaded.") from None
     if comment and whole:
-        digest, _ = hash_file(path, path.stat().st_size - len(comment) - 2)
-        whole = comment == SEAL + digest.encode()
+        n = path.stat().st_size - len(comment) - 2
+        with path.open("rb") as file: length = file.seek(n) and file.read(2)
+        whole = comment == SEAL + hash_file(path, n)[0].encode() and length == len(comment).to_bytes(2, "little")
     if not whole: raise Damaged(f"{path} was changed after it was written: its checksum differs. Nothing was loaded.")
