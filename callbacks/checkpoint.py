@@ -59,6 +59,8 @@ class Checkpoint(Callback):
         self.saved_at: tuple[int, int] = (-1, -1)   # epoch and step
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
+        self.copied = threading.Event()             # whether the state that is being written may be changed again
+        self.copied.set()
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -150,6 +152,8 @@ class Checkpoint(Callback):
         if now == self.saved_at and not over: return
         self.saved_at = now
         parts = resume.take(learn, self.others(learn), self.generators, place)
+        if self.async_write:
+            parts |= {"run": snapshots.in_memory(parts["run"]), "model": resume.with_own_buffers(learn, parts["model"])}
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
                  "values": {name: str(value) for name, value in learn.values.items()}}
         learn.ranks.on_main(lambda: self.write(parts, about), f"write a checkpoint to {self.dir}")
@@ -157,9 +161,18 @@ class Checkpoint(Callback):
     def write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write: return self.write_now(parts, about)
         self.finish_writing()           # one at a time; its error comes up here
-        copy = snapshots.in_memory(parts)
         if self.writer is None: self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.writing = self.writer.submit(self.write_now, copy, about)
+        self.copied.clear()
+        self.writing = self.writer.submit(self.copy_and_write, parts, about)
+
+    def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
+        try: parts = snapshots.in_memory(parts)
+        finally: self.copied.set()
+        self.write_now(parts, about)
+
+    def before_step(self, learn: Learner) -> None:
+        """The weights are copied during the forward and backward passes after a save; here they would change."""
+        if not self.copied.is_set(): self.copied.wait()
 
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         name = snapshots.next_name(self.dir, about["step"])

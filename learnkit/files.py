@@ -8,6 +8,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
+LARGE = 1 << 16         # bytes from which handing a piece to another thread is worth it
 SEAL = b"sha256:"       # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
 
 
@@ -24,18 +26,21 @@ class Damaged(ValueError):
 
 # ---------------------------------------------------------------------- writing
 class Hashing:
-    """A file opened for writing, whose bytes are hashed on their way."""
+    """A file opened for writing, whose bytes are hashed on their way, large pieces by another core while they are written."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash, self.n_bytes = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, helper: Executor) -> None:
+        self.file, self.helper, self.hash, self.n_bytes = file, helper, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        hashed = self.helper.submit(self.hash.update, data) if len(data) >= LARGE else None
         try: n = self.file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        self.hash.update(data)
+        finally:
+            if hashed is not None: hashed.result()      # the memory is the writer's again when we return
+        if hashed is None: self.hash.update(data)
         self.n_bytes += n
         return n
 
@@ -45,8 +50,8 @@ class Hashing:
 def write_state(path: Path, state: Any, *, seal: bool = False) -> dict[str, Any]:
     """torch.save to a new file, durable when it returns; {"sha256", "bytes"} of it. `seal` puts the hash at its end."""
     check_plain(state, "the state")
-    with path.open("xb") as raw:
-        file = Hashing(raw)
+    with path.open("xb") as raw, ThreadPoolExecutor(1, "hash") as helper:
+        file = Hashing(raw, helper)
         try: torch.save(state, file)            # type: ignore[arg-type]
         except Exception:
             if file.error is not None: raise file.error from None       # torch makes an internal error of it

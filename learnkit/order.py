@@ -63,9 +63,12 @@ class EpochSampler(EpochOrder, Sampler[int]):
 
     def __len__(self) -> int: return self.n
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]: return self.order_from(0)
+
+    def order_from(self, start: int) -> Iterator[int]:
+        """The next epoch, from its `start`-th sample on."""
         epoch = self.next_epoch()
-        return iter(permutation(self.n, self.seed, epoch).tolist() if self.shuffle else range(self.n))
+        return iter(permutation(self.n, self.seed, epoch)[start:].tolist() if self.shuffle else range(start, self.n))
 
 
 class PrivateSampler(EpochOrder, Sampler[Any]):
@@ -97,7 +100,9 @@ class RestSampler(EpochOrder, Sampler[Any]):
 
     def __len__(self) -> int: return max(0, len(self.sampler) - self.n)
 
-    def __iter__(self) -> Iterator[Any]: return islice(iter(self.sampler), self.n, None)
+    def __iter__(self) -> Iterator[Any]:
+        if not isinstance(self.sampler, EpochSampler): return islice(iter(self.sampler), self.n, None)
+        return self.sampler.order_from(self.n)
 
 
 class RestLoader:

@@ -11,6 +11,7 @@ from torch import Tensor
 from learnkit import checkpoint
 from learnkit.files import check_plain
 from learnkit.order import PrivateGenerator, generator_of, items_per_batch, parts_of
+from learnkit.snapshots import in_memory
 
 if TYPE_CHECKING:
     from learnkit.hooks import Callback
@@ -39,6 +40,13 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
             "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
+
+
+def with_own_buffers(learn: Learner, weights: dict[str, Any]) -> dict[str, Any]:
+    """A model's state in which only the parameters are still the model's own: they change in steps alone, buffers in any forward."""
+    parameters = {p.data_ptr() for p in learn.model.parameters()}
+    return {name: value if isinstance(value, Tensor) and value.data_ptr() in parameters else in_memory(value)
+            for name, value in weights.items()}
 
 
 def put_place(learn: Learner, place: dict[str, Any]) -> None:

@@ -1,0 +1,152 @@
+# pyright: reportPrivateImportUsage=false
+"""What checkpoints cost: writing one, against torch.save of the same state; training beside one that is written; going on from one.
+
+    python benchmarks/checkpoint.py [--rounds 11] [--megabytes 100] [--dir FOLDER]
+
+Goals: a checkpoint (hashed, on the disk, in place by a rename) takes at most 1.3 × torch.save of the same state that is also
+flushed to the disk; with async_write training waits at most 5 % of that; going on at step 10,000 of an epoch takes as long as
+at step 1; what a step costs to be stopped by another rank is at most 1 % of a step of the small CNN.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from epoch import cnn
+from measure import interleave, machine, ratios, spread
+from torch import nn
+
+from learnkit import Callback, DataBunch, Learner, snapshots
+from learnkit.callbacks import Checkpoint
+from learnkit.distributed.stop import StopTogether
+
+
+def state_of(megabytes: int) -> dict[str, Any]:
+    """As many float32 in layers of 4 MB, and two moments for each, as AdamW keeps them."""
+    layers = {f"layers.{i}.weight": torch.randn(1024, 1024) for i in range(max(1, megabytes // 12))}
+    moments = {i: {"step": torch.tensor(10.), "exp_avg": torch.randn(1024, 1024), "exp_avg_sq": torch.rand(1024, 1024)}
+               for i in range(len(layers))}
+    return {"model": layers, "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(range(len(layers)))}]}}
+
+
+def plain(state: dict[str, Any], path: Path, *, durable: bool) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        if durable: os.fsync(file.fileno())
+
+
+def writing(folder: Path, megabytes: int, rounds: int) -> None:
+    state, serial = state_of(megabytes), iter(range(10 ** 6))
+
+    def ours() -> None: shutil.rmtree(snapshots.write(folder / "ours", f"{next(serial):06d}-step-1", state, {"run": "x"}))
+
+    seconds = interleave({"ours": ours, "torch.save, flushed": lambda: plain(state, folder / "a.pt", durable=True),
+                          "torch.save": lambda: plain(state, folder / "a.pt", durable=False)}, rounds, time.perf_counter)
+    for base in ("torch.save, flushed", "torch.save"): print(f"writing / {base:20} {spread(ratios(seconds, 'ours', base))}")
+    print("  " + ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in seconds.items()))
+
+
+def beside(folder: Path, rounds: int) -> None:
+    """How long training waits for a save, in the thread that trains: the hooks that save and that wait for the copy."""
+    width, x, y = 1400, torch.randn(64, 1400), torch.randn(64, 1400)
+    waited: dict[str, list[float]] = {"at once": [], "async_write": []}
+
+    class Timed(Checkpoint):
+        def after_batch(self, learn: Learner) -> None: self.timed(super().after_batch, learn)
+        def before_step(self, learn: Learner) -> None: self.timed(super().before_step, learn)
+
+        def timed(self, hook: Any, learn: Learner) -> None:
+            start = time.perf_counter()
+            hook(learn)
+            waited["async_write" if self.async_write else "at once"][-1] += time.perf_counter() - start
+
+    for _ in range(rounds):
+        for name, values in waited.items():
+            values.append(0.)
+            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))     # with AdamW's moments 141 MB
+            keeper = Timed(folder / name, every_n_steps=4, every_n_epochs=None, async_write=name == "async_write", keep=1)
+            learn = Learner(([(x, y)] * 7, None), model, callbacks=[keeper])
+            with learn.no_logging(): learn.fit(1)
+    print(f"waiting with async_write / without  {spread(ratios(waited, 'async_write', 'at once'))}")
+    print("  " + ", ".join(f"{name} {statistics.median(values):.4f} s" for name, values in waited.items()))
+
+
+class Leave(Callback):
+    """Leaves a fit after the batch that did a step, or before the first one, as if the process had been killed."""
+    order = Checkpoint.order - 10
+
+    def __init__(self, step: int | None = None) -> None: self.step, self.at = step, 0.
+
+    def before_forward(self, learn: Learner) -> None:
+        self.at = time.perf_counter()
+        if self.step is None: raise ConnectionAbortedError
+
+    def after_batch(self, learn: Learner) -> None:
+        if learn.step == self.step: raise ConnectionAbortedError
+
+
+def going_on(folder: Path, rounds: int) -> None:
+    x, y = torch.randn(20_200, 4), torch.randn(20_200, 1)
+
+    def fit(name: str, leave: Leave, **options: Any) -> None:
+        data = DataBunch.create(torch.utils.data.TensorDataset(x, y), bs=2)
+        keeper = Checkpoint(folder / name, every_n_steps=options.pop("every", None))
+        learn = Learner(data, nn.Linear(4, 1), callbacks=[keeper, leave], seed=1)
+        with learn.no_logging(), suppress(ConnectionAbortedError): learn.fit(1, **options)
+
+    places = {"step 1": 1, "step 10,000": 10_000}
+    for name, step in places.items(): fit(name, Leave(step), every=step)
+
+    def resume(name: str) -> None: fit(name, Leave(), resume=True)
+
+    seconds = interleave({name: partial(resume, name) for name in places}, rounds, time.perf_counter)
+    print(f"going on at step 10,000 / at step 1 {spread(ratios(seconds, 'step 10,000', 'step 1'))}")
+    print("  " + ", ".join(f"{name} {statistics.median(values):.4f} s" for name, values in seconds.items()))
+
+
+def flag(rounds: int) -> None:
+    """What each step costs so that a rank can stop all: StopTogether.passed, beside a step of the small CNN of epoch.py."""
+    stops, model, x, y = StopTogether(dist.HashStore(), 0, 2), cnn(), torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
+    opt = torch.optim.SGD(model.parameters(), .01)
+
+    def steps() -> None:
+        for _ in range(20):
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+
+    def flags() -> None:
+        for _ in range(20): stops.passed(None)
+
+    seconds = interleave({"flags": flags, "steps": steps}, rounds)
+    print(f"the flag of a step / a step         {spread(ratios(seconds, 'flags', 'steps'))}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--megabytes", type=int, default=100)
+    parser.add_argument("--dir", default=None, help="on which disk; the default is that of temporary files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine(), f"n = {args.rounds} rounds, {args.megabytes} MB", sep="\n")
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        writing(Path(folder), args.megabytes, args.rounds)
+        beside(Path(folder), args.rounds)
+        going_on(Path(folder), args.rounds)
+    flag(args.rounds)
+
+
+if __name__ == "__main__":
+    main()
