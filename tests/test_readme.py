@@ -69,7 +69,7 @@ def test_every_python_block_runs_and_prints_what_the_page_shows():
         if block.line in expected and block.line != first().line:
             ours, shown = words(without_epochs(printed.getvalue())), words(expected[block.line].code)
             assert ours == shown, f"the block at README.md:{block.line}"
-    assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models"}
+    assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models", "checkpoints"}
     pyplot.close("all")
 
 
