@@ -7,6 +7,7 @@ import inspect
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from learnkit.batch import count_samples
-from learnkit.data import TensorLoader, n_batches
+from learnkit.data import TensorLoader, in_order, n_batches
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import prepare_model, restore_batchnorm
 from learnkit.distributed.reduce import agree, all_sum, broadcast_from_main, gather_objects, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StopTogether
-from learnkit.distributed.world import destroy_process_group, get_device, get_rank, get_world_size, init_process_group
+from learnkit.distributed.world import (
+    as_local_rank,
+    destroy_process_group,
+    get_device,
+    get_rank,
+    get_world_size,
+    init_process_group,
+    seed_everything,
+)
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
 from learnkit.learner import Learner
-from learnkit.order import EpochOrder, PrivateGenerator, generator_of, parts_of
+from learnkit.order import EpochOrder, PrivateGenerator, generator_of, mix, parts_of
 
 NO_BATCH = 2**62        # further than any batch of an epoch
+STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
 
 class Distributed(Callback):
@@ -47,6 +57,7 @@ class Distributed(Callback):
         self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
         self.seed = seed                        # of what no other seed decides, the same on all ranks
         self.stops: StopTogether | None = None  # in a fit
+        self.train_dl: Any = None               # in a fit, the whole one, of which learn.data has this rank's share
         self.stops_fit = False                  # whether this rank has raised StopFit
         self.unchecked = False                  # whether this fit's first backward is still to come
         self.size_of: Callable[[int], int] = int    # batch index -> samples of all ranks in it
@@ -56,7 +67,7 @@ class Distributed(Callback):
     def around_fit(self, learn: Learner, run: Run) -> None:
         whole, seed = learn.data, learn.order_seed
         with self.guarded(learn) as watch:
-            self.stops, self.stops_fit = watch.stop_together(), False
+            self.stops, self.stops_fit, self.train_dl = watch.stop_together(), False, whole.train_dl
             try:
                 learn.order_seed = broadcast_from_main(order_seed(learn))
                 learn.data = copy.copy(whole)
@@ -69,7 +80,7 @@ class Distributed(Callback):
                 run()
             finally:
                 unwrap(learn)
-                learn.data, learn.order_seed, self.stops = whole, seed, None
+                learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         """The stops that are still pending are settled where all ranks meet: only StopFit outlives its epoch."""
@@ -81,6 +92,7 @@ class Distributed(Callback):
         stops_fit = self.stops_fit or isinstance(signal, StopFit)
         settled = agree(2 if stops_fit else int(self.stops.under_way))
         if settled: self.stops.end()
+        check_same({STEPS_DONE: learn.step})
         if settled == 2 and not isinstance(signal, StopFit): raise StopFit
         if signal is not None: raise signal
 
@@ -115,12 +127,18 @@ class Distributed(Callback):
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
         if learn.meter.everywhere: return run()
-        learn.dl = evaluation_share(learn.dl, learn, self.seed)     # the Learner puts its own back
+        whole = in_order(self.train_dl) if self.train_dl is not None and learn.dl is learn.data.train_dl else learn.dl
+        learn.dl = evaluation_share(whole, learn, self.seed)     # the Learner puts its own back
         with self.guarded(learn): run()
 
     @contextmanager
     def guarded(self, learn: Learner) -> Iterator[Guard]:
-        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch: yield watch
+        """A signal that ends the stage is no failure: the guard does not see it, and waits until all ranks are through."""
+        signal: ControlFlow | None = None
+        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch:
+            try: yield watch
+            except ControlFlow as raised: signal = raised
+        if signal is not None: raise signal
 
 
 STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopFit, StopEpoch, StopTrain)}
@@ -144,6 +162,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
+    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
     if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
     if get_world_size() == 1: return learn
     if learn.device.type != "cpu": learn.device = get_device(local_rank)
@@ -206,8 +225,9 @@ def training_share(loader: Any, learn: Learner) -> Any:
     n = n_batches(own)
     if n == 0:
         bs = batch_size_of(loader)
-        raise ValueError(f"train_dl has no batch for each of the {learn.world_size} ranks: alone it has {n_batches(loader)}, of {bs} "
-                         "samples. Take a smaller batch size, which is per rank, fewer ranks, or drop_last=False.")
+        raise ValueError(f"train_dl has no batch for each of the {learn.world_size} ranks: alone it has {n_batches(loader)}"
+                         f"{'' if bs is None else f', of {bs} samples'}. "
+                         "Take a smaller batch size, which is per rank, fewer ranks, or drop_last=False.")
     return InStep(own) if n is None else own
 
 
@@ -222,10 +242,22 @@ def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) 
         own.tensors = tuple(t.to(learn.device) for t in own.tensors)
         return own
     own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
-    if isinstance(own, DataLoader) and own is not loader and isinstance(generator_of(own), PrivateGenerator):
-        own.generator = PrivateGenerator()      # seeds the workers: ranks must not draw the same augmentations
-        own.generator.rank = learn.rank
-    return own
+    return with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank) if isinstance(own, DataLoader) else own
+
+
+def with_own_augmentations(loader: DataLoader[Any], rank: int) -> DataLoader[Any]:
+    """Workers are seeded from the loader's generator, which a user gave all ranks alike: their augmentations must differ all the same."""
+    loader._iterator = None     # workers that live on belong to the original
+    if isinstance(generator_of(loader), PrivateGenerator):
+        loader.generator = PrivateGenerator()
+        loader.generator.rank = rank
+    elif loader.num_workers: loader.worker_init_fn = partial(seed_worker, rank, loader.worker_init_fn)
+    return loader
+
+
+def seed_worker(rank: int, init: Callable[[int], None] | None, worker: int) -> None:
+    if rank: seed_everything(mix(torch.initial_seed(), rank))
+    if init is not None: init(worker)
 
 
 def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
@@ -255,6 +287,7 @@ def facts(learn: Learner) -> dict[str, Any]:
     return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn),
             "the optimizer": type(learn.opt).__name__, "the number of epochs": learn.n_epochs,
             "the number of steps": learn.n_steps, "the batch size": batch_size_of(learn.data.train_dl), "the seed": learn.seed,
+            "the number of training samples": n_samples_of(learn.data.train_dl),
             "the epochs trained so far": learn.epochs_trained, "validates": learn.data.valid_dl is not None,
             "the metrics": ", ".join(name for metric in learn.metrics for name in metric.names),
             "the callbacks": ", ".join(type(cb).__name__ for cb in learn.callbacks)}
@@ -269,6 +302,12 @@ def settings(learn: Learner) -> str:
 def batch_size_of(loader: Any) -> int | None:
     part = next((part for part in parts_in_step(loader) if getattr(part, "batch_size", None) is not None), None)
     return None if part is None else int(part.batch_size)
+
+
+def n_samples_of(loader: Any) -> int | None:
+    """Of all ranks, in an epoch; None where the loader's share is not ours to make."""
+    part = next((part for part in parts_in_step(loader) if hasattr(part, "global_batch_size")), None)
+    return n_batches(getattr(part, "sampler", None))
 
 
 def model_in_words(learn: Learner) -> str:

@@ -34,7 +34,7 @@ from learnkit.distributed.process import (
 )
 from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
 
-GRACE = 0.7  # seconds in which the other ranks may end by themselves after one has failed; then SIGTERM
+GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
 PATIENCE = 2.0  # seconds from SIGTERM to SIGKILL
 
 

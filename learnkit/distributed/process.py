@@ -66,7 +66,8 @@ def record_failure(message: str, stack: str, *, dragged_along: bool = False, del
     path = os.environ.get(ERROR_FILE)
     if not path: return
     when = time.time() + delay
-    extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
+    shown = stack or message  # torchrun shows this alone, and nothing where it is empty
+    extra = {"py_callstack": shown, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
     partial = f"{path}.{os.getpid()}"
     with open(partial, "w") as file: json.dump({"message": {"message": message, "extraInfo": extra}}, file)
     os.replace(partial, path)  # a launcher that looks now must not see half a note
@@ -78,7 +79,8 @@ def read_failure(path: str) -> dict[str, Any] | None:
         with open(path) as file: note = json.load(file)["message"]
     except FileNotFoundError: return None
     extra = note["extraInfo"]
-    return {"message": note["message"], "stack": extra["py_callstack"], "time": extra.get("time", int(extra["timestamp"])),
+    stack = "" if extra["py_callstack"] == note["message"] else extra["py_callstack"]
+    return {"message": note["message"], "stack": stack, "time": extra.get("time", int(extra["timestamp"])),
             "dragged_along": extra.get("dragged_along", False)}
 
 

@@ -2,11 +2,13 @@
 """One rank wants to stop in the middle of an epoch: all stop after the same step, without a collective per step."""
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import torch.distributed as dist
 
+_numbers = itertools.count()  # of all that there were, the same on every rank
 LOOK = 0.005  # seconds between two looks into the store, while this rank waits for the others' answers
 
 
@@ -23,6 +25,7 @@ class StopTogether:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.number = next(_numbers)  # several fits may follow each other in one guard, which has one store
         self.lock = threading.Lock()
         self.n_done = 0  # steps, the same on all ranks when they stop
         self.round = 0  # stops agreed so far, the same on all ranks
@@ -47,8 +50,10 @@ class StopTogether:
 
     def look(self, store: dist.Store) -> None:
         """Called by the guard's thread again and again, with its own connection: answers for the main thread."""
-        if self.promised is not None or not store.check([self.key("wish")]): return
-        with self.lock: self.promise(store, self.n_done + 1)
+        wish = self.key("wish")
+        if self.promised is not None or not store.check([wish]): return
+        with self.lock:
+            if wish == self.key("wish"): self.promise(store, self.n_done + 1)  # else that stop has happened meanwhile
 
     def promise(self, store: dist.Store, step: int) -> None:
         if self.promised is not None: return
@@ -64,4 +69,4 @@ class StopTogether:
         """The stop has happened, or is no longer wanted; all ranks call it at the same step."""
         with self.lock: self.round, self.promised = self.round + 1, None
 
-    def key(self, name: str) -> str: return f"stop/{self.round}/{name}"
+    def key(self, name: str) -> str: return f"stop/{self.number}/{self.round}/{name}"
