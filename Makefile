@@ -18,14 +18,17 @@ python := "$(VENV)/bin/python"
 install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
-benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py
+benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py
+PEERS ?= raw learnkit fastai lightning accelerate ignite
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test reliability lint bench bench-peers clean
 help:
 	@echo "make train    train on the embedded handwritten digits: bar, table, loss.png   (ARGS='...' are passed on)"
 	@echo "make test     run the tests                                  (ARGS='-k name' runs some)"
+	@echo "make reliability   the fault injections with their full counts: takes half an hour"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    measure against loops written by hand: prints ratios"
+	@echo "make bench-peers   the same scripts with other libraries, each in an environment of its own   (PEERS='learnkit fastai')"
 	@echo "make clean    remove what builds, tests and runs left; '$(VENV)' stays: delete it to begin anew"
 	@echo "Variables: PYTHON=$(PYTHON) (the interpreter, >= 3.10), VENV=$(VENV) (where everything is installed)"
 
@@ -35,12 +38,19 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(python) -m pytest $(ARGS)
 
+reliability: $(VENV)/.installed-dev
+	RELIABILITY=full $(python) -m pytest tests/reliability -s $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check
 	$(python) -m pyright --pythonpath $(python)
 
 bench: $(VENV)/.installed-bench
 	set -e; for script in $(benchmarks); do echo "== $$script"; $(python) "$$script" $(ARGS); done
+
+bench-peers: $(VENV)/.installed-bench
+	UV="$(abspath $(VENV))/bin/uv" PYTHON_VERSION="$(abspath $(VENV))/bin/python" benchmarks/peers/setup.sh $(PEERS)
+	$(python) benchmarks/peers/bench.py $(or $(ARGS),--all)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -5,10 +5,15 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Work = Callable[[], Any]
 
@@ -29,10 +34,10 @@ def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[flo
     return [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """"1.043 (1.021–1.066)": median, and the middle half."""
     low, _, high = statistics.quantiles(values, n=4)
-    return f"{statistics.median(values):.3f} ({low:.3f}–{high:.3f})"
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def python_calls(work: Work) -> int:
@@ -46,6 +51,52 @@ def python_calls(work: Work) -> int:
     try: work()
     finally: sys.setprofile(None)
     return n
+
+
+class Traffic(TorchDispatchMode):
+    """Counts, while entered, what this process sends to other ranks and reads from the device.
+
+    `counts`: collectives by name ("allreduce_", "broadcast_"), also those that DistributedDataParallel starts in C++; and
+    "read", each time that a number is fetched from a tensor. What happens while one of the functions `displays` runs is
+    counted apart, as "bar: read" and so on.
+    """
+
+    def __init__(self, *displays: Callable[..., Any]) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.displays = [function.__code__ for function in displays]
+        self.methods = ReadingMethods(partial(self.count, "read"))
+
+    def __enter__(self) -> Traffic:
+        self.methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.methods.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "c10d": self.count(name)
+        elif name == "_local_scalar_dense": self.count("read")      # item, float, int, bool, an index, a format
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code not in self.displays: frame = frame.f_back
+        self.counts[name if frame is None else f"bar: {name}"] += 1
+
+
+class ReadingMethods(TorchFunctionMode):
+    """Tells of the reads that the dispatcher does not see."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu"): self.tell()
+        return func(*args, **(kwargs or {}))
 
 
 def machine() -> str:

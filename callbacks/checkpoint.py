@@ -75,6 +75,7 @@ class Checkpoint(Callback):
             self.wait_for_writer()      # for what is being written; its own error is not the one to be told
             raise
         learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+        learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
         if stop is not None: raise stop
 
@@ -177,7 +178,9 @@ class Checkpoint(Callback):
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         name = snapshots.next_name(self.dir, about["step"])
         self.written.append(snapshots.write(self.dir, name, parts, about))
-        while len(self.written) > self.keep: snapshots.remove(self.written.pop(0))
+        try:
+            while len(self.written) > self.keep: snapshots.remove(self.written.pop(0))
+        except OSError as error: raise explained(error, self.dir, 0) from error
 
     def finish_writing(self) -> None:
         writing, self.writing = self.writing, None

@@ -7,6 +7,7 @@ import inspect
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,33 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from learnkit.batch import count_samples
-from learnkit.data import TensorLoader, n_batches
+from learnkit.callbacks.param_scheduler import ParamScheduler
+from learnkit.callbacks.progress import Progress, tell_interval
+from learnkit.data import TensorLoader, in_order, n_batches
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import prepare_model, restore_batchnorm
-from learnkit.distributed.reduce import agree, all_sum, broadcast_from_main, gather_objects, on_main
+from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
-from learnkit.distributed.stop import StopTogether
-from learnkit.distributed.world import destroy_process_group, get_device, get_rank, get_world_size, init_process_group
+from learnkit.distributed.stop import StoppedAlone, StopTogether
+from learnkit.distributed.world import (
+    as_local_rank,
+    destroy_process_group,
+    get_device,
+    get_rank,
+    get_world_size,
+    init_process_group,
+    seed_everything,
+)
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
 from learnkit.learner import Learner
-from learnkit.order import PrivateGenerator, generator_of, parts_of
+from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
 
 NO_BATCH = 2**62        # further than any batch of an epoch
+TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
+             "Raise it in after_step or after_batch, or on all ranks.")
+WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was left out there)"
+STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
 
 class Distributed(Callback):
@@ -46,18 +61,23 @@ class Distributed(Callback):
         check_options(ddp_options)
         self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
         self.seed = seed                        # of what no other seed decides, the same on all ranks
-        self.stops: StopTogether | None = None  # in a fit
-        self.compared = False                   # whether the ranks have compared their optimizers in this fit
+        # In a fit:
+        self.stops: StopTogether | None = None
+        self.train_dl: Any = None               # the whole one, of which learn.data has this rank's share
         self.stops_fit = False                  # whether this rank has raised StopFit
-        self.unchecked = False                  # whether this fit's first backward is still to come
-        self.size_of: Callable[[int], int] = int    # batch index -> samples of all ranks in it
-        self.uneven_from = NO_BATCH             # index of the first batch that the ranks may share unevenly
+        self.compared = False                   # whether the ranks have compared their optimizers and schedules
+        self.unchecked = False                  # whether the first backward is still to come
+        self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
+        self.size_of: Callable[[int], int] = int    # number of a batch in its pass -> samples of all ranks in it
+        self.uneven_from = NO_BATCH             # number of the first batch that the ranks may share unevenly
+        self.bar: Progress | None = None        # shows the loss of all ranks
+        self.next_told = NO_BATCH               # the batch after which they tell it each other again
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
         whole, seed = learn.data, learn.order_seed
         with self.guarded(learn) as watch:
-            self.stops, self.stops_fit, self.compared = watch.stop_together(), False, False
+            self.stops, self.stops_fit, self.compared, self.train_dl = watch.stop_together(), False, False, whole.train_dl
             try:
                 learn.order_seed = broadcast_from_main(learn.order_seed)
                 learn.data = copy.copy(whole)
@@ -69,19 +89,19 @@ class Distributed(Callback):
                 run()
             finally:
                 unwrap(learn)
-                learn.data, learn.order_seed, self.stops = whole, seed, None
+                learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
         assert self.stops is not None
-        if not self.compared: check_same({"the optimizer's settings": settings(learn)})     # with the schedules' first values
+        if not self.compared: check_same({"the optimizer's settings": settings(learn), "the schedules": schedules(learn)})
         self.compared = True
         signal: ControlFlow | None = None
         try: run()
         except ControlFlow as raised: signal = raised
         stops_fit = self.stops_fit or isinstance(signal, StopFit)
         own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
-        settled = agree(own)
+        settled = settle(own, {STEPS_DONE: learn.step, WEIGHTS: checksum(learn)})
         if settled: self.stops.end()
         if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
         if (settled == STOP or settled > WANTED) and not isinstance(signal, StopFit): raise StopFit
@@ -89,25 +109,33 @@ class Distributed(Callback):
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.size_of, self.uneven_from = sizes(learn.dl)
+        self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
+        self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
         share_buffers(learn)
-        check_same(replica(learn))
 
     def around_batch(self, learn: Learner, run: Run) -> None:
         """A rank that leaves the loop alone would leave the others waiting."""
         if not learn.training or self.stops is None: return run()
-        wish: Stop | None = None
+        self.reduced, wish = False, None
         try: run()
         except (StopFit, StopEpoch, StopTrain) as signal:
             wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
-        agreed = self.stops.passed(wish.stage if wish else learn.wanted)
-        if agreed is None: return
+        try: agreed = self.stops.passed(wish.stage if wish else learn.wanted, complete=wish is None or self.reduced)
+        except StoppedAlone: raise RuntimeError(TOO_EARLY.format(name=type(wish).__name__, rank=learn.rank)) from wish
+        if agreed is not None: self.do(agreed, wish, learn)
+        if learn.batch_index >= self.next_told and self.bar is not None:
+            self.bar.show_loss_of_all(learn)
+            self.next_told = learn.batch_index + tell_interval(learn)
+
+    def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
+        """What all ranks have agreed to do after this batch."""
         if agreed == learn.wanted: learn.wanted = None
         if agreed not in STOPS_OF_ALL: learn.agreed = agreed
         if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
 
     def around_backward(self, learn: Learner, run: Run) -> None:
-        k = learn.batch_index - learn.first_batch
+        self.reduced, k = True, learn.batch_index - learn.first_batch
         if k >= self.uneven_from: weighted(learn, self.size_of(k), run)
         else: run()
         if self.unchecked: self.check_unused(learn)
@@ -124,12 +152,18 @@ class Distributed(Callback):
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
         if learn.meter.everywhere: return run()
-        learn.dl = evaluation_share(learn.dl, learn, self.seed)     # the Learner puts its own back
+        whole = in_order(self.train_dl) if self.train_dl is not None and learn.dl is learn.data.train_dl else learn.dl
+        learn.dl = evaluation_share(whole, learn, self.seed)     # the Learner puts its own back
         with self.guarded(learn): run()
 
     @contextmanager
     def guarded(self, learn: Learner) -> Iterator[Guard]:
-        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch: yield watch
+        """A signal that ends the stage is no failure: the guard does not see it, and waits until all ranks are through."""
+        signal: ControlFlow | None = None
+        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch:
+            try: yield watch
+            except ControlFlow as raised: signal = raised
+        if signal is not None: raise signal
 
 
 STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
@@ -137,6 +171,14 @@ STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to s
 
 def number_of(wanted: str) -> int: return 0 if wanted == "save" else int(wanted.split()[1])
 def name_of(number: int) -> str: return f"signal {number}" if number else "save"
+
+
+def settle(own: int, facts: dict[str, int]) -> int:
+    """The largest `own` of all ranks; raises ValueError where facts differ. One collective."""
+    values = list(facts.values())
+    settled, *extremes = agree_all([own, *values, *(-value for value in values)])
+    if any(extremes[i] != -extremes[len(values) + i] for i in range(len(values))): check_same(facts)
+    return settled
 
 
 STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopFit, StopEpoch, StopTrain)}
@@ -171,6 +213,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
+    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
     if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
     if get_world_size() == 1: return learn
     if learn.device.type != "cpu": learn.device = get_device(local_rank)
@@ -227,8 +270,9 @@ def training_share(loader: Any, learn: Learner) -> Any:
     n = n_batches(own)
     if n == 0:
         bs = batch_size_of(loader)
-        raise ValueError(f"train_dl has no batch for each of the {learn.world_size} ranks: alone it has {n_batches(loader)}, of {bs} "
-                         "samples. Take a smaller batch size, which is per rank, fewer ranks, or drop_last=False.")
+        raise ValueError(f"train_dl has no batch for each of the {learn.world_size} ranks: alone it has {n_batches(loader)}"
+                         f"{'' if bs is None else f', of {bs} samples'}. "
+                         "Take a smaller batch size, which is per rank, fewer ranks, or drop_last=False.")
     return InStep(own) if n is None else own
 
 
@@ -243,10 +287,22 @@ def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) 
         own.tensors = tuple(t.to(learn.device) for t in own.tensors)
         return own
     own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
-    if isinstance(own, DataLoader) and own is not loader and isinstance(generator_of(own), PrivateGenerator):
-        own.generator = PrivateGenerator()      # seeds the workers: ranks must not draw the same augmentations
-        own.generator.rank = learn.rank
-    return own
+    return with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank) if isinstance(own, DataLoader) else own
+
+
+def with_own_augmentations(loader: DataLoader[Any], rank: int) -> DataLoader[Any]:
+    """Workers are seeded from the loader's generator, which a user gave all ranks alike: their augmentations must differ all the same."""
+    loader._iterator = None     # workers that live on belong to the original
+    if isinstance(generator_of(loader), PrivateGenerator):
+        loader.generator = PrivateGenerator()
+        loader.generator.rank = rank
+    elif loader.num_workers: loader.worker_init_fn = partial(seed_worker, rank, loader.worker_init_fn)
+    return loader
+
+
+def seed_worker(rank: int, init: Callable[[int], None] | None, worker: int) -> None:
+    if rank: seed_everything(mix(torch.initial_seed(), rank))
+    if init is not None: init(worker)
 
 
 def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
@@ -271,12 +327,17 @@ def weighted(learn: Learner, n_global: int, run: Run) -> None:
 
 
 # ---------------------------------------------------------------------- what must be equal
-def replica(learn: Learner) -> dict[str, Any]:
-    """A checksum of the weights, which are the same on all ranks or the training is none: two numbers, by one read."""
+def checksum(learn: Learner) -> int:
+    """Of the weights, which are the same on all ranks or the training is none; by one read from the device."""
     words = [p.detach().reshape(-1).view(torch.uint8) for p in learn.model.parameters()]
     sums = torch.stack([w.sum(dtype=torch.int64) + 31 * w[1::2].sum(dtype=torch.int64) for w in words])
-    weights = torch.arange(1, len(words) + 1, device=sums.device)
-    return {"the weights' checksum": int((sums * weights).sum())}
+    return int((sums * torch.arange(1, len(words) + 1, device=sums.device)).sum())
+
+
+def schedules(learn: Learner) -> str:
+    """The values of every schedule at five places of the fit."""
+    tables = [(name, values) for cb in learn.running if isinstance(cb, ParamScheduler) for _, name, values in cb.tables]
+    return "; ".join(f"{name} {', '.join(f'{values[int(i * (len(values) - 1) / 4)]:g}' for i in range(5))}" for name, values in tables)
 
 
 def facts(learn: Learner) -> dict[str, Any]:
@@ -284,6 +345,7 @@ def facts(learn: Learner) -> dict[str, Any]:
     return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn),
             "the optimizer": type(learn.opt).__name__, "the number of epochs": learn.n_epochs,
             "the number of steps": learn.n_steps, "the batch size": batch_size_of(learn.data.train_dl), "the seed": learn.seed,
+            "the number of training samples": n_samples_of(learn.data.train_dl),
             "the epochs trained so far": learn.epochs_trained, "validates": learn.data.valid_dl is not None,
             "the metrics": ", ".join(name for metric in learn.metrics for name in metric.names),
             "the callbacks": ", ".join(type(cb).__name__ for cb in learn.callbacks)}
@@ -298,6 +360,12 @@ def settings(learn: Learner) -> str:
 def batch_size_of(loader: Any) -> int | None:
     part = next((part for part in parts_in_step(loader) if getattr(part, "batch_size", None) is not None), None)
     return None if part is None else int(part.batch_size)
+
+
+def n_samples_of(loader: Any) -> int | None:
+    """Of all ranks, in an epoch; None where the loader's share is not ours to make."""
+    part = next((part for part in parts_in_step(loader) if hasattr(part, "global_batch_size")), None)
+    return n_batches(getattr(part, "sampler", None))
 
 
 def model_in_words(learn: Learner) -> str:

@@ -36,7 +36,6 @@ class Progress(Callback):
         self.n_seen = 0                         # losses in the moving average
         self.smooth = self.debias = 0.
         self.shares = False                     # whether the ranks tell each other their losses, because one shows a bar
-        self.next_share = sys.maxsize           # the training batch after which they do so again
         self.epoch_start = 0.
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -55,23 +54,17 @@ class Progress(Callback):
         finally:
             self.end_bar()
             if self.master is not None and self.master.main_bar.last_v is not None: self.master.on_iter_end()
-            self.master, self.next_share = None, sys.maxsize
+            self.master = None
 
     def before_epoch(self, learn: Learner) -> None:
         self.epoch_start = time.perf_counter()
 
-    def before_train(self, learn: Learner) -> None:
-        self.start_bar(learn)
-        if self.shares: self.next_share = share_interval(learn) - 1
-
+    def before_train(self, learn: Learner) -> None: self.start_bar(learn)
     def before_validate(self, learn: Learner) -> None: self.start_bar(learn)
     def after_train(self, learn: Learner) -> None: self.end_bar()
     def after_validate(self, learn: Learner) -> None: self.end_bar()
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.batch_index >= self.next_share and learn.training:
-            self.smooth, self.debias = self.loss_of_all(learn), 1.
-            self.next_share = learn.batch_index + share_interval(learn)
         if learn.batch_index >= self.next_batch: self.advance(learn)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -118,12 +111,12 @@ class Progress(Callback):
             self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
             self.debias += (1 - SMOOTHING) * (1 - self.debias)
 
-    def loss_of_all(self, learn: Learner) -> float:
-        """The mean loss of all ranks since they last told each other: a collective and a read, a few times an epoch."""
+    def show_loss_of_all(self, learn: Learner) -> None:
+        """The mean loss of all ranks since the last time: a collective and a read, which Distributed asks all ranks for."""
         losses = losses_since(self.n_seen, learn)
         self.n_seen += len(losses)
         total, n = learn.ranks.all_sum([losses.double().sum(), len(losses)])
-        return float(total) / max(n, 1)
+        self.smooth, self.debias = float(total) / max(n, 1), 1.
 
 
 def losses_since(n: int, learn: Learner) -> Tensor:
@@ -131,9 +124,9 @@ def losses_since(n: int, learn: Learner) -> Tensor:
     return torch.zeros(0) if recorder is None else recorder.trace.since(n)
 
 
-def share_interval(learn: Learner) -> int:
+def tell_interval(learn: Learner) -> int:
     """Batches between two times that the ranks tell each other their losses: twenty times an epoch, but not too often."""
-    return max(10, (n_batches(learn.dl) or 1000) // 20)
+    return max(25, (n_batches(learn.dl) or 1000) // 20)
 
 
 def is_interactive() -> bool:

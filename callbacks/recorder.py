@@ -15,6 +15,7 @@ from learnkit.optim import momentum_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ALIKE = "Raise Skip* on all ranks, and Stop* in after_step or after_batch."
 FOLD_EVERY = 256     # losses kept as separate tensors; 64 to 4096 cost the same (2026-11-21)
 
 
@@ -92,8 +93,12 @@ class Recorder(Callback):
         start = self.ends[-1] if self.ends else 0
         own = self.trace.since(start).cpu().double()                                # reads the device, once an epoch
         counts = torch.tensor(self.counts[start:], dtype=torch.float64)
+        of_ranks = zip(*learn.ranks.gather([own * counts, counts]), strict=True)    # (sums, counts), each by rank; once an epoch
+        all_sums, all_counts = map(list, of_ranks)
+        if len(set(map(len, all_counts))) > 1:
+            raise ValueError(f"the ranks have done different numbers of steps in this epoch: {list(map(len, all_counts))}. {ALIKE}")
         if len(counts) == 0: return
-        sums, counts = learn.ranks.all_sum([own * counts, counts])                  # over all ranks, once an epoch
+        sums, counts = torch.stack(all_sums).sum(0), torch.stack(all_counts).sum(0)
         self.counts[start:] = counts.long().tolist()
         self.trace.replace(start, (sums / counts).to(self.trace.since(start)))
         learn.values["train_loss"] = float(sums.sum() / counts.sum())

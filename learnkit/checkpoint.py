@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write(path: Path, state: dict[str, Any]) -> Path:
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError): part.unlink(missing_ok=True)
         if isinstance(error, OSError): raise explained(error, path, size_of(state)) from error
         raise
     return path

@@ -87,9 +87,10 @@ class TensorLoader:
         return self.batches(order)
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        for k in range(len(self)):
-            start, stop = share(self.global_batch_size(k), self.rank, self.world_size)
-            start, stop = (self.n_left_out + k * self.items_per_batch + i for i in (start, stop))
+        step = self.items_per_batch
+        for first in range(self.n_left_out, self.n_left_out + len(self) * step, step):
+            start, stop = share(min(step, self.n_samples - first), self.rank, self.world_size)
+            start, stop = first + start, first + stop
             if order is None: batch = tuple([t[start:stop] for t in self.tensors])
             else:
                 index = order[start:stop]

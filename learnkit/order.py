@@ -268,7 +268,7 @@ def make_sampler_private(loader: DataLoader[Any], undo: ExitStack) -> None:
 
 def draws_globally(sampler: Any) -> bool:
     """Whether a sampler might: not torch's own kinds, which have a generator or need none, nor a plain list or range."""
-    known = type(sampler).__module__.startswith("torch.") or isinstance(sampler, (SequentialSampler, EpochSampler, PrivateSampler))
+    known = type(sampler).__module__.startswith("torch.") or isinstance(sampler, (SequentialSampler, EpochOrder))
     return not known and not isinstance(sampler, (list, tuple, range, Tensor))
 
 

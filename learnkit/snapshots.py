@@ -28,6 +28,7 @@ from learnkit.files import Damaged, explained, hash_file, read_state, size_of, s
 
 FORMAT = 1
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
+FILE = re.compile(r"\w[\w-]*\.pt")
 PARTIAL = re.compile(r"\.\d{6,}-step-\d+\.\d+\.part")      # .000007-step-1200.<pid>.part
 
 
@@ -40,8 +41,7 @@ def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str,
         partial.mkdir()
         files = {f"{part}.pt": write_state(partial / f"{part}.pt", state) for part, state in parts.items()}
         manifest = {"format": FORMAT, "files": files, "about": dict(about)}
-        text = json.dumps({"manifest": manifest, "sha256": hash_of(manifest)}, indent=1)
-        write_bytes(partial / "manifest.json", text.encode())
+        write_bytes(partial / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
         sync_folder(partial)
         os.rename(partial, final)
         sync_folder(folder)
@@ -62,25 +62,48 @@ def read(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any]
 def verify(path: Path) -> dict[str, Any]:
     """The manifest, if every file is there with every byte as it was written."""
     manifest = read_manifest(path)
+    for name in manifest["files"]:
+        if not FILE.fullmatch(name): raise Damaged(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
+    extra = {file.name for file in path.iterdir()} - {*manifest["files"], "manifest.json"}
+    if extra: raise Damaged(f"{path} has {', '.join(sorted(extra))}, which the manifest does not name.")
     for name, told in manifest["files"].items():
-        if name != os.path.basename(name): raise Damaged(f"{path}: the manifest names {name!r}, which is outside of the folder.")
-        try: digest, n = hash_file(path / name)
-        except OSError as error: raise Damaged(f"{path / name} cannot be read: {error.strerror}.") from None
+        try: digest, n = hash_file(own_file(path / name))
+        except OSError as error: raise Damaged(f"{path / name} cannot be read: {error.strerror or error}.") from None
         if n != told["bytes"]: raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it was cut off, or replaced.")
         if digest != told["sha256"]: raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
     return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    try: content = json.loads((path / "manifest.json").read_bytes())
-    except OSError as error: raise Damaged(f"{path} has no manifest.json that can be read: {error.strerror}.") from None
-    except ValueError: raise Damaged(f"{path / 'manifest.json'} is no JSON.") from None
+    file = path / "manifest.json"
+    try:
+        text = own_file(file).read_bytes()
+        content = json.loads(text)
+    except OSError as error: raise Damaged(f"{path} has no manifest.json that can be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError): raise Damaged(f"{file} is no JSON.") from None
     if not isinstance(content, dict) or set(content) != {"manifest", "sha256"} or hash_of(content["manifest"]) != content["sha256"]:
-        raise Damaged(f"{path / 'manifest.json'} was changed after it was written (sha256 differs).")
+        raise Damaged(f"{file} was changed after it was written (sha256 differs).")
+    if as_text(content) != text: raise Damaged(f"{file} was changed after it was written: it says the same in other bytes.")
     manifest = content["manifest"]
+    if not is_manifest(manifest): raise Damaged(f"{file} is no manifest of a checkpoint.")
     if manifest["format"] > FORMAT:
         raise Damaged(f"{path} has format {manifest['format']}, this version of learnkit reads up to {FORMAT}: install a newer one.")
     return manifest
+
+
+def own_file(path: Path) -> Path:
+    """The path of a file that is the folder's own: a link leads elsewhere, and a pipe would be waited for."""
+    if path.is_symlink() or (path.exists() and not path.is_file()): raise OSError("it is a link, a folder or a pipe, not a file")
+    return path
+
+
+def is_manifest(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("format")) is int and isinstance(value.get("about"), dict) \
+        and isinstance(value.get("files"), dict) \
+        and all(isinstance(told, dict) and set(told) == {"sha256", "bytes"} for told in value["files"].values())
+
+
+def as_text(content: Any) -> bytes: return json.dumps(content, indent=1).encode()
 
 
 def hash_of(manifest: Any) -> str:

@@ -84,7 +84,7 @@ def raw(job):
     return fit_bare if job.bare else fit
 
 
-@peer("raw-again", venv="raw", startup=False)   # the control: how far two runs of the very same loop are apart
+@peer("raw-again", venv="raw", ddp=True, startup=False)   # the control: how far two runs of the very same loop are apart
 def raw_again(job): return raw(job)
 
 
@@ -342,7 +342,7 @@ def composer(job):
 
 # ------------------------------------------------------------------ learnkit: the tree that LEARNKIT names, by default this one
 @peer("learnkit", requires=f"{TORCH} -e {LEARNKIT}", imports="from learnkit import Learner", schedule="learnkit",
-      note="this tree; the name on the package index is another project's")
+      ddp=True, note="this tree; the name on the package index is another project's")
 def learnkit(job):
     import torch
     from learnkit import DataBunch, Learner, accuracy
@@ -350,6 +350,7 @@ def learnkit(job):
     learn = Learner(DataBunch(job.train_dl, job.valid_dl), job.model, loss_func=job.loss_fn, wd=0.,
                     opt_func=partial(torch.optim.SGD, momentum=job.momentum), metrics=() if job.bare else accuracy)
     if job.bare: learn.remove_callback(Progress).remove_callback(Recorder)
+    if job.ddp: learn.to_distributed()
 
     def fit():
         if job.schedule == "onecycle": learn.fit_one_cycle(job.epochs, job.lr)

@@ -35,10 +35,12 @@ import torch.distributed as dist
 
 from learnkit.distributed.process import (
     die_with_parent,
+    discard_failure,
     full_traceback,
     is_alive,
     is_lost_connection,
     machine_id,
+    note_failure,
     one_line,
     parent_is_torchrun,
     record_failure,
@@ -49,13 +51,15 @@ from learnkit.distributed.world import get_rank, get_world_size, has_group
 
 POLL = 0.2  # seconds between two looks into the store
 LIFE = 0.5  # seconds between two signs of life
+MISSED = 4  # signs of life that a rank has left out when it is taken for gone, where nobody gets on or a connection is lost
 SEEN = 0.7  # seconds that a failing rank waits until the others have seen why
 LINGER = 1.5  # seconds that the others stay, so that the launcher meets the culprit first (torchrun polls every 0.1 s)
 SHOWN = 1.0  # seconds after which a failed rank that is still there shows its traceback
 GRACE = 5.0  # seconds that a failed rank has for its clean-up
-SILENT = 2.5  # seconds in which another rank's death must be found to explain a lost connection
+SILENT = 4.0  # seconds in which another rank's death must be found to explain a lost connection: MISSED * LIFE, and two looks
 
 TORCH, HERE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+WAITS = (TORCH + "distributed", os.path.join(TORCH, "nn", "parallel"), TORCH + "autograd", HERE + "reduce")  # DDP's backward too
 
 _n_guards = 0  # the same on every rank
 _active: Guard | None = None
@@ -112,6 +116,7 @@ class Guard:
         self.error: BaseException | None = None  # that this rank reported
         self.reported_at = 0.0
         self.reacting = False  # to another rank's end
+        self.connection_lost = False  # as rank 0 knows, some rank's to another one
         self.progress, self.last_progress, self.progress_at = 0, "", 0.0
         self.clock = Clock()
         self.peers: dict[int, Peer] = {}
@@ -146,7 +151,9 @@ class Guard:
         """Before this rank's error goes its way. One that only says that another rank is gone waits for that one's reason."""
         lost = is_lost_connection(error)
         try:
-            if self.error is None and lost and self.another_failed(SILENT): self.thread.join()  # which ends the process
+            if self.error is None and lost:
+                self.own_store.set("lost", "")
+                if self.another_failed(SILENT): self.thread.join()  # which ends the process
             self.report(error)
         except (dist.DistError, RuntimeError):
             if lost: self.thread.join()  # which ends the process too: the store is gone
@@ -154,7 +161,7 @@ class Guard:
     def report(self, error: BaseException) -> None:
         """Tells the other ranks that this one fails, before its clean-up; the first report counts."""
         if self.world_size == 1 or not self.reports_first(error): return
-        record_failure(one_line(error), full_traceback(error))
+        note_failure(error)
         self.accuse(self.rank, f"rank {self.rank} failed: {one_line(error)}{self.place()}", self.own_store)
         self.own_store.add("n_failed", 1)
         deadline = time.monotonic() + SEEN
@@ -217,7 +224,7 @@ class Guard:
     def look(self) -> None:
         self.clock.tick()
         error = self.failure() if self.failure is not None else None
-        if error is not None: self.report(error)
+        if error is not None and not is_lost_connection(error): self.report(error)  # else it may be another's: see `fail`
         if self.stops is not None: self.stops.look(self.store)
         if self.store.check(["culprit"]): self.react(json.loads(self.store.get("culprit")))
         elif self.clock.passed(LIFE):
@@ -234,6 +241,7 @@ class Guard:
             self.store.add("n_seen", 1)
             self.linger(culprit)
             if self.error is None: self.end()
+            discard_failure()  # it has failed itself, and may catch its error and go on
         self.look_after_clean_up()
 
     def linger(self, culprit: dict[str, Any]) -> None:
@@ -245,6 +253,7 @@ class Guard:
         def passed() -> float: return time.monotonic() - start
 
         while pid and passed() < GRACE and is_alive(pid): time.sleep(0.05)
+        if culprit["show_stacks"] and pid: kill(pid)  # one that hung was to end itself; it is frozen now
         while passed() < LINGER and self.error is None: time.sleep(0.05)
 
     def look_after_clean_up(self) -> None:
@@ -264,6 +273,7 @@ class Guard:
     def look_at_others(self) -> None:
         """Rank 0 looks at all, the others at rank 0 and at their own machine: no more than the store can bear."""
         if not self.peers: return self.meet()
+        self.connection_lost = self.connection_lost or (self.rank == 0 and self.store.check(["lost"]))
         for rank, peer in self.peers.items():
             if peer.is_local: self.look_for_death(rank, peer)
             if self.rank == 0 or rank == 0: self.look_for_life(rank, peer)
@@ -290,15 +300,22 @@ class Guard:
         if life["tick"] != peer.life["tick"]: peer.seen_at = now
         if life["progress"] != peer.life["progress"]: peer.progress_at = now
         peer.life = life
-        if self.too_long(peer.seen_at):
-            self.accuse(rank, f"rank {rank} is frozen{told(life)}: no sign of life for {self.hang_timeout:g} s",
-                        frozen=True, show_stacks=True)
+        if self.too_long(peer.seen_at) or (self.connection_lost and self.is_silent(peer)): self.accuse_frozen(rank, peer)
+
+    def is_silent(self, peer: Peer) -> bool: return self.clock.now - peer.seen_at > MISSED * LIFE
+
+    def accuse_frozen(self, rank: int, peer: Peer) -> None:
+        state, seconds = "frozen" if peer.is_local else "gone, frozen or out of reach", self.clock.now - peer.seen_at
+        reason = f"rank {rank} is {state}{told(peer.life)}: no sign of life for {seconds:.1f} s"
+        self.accuse(rank, reason, frozen=True, show_stacks=True)
 
     def look_for_progress(self) -> None:
         """Rank 0 alone decides that nothing moves: a rank may well wait for another one that does."""
         own = Peer(self.life(), self.clock.now, self.progress_at)
         everyone = {self.rank: own, **self.peers}
         if not self.too_long(max(peer.progress_at for peer in everyone.values())): return
+        for rank, peer in self.peers.items():  # frozen after its last step, but not for so long
+            if self.is_silent(peer): return self.accuse_frozen(rank, peer)
         absent = [rank for rank, peer in everyone.items() if not peer.life["in_collective"]]
         rank = min(absent or everyone, key=lambda r: everyone[r].progress_at)
         others = f"; all others wait for rank {rank}" if absent == [rank] else ""
@@ -421,7 +438,7 @@ def where_main_is() -> tuple[str, bool]:
     """(the main thread's innermost place outside torch and this folder, whether it waits in a collective there)."""
     frame, waits = sys._current_frames().get(threading.main_thread().ident or -1), False
     while frame is not None and (name := frame.f_code.co_filename).startswith((TORCH, HERE)):
-        waits = waits or name.startswith((TORCH + "distributed", HERE + "reduce"))
+        waits = waits or name.startswith(WAITS)
         frame = frame.f_back
     return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
 

@@ -26,15 +26,14 @@ import torch.distributed as dist
 from learnkit.distributed.process import (
     ERROR_FILE,
     die_with_parent,
-    full_traceback,
     is_lost_connection,
+    note_failure,
     one_line,
     read_failure,
-    record_failure,
 )
 from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
 
-GRACE = 0.7  # seconds in which the other ranks may end by themselves after one has failed; then SIGTERM
+GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
 PATIENCE = 2.0  # seconds from SIGTERM to SIGKILL
 
 
@@ -246,8 +245,7 @@ def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threa
         sender.send_bytes(as_answer(result_of(fn, args)))
         destroy_process_group()
     except BaseException as error:
-        if not os.path.exists(environment[ERROR_FILE]):  # the guard's note came first
-            record_failure(one_line(error), full_traceback(error), dragged_along=is_lost_connection(error))
+        note_failure(error, dragged_along=is_lost_connection(error))
         sys.exit(1)
 
 

@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOST = re.compile(r"gloo|nccl|TCPStore|connection (was )?(closed|reset|refused|aborted)|broken pipe", re.IGNORECASE)
+_noted: BaseException | None = None
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable in which torchrun names the file that a failed rank writes
 
 
@@ -66,10 +68,27 @@ def record_failure(message: str, stack: str, *, dragged_along: bool = False, del
     path = os.environ.get(ERROR_FILE)
     if not path: return
     when = time.time() + delay
-    extra = {"py_callstack": stack, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
+    shown = stack or message  # torchrun shows this alone, and nothing where it is empty
+    extra = {"py_callstack": shown, "timestamp": str(int(when)), "time": when, "dragged_along": dragged_along}
     partial = f"{path}.{os.getpid()}"
     with open(partial, "w") as file: json.dump({"message": {"message": message, "extraInfo": extra}}, file)
     os.replace(partial, path)  # a launcher that looks now must not see half a note
+
+
+def note_failure(error: BaseException, *, dragged_along: bool = False) -> None:
+    """The note of an error that is on its way out; of one that it was raised from there is a note already."""
+    global _noted
+    seen: BaseException | None = error
+    while seen is not None:
+        if seen is _noted: return
+        seen = seen.__cause__ or seen.__context__
+    _noted = error
+    record_failure(one_line(error), full_traceback(error), dragged_along=dragged_along)
+
+
+def discard_failure() -> None:
+    """Takes the note back."""
+    with suppress(OSError): os.unlink(os.environ.get(ERROR_FILE, ""))
 
 
 def read_failure(path: str) -> dict[str, Any] | None:
@@ -78,7 +97,8 @@ def read_failure(path: str) -> dict[str, Any] | None:
         with open(path) as file: note = json.load(file)["message"]
     except FileNotFoundError: return None
     extra = note["extraInfo"]
-    return {"message": note["message"], "stack": extra["py_callstack"], "time": extra.get("time", int(extra["timestamp"])),
+    stack = "" if extra["py_callstack"] == note["message"] else extra["py_callstack"]
+    return {"message": note["message"], "stack": stack, "time": extra.get("time", int(extra["timestamp"])),
             "dragged_along": extra.get("dragged_along", False)}
 
 

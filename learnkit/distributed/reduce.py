@@ -35,10 +35,15 @@ def agree(flag: int) -> int:
     One number in one collective, on the CPU where the group has a CPU backend, so no device is waited for. Signal
     handlers run while it waits.
     """
-    if not needs_group(): return flag
-    value = torch.tensor([int(flag)], device=collective_device())
-    finish(dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value.device)
-    return type(flag)(value.item())
+    return type(flag)(agree_all([int(flag)])[0])
+
+
+def agree_all(numbers: Sequence[int]) -> list[int]:
+    """Of each number the largest that a rank gave, in one collective; all give equally many."""
+    if not needs_group(): return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.int64, device=collective_device())
+    finish(dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True), values.device)
+    return values.tolist()
 
 
 def barrier() -> None:

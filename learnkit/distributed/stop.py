@@ -2,12 +2,19 @@
 """One rank wants to stop in the middle of an epoch: all stop after the same step, without a collective per step."""
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import torch.distributed as dist
 
+_numbers = itertools.count()  # of all that there were, the same on every rank
 LOOK = 0.005  # seconds between two looks into the store, while this rank waits for the others' answers
+PATIENCE = 4.0  # seconds that a rank waits for the others to stop where it did
+
+
+class StoppedAlone(Exception):
+    """A rank left a step in which others wait for it."""
 
 
 class StopTogether:
@@ -23,6 +30,7 @@ class StopTogether:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.number = next(_numbers)  # several fits may follow each other in one guard, which has one store
         self.lock = threading.Lock()
         self.n_done = 0  # steps, the same on all ranks when they stop
         self.round = 0  # stops agreed so far, the same on all ranks
@@ -33,13 +41,20 @@ class StopTogether:
         """Whether this rank knows that somebody wants to stop."""
         return self.promised is not None
 
-    def passed(self, wish: str | None) -> str | None:
-        """After each step, with what this rank wants, if anything; returns what all ranks now do, or None: go on."""
+    def passed(self, wish: str | None, *, complete: bool = True) -> str | None:
+        """After each step, with what this rank wants, if anything; returns what all ranks now do, or None: go on.
+
+        A rank that left its step before the others had got from it what they wait for, says that it is not `complete`: then
+        all have to want to stop there. Raises StoppedAlone where they do not within PATIENCE seconds.
+        """
         with self.lock:
             self.n_done += 1
             if wish is None and self.promised is None: return None
-            if wish is not None: self.store.compare_set(self.key("wish"), "", wish)
+            if wish is not None:
+                self.store.compare_set(self.key("wish"), "", wish)
+                self.store.set(self.key(f"wished/{self.rank}"), "")
             self.promise(self.store, self.n_done)
+        if not complete: self.wait_for_all_wishes()
         if self.n_done < self.common_step(): return None
         agreed = self.store.get(self.key("wish")).decode()
         self.end()
@@ -47,13 +62,21 @@ class StopTogether:
 
     def look(self, store: dist.Store) -> None:
         """Called by the guard's thread again and again, with its own connection: answers for the main thread."""
-        if self.promised is not None or not store.check([self.key("wish")]): return
-        with self.lock: self.promise(store, self.n_done + 1)
+        wish = self.key("wish")
+        if self.promised is not None or not store.check([wish]): return
+        with self.lock:
+            if wish == self.key("wish"): self.promise(store, self.n_done + 1)  # else that stop has happened meanwhile
 
     def promise(self, store: dist.Store, step: int) -> None:
         if self.promised is not None: return
         self.promised = step
         store.set(self.key(f"promise/{self.rank}"), str(step))
+
+    def wait_for_all_wishes(self) -> None:
+        keys, deadline = [self.key(f"wished/{rank}") for rank in range(self.world_size)], time.monotonic() + PATIENCE
+        while not self.store.check(keys):
+            if time.monotonic() > deadline: raise StoppedAlone
+            time.sleep(LOOK)
 
     def common_step(self) -> int:
         keys = [self.key(f"promise/{rank}") for rank in range(self.world_size)]
@@ -64,4 +87,4 @@ class StopTogether:
         """The stop has happened, or is no longer wanted; all ranks call it at the same step."""
         with self.lock: self.round, self.promised = self.round + 1, None
 
-    def key(self, name: str) -> str: return f"stop/{self.round}/{name}"
+    def key(self, name: str) -> str: return f"stop/{self.number}/{self.round}/{name}"

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import random
 import re
+import socket
+import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 COMMAND = "torchrun --nproc-per-node=2 train.py"
+OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): whatever leads there is the way out of this machine
+SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
 
 # Whether the group is ours (and may be destroyed), the stores opened, and how many groups were made over them.
@@ -233,6 +238,7 @@ def get_store() -> dist.Store | None:
 
 def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None:
     global _n_groups
+    choose_interface()
     _n_groups += 1  # a second group of the same processes must not meet the first one's keys
     store = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout))
     bound = device if device.type != "cpu" and backend != "gloo" else None
@@ -240,6 +246,35 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
     try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
     except (dist.DistError, RuntimeError) as error:
         raise _cannot_join(error, timeout) from error
+
+
+def choose_interface() -> None:
+    """Lets gloo use the network by which this host reaches the first one, unless GLOO_SOCKET_IFNAME says otherwise.
+
+    Left to itself it takes the address that this host's own name has: often 127.0.1.1, where no other host reaches it.
+    """
+    address = launch_environment()["MASTER_ADDR"]
+    one_host = get_local_world_size() >= get_world_size() or re.fullmatch(r"localhost|127\..*|::1", address)
+    if one_host or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    ways = [way for way in map(interface_to, (address, OUTSIDE)) if way not in (None, "lo")]  # the first's name may mean lo to it
+    if ways:
+        os.environ["GLOO_SOCKET_IFNAME"] = ways[0]
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches an IPv4 address or name; None where it does not, or cannot tell."""
+    if sys.platform != "linux":
+        return None
+    from fcntl import ioctl
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # asks the routing table, and sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return None
 
 
 def _rendezvous(timeout: timedelta | None) -> dist.Store:
@@ -268,9 +303,14 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
     given = launch_environment()
     address = f"{given.get('MASTER_ADDR')}:{given.get('MASTER_PORT')}"
     in_use = re.search(r"EADDRINUSE|address already in use", str(error), re.IGNORECASE)
-    advice = ("the port belongs to another program, perhaps to another training: choose another with --master-port, or "
-              "use `torchrun --standalone`") if in_use else (
-              f"see that all {get_world_size()} ranks were started, reach {address}, and have not failed before")
+    if in_use:
+        advice = ("the port belongs to another program, perhaps to another training: choose another with --master-port, or "
+                  "use `torchrun --standalone`")
+    elif "connectFullMesh" in str(error):  # gloo's, once all have met at the store
+        advice = (f"the ranks met there, but do not reach each other over GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')}: "
+                  "set it, on each host, to the interface that the other hosts reach (`ip addr` lists them)")
+    else:
+        advice = f"see that all {get_world_size()} ranks were started, reach {address}, and have not failed before"
     limit = f" within {timeout.total_seconds():g} s" if timeout and not in_use else ""
     return RuntimeError(f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{limit}: "
                         f"{advice}. PyTorch says: {str(error).splitlines()[0]}")
