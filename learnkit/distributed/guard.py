@@ -8,7 +8,7 @@ rank raised an error and will never come. So each rank has a thread that looks i
                           seen it; then its error goes its way, and its traceback comes last
     the others            say in one line why they end, and end a little later, so that launchers meet the culprit first
     stuck clean-up        a rank that has failed and is still there after GRACE seconds is ended by its own thread
-    killed, os._exit      noticed by the threads on the same machine
+    killed, os._exit      noticed by the threads on the same machine; from another one by a lost connection and no signs of life
     frozen                each thread writes a sign of life; one that does not change for hang_timeout is a frozen rank's
     hanging               no rank has got on for hang_timeout: every thread shows where its process is
 

@@ -123,7 +123,7 @@ def test_a_cut_cable_or_a_dead_host_ends_all_and_is_told(what, hosts, processes)
     else: started[1].process.kill()
     ended = [one.ended(30) for one in started]
     assert [end.code for end in ended] == [1, 1 if what == "cable" else -9] and max(end.at for end in ended) - cut_at < HANG_TIMEOUT + 8
-    told = r"rank 0 of 2 ends: rank 1 is gone, frozen or out of reach \(epoch \d+.*, rank 1 of 2\): no sign of life for [2-5]"
+    told = r"rank 0 of 2 ends: rank 1 is gone, frozen or out of reach \(epoch \d+.*, rank 1 of 2\): no sign of life for \d"
     assert re.search(told, ended[0].err)
     if what == "cable": assert f"rank 1 of 2 ends: the store that the ranks share has not answered for {HANG_TIMEOUT:g} s" in ended[1].err
     assert processes.left_after(1) == []
