@@ -6,8 +6,11 @@
     model = prepare_model(Net())
     loader = prepare_data_loader(loader, seed=42)
 """
+import sys as _sys
+
 import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
 
+from learnkit.distributed import world as _world
 from learnkit.distributed.compare import check_same as check_same
 from learnkit.distributed.guard import Guard as Guard
 from learnkit.distributed.guard import guard as guard
@@ -43,6 +46,8 @@ from learnkit.distributed.world import get_world_size as get_world_size
 from learnkit.distributed.world import init_process_group as init_process_group
 from learnkit.distributed.world import is_main as is_main
 from learnkit.distributed.world import seed_by_rank as seed_by_rank
+
+if any(argument.startswith(_world.SPELLINGS) for argument in _sys.argv[1:]): _world.accept_both_spellings()
 
 __all__ = [  # the submodules stay out of a star import
     "GlobalBatchNorm",

@@ -2,20 +2,25 @@
 """Who am I among how many: rank, world, device and process group, read from the group, else from the environment."""
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import re
 import socket
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 COMMAND = "torchrun --nproc-per-node=2 train.py"
+N_ATTEMPTS, AT_ONCE = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
+SPELLINGS = ("--local_rank", "--local-rank")
 OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): whatever leads there is the way out of this machine
 SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
@@ -94,10 +99,27 @@ def as_local_rank(local_rank: int | str | None) -> int | None:
 def _local_rank_in(arguments: list[str]) -> int | None:
     for position, argument in reversed(list(enumerate(arguments))):
         name, equals, value = argument.partition("=")
-        if name in ("--local-rank", "--local_rank"):
+        if name in SPELLINGS:
             following = "".join(arguments[position + 1 : position + 2])
             return as_local_rank(value if equals else following)
     return None
+
+
+def accept_both_spellings() -> None:
+    """Lets parsers that know `--local_rank` take `--local-rank`, and the other way round, in this process.
+
+    `torch.distributed.launch` passes the one, and scripts of old declare the other: argparse would end them.
+    """
+    add_argument = argparse._ActionsContainer.add_argument
+
+    def add_both(self: Any, *names: Any, **options: Any) -> Any:
+        known = self._option_string_actions
+        if any(name in SPELLINGS for name in names):
+            if all(name in known for name in names): return known[names[0]]  # added as the other's twin
+            names += tuple(name for name in SPELLINGS if name not in names and name not in known)
+        return add_argument(self, *names, **options)
+
+    if add_argument.__name__ != "add_both": argparse._ActionsContainer.add_argument = add_both
 
 
 def _device_index(local_rank: int | None) -> int:
@@ -237,15 +259,22 @@ def get_store() -> dist.Store | None:
 
 
 def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None:
+    """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try again."""
     global _n_groups
     choose_interface()
-    _n_groups += 1  # a second group of the same processes must not meet the first one's keys
-    store = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout))
     bound = device if device.type != "cpu" and backend != "gloo" else None
     place = {"rank": get_rank(), "world_size": get_world_size()}
-    try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
-    except (dist.DistError, RuntimeError) as error:
-        raise _cannot_join(error, timeout) from error
+    for attempt in range(N_ATTEMPTS):
+        _n_groups += 1  # a second group of the same processes must not meet the first one's keys
+        store, start, error = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout)), time.monotonic(), None
+        try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
+        except (dist.DistError, RuntimeError) as raised: error = raised
+        may_try = error is not None and "connectFullMesh" in str(error) and time.monotonic() - start < AT_ONCE and attempt < N_ATTEMPTS - 1
+        store.set(f"joined/{get_rank()}", "yes" if error is None else "again" if may_try else "no")
+        if error is not None and not may_try: raise _cannot_join(error, timeout) from error
+        outcomes = [store.get(f"joined/{rank}") for rank in range(get_world_size())]  # waits for each
+        if b"again" not in outcomes: return
+        if has_group(): dist.destroy_process_group()
 
 
 def choose_interface() -> None:

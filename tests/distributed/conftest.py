@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch._dynamo  # noqa: F401  # optimizers import it; ranks are forked from here, and need not import it each: 2 s
 
 from learnkit.distributed import destroy_process_group, init_process_group, launch
 

@@ -193,7 +193,8 @@ def test_no_thread_and_no_file_is_left(ranks):
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
         for _ in range(10):
             with guard(): pass
-        return before == (threading.active_count(), len(os.listdir("/proc/self/fd")))
+        after = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        return after[0] <= before[0] and after[1] <= before[1]     # a socket of the first one may have closed late
 
     assert ranks(2, fn) == [True, True]
 

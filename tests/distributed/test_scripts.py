@@ -100,7 +100,7 @@ if destroy_process_group() or not torch.distributed.is_initialized() or total !=
 
 
 @pytest.mark.parametrize("launcher, spelling", [
-    ((*LAUNCH, "--nproc-per-node=2"), '"--local_rank", "--local-rank"'),    # passes --local-rank=0
+    ((*LAUNCH, "--nproc-per-node=2"), '"--local_rank"'),    # passes --local-rank=0
     ((*TORCHRUN, "--standalone", "--nproc-per-node=2"), '"--local_rank"'),
 ], ids=["torch.distributed.launch", "torchrun"])
 def test_the_older_introduction_trains_alike_and_keeps_its_group(launcher, spelling, alone, processes):

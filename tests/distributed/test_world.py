@@ -1,4 +1,6 @@
 """Rank, world, device and group: from the group if there is one, else from the environment, and nothing when alone."""
+import argparse
+import os
 import random
 import re
 import socket
@@ -7,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from learnkit.distributed import (
+    all_sum,
     get_device,
     get_local_rank,
     get_rank,
@@ -18,7 +22,7 @@ from learnkit.distributed import (
     launch,
     seed_by_rank,
 )
-from learnkit.distributed.world import first_host, launch_environment
+from learnkit.distributed.world import accept_both_spellings, first_host, launch_environment
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -179,3 +183,34 @@ def test_rank_0_draws_what_one_process_alone_draws():
     init_process_group(seed=3)
     alone = draws()
     assert seed_by_rank(3) == 3 and draws() == alone
+
+
+# ------------------------------------------------------------------------------------------- parsers of scripts of old
+@pytest.mark.parametrize("declared", [["--local_rank"], ["--local-rank"], ["--local_rank", "--local-rank"]])
+@pytest.mark.parametrize("passed", [["--local-rank=3"], ["--local_rank", "3"]])
+def test_a_parser_of_one_spelling_takes_the_other(declared, passed, monkeypatch):
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", argparse._ActionsContainer.add_argument)
+    for _ in range(2): accept_both_spellings()
+    parser = argparse.ArgumentParser()
+    for name in declared: parser.add_argument(name, type=int, default=-1)
+    parser.add_argument("--other")
+    assert parser.parse_args(passed).local_rank == 3
+    assert parser.parse_args([]).local_rank == -1
+
+
+def test_ranks_that_did_not_connect_try_again_together():
+    def fn():
+        real, tries = dist.init_process_group, []
+
+        def fails_once(*args, **options):
+            tries.append(1)
+            real(*args, **options)
+            if os.environ["RANK"] == "1" and len(tries) == 1:
+                dist.destroy_process_group()
+                raise RuntimeError("Gloo connectFullMesh failed with … Connection closed by peer")
+
+        dist.init_process_group = fails_once
+        init_process_group(timeout=20)
+        return len(tries), all_sum(1)
+
+    assert launch(fn, 2, every_rank=True, timeout=60) == [(2, 2), (2, 2)]
