@@ -12,8 +12,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
 def run_example(path: Path, *launcher: str) -> str:
-    """What the example prints: with warnings as errors, and two threads, as its header says."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
+    """What the example prints: with warnings as errors, and two threads in all, as its header says."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1" if launcher else "2", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, *(launcher or ("-W", "error")), str(path)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr

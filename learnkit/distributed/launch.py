@@ -117,6 +117,7 @@ class Ranks:
         self.fn, self.args, self.nprocs, self.port, self.folder = fn, args, nprocs, port, folder
         self.context: Any = multiprocessing.get_context(method)
         self.n_threads = max(1, min(torch.get_num_threads(), n_cores() // nprocs))
+        self.all_started = self.context.Event()  # see run_rank
         self.processes: list[Any] = []
         self.receivers: list[Any] = []
         self.answers: dict[int, bytes] = {}
@@ -137,6 +138,7 @@ class Ranks:
     def supervise(self, timeout: float | None) -> None:
         try:
             for rank in range(self.nprocs): self.start(rank)
+            self.all_started.set()
             self.watch(None if timeout is None else time.monotonic() + timeout, timeout)
         except BaseException as error: self.error = error
         finally:
@@ -145,7 +147,7 @@ class Ranks:
 
     def start(self, rank: int) -> None:
         receiver, sender = self.context.Pipe(duplex=False)
-        arguments = (self.environment(rank), os.getpid(), gc.isenabled(), self.n_threads, sender, self.fn, self.args)
+        arguments = (self.environment(rank), os.getpid(), gc.isenabled(), self.n_threads, self.all_started, sender, self.fn, self.args)
         process = self.context.Process(target=run_rank, args=arguments, name=f"rank {rank}")
         with forking(): process.start()
         sender.close()
@@ -229,10 +231,13 @@ def forking() -> Iterator[None]:
         if collecting: gc.enable()
 
 
-def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threads: int, sender: Any,
+def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threads: int, all_started: Any, sender: Any,
              fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """What each new process does."""
     die_with_parent(parent)
+    # The store's thread asks for the name of each rank that connects; a copy made meanwhile has the resolver's lock held
+    # for ever, and hangs in its own TCPStore (glibc, torch 2.15: 1 of 700 launches of 3 ranks).
+    all_started.wait()
     # What came along from the parent is never collected here: objects that own a thread there, such as a store of an
     # earlier group in a cycle of garbage, have none here, and their destructors crash (torch 2.15: segmentation fault).
     gc.freeze()
