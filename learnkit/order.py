@@ -273,7 +273,7 @@ def draws_globally(sampler: Any) -> bool:
 
 
 # ---------------------------------------------------------------------- global generators, borrowed
-def privately(sampler: Iterable[T], seed: int, at_a_time: int = 64, *, reseed: bool = False) -> Iterator[T]:
+def privately(sampler: Iterable[T], seed: int, at_a_time: int = 1024, *, reseed: bool = False) -> Iterator[T]:
     """What `sampler` yields when the global generators are seeded with `seed`; read in portions, and put back in between.
 
     `reseed`: a generator that the sampler owns is seeded too.
