@@ -1,7 +1,8 @@
 """The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or `target`."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,3 +69,16 @@ def describe(value: Any) -> str:
         return f"{'(' if isinstance(value, tuple) else '['}{', '.join(describe(v) for v in value)}" \
                f"{')' if isinstance(value, tuple) else ']'}"
     return type(value).__name__
+
+
+def as_batch(x: Any, *, single: bool) -> Any:
+    """What predict was given, as a batch without a target; one sample becomes a batch of one."""
+    def lift(value: Any) -> Any: return value.unsqueeze(0) if single and isinstance(value, Tensor) else value
+    if isinstance(x, Mapping): return {k: lift(v) for k, v in x.items()}
+    return tuple(lift(v) for v in (x if isinstance(x, (tuple, list)) else (x,)))
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with an argument of this name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)

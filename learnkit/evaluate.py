@@ -1,15 +1,45 @@
-"""What a pass without gradients gathers: the loss and metrics (`Measure`), or the predictions (`Collect`)."""
+"""A pass without gradients, and what it gathers: the loss and metrics (`Measure`), or the predictions (`Collect`)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from learnkit.batch import count_samples, describe, prediction
+from learnkit.data import check_loader, in_order
 from learnkit.metrics import Mean, Metric, read
+from learnkit.order import private_order
 from learnkit.ranks import Ranks
+from learnkit.session import session
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
+
+OF_A_PASS = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target")
+
+
+def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
+    """One pass without gradients over `dl`, also in the middle of a fit, whose place is kept."""
+    if not learn.is_running:
+        with session(learn, dls=(dl,)): return evaluate(learn, dl, meter)
+    kept = {name: getattr(learn, name) for name in OF_A_PASS}
+    modes = [(module, module.training) for module in learn.model.modules()]
+    learn.dl, learn.meter, learn.training, learn.batch_index = in_order(dl), meter, False, -1
+    learn.model.eval()
+    try:
+        with private_order(learn.dl): learn.stages.validate()
+    finally:
+        for module, mode in modes: module.training = mode
+        for name, value in kept.items(): setattr(learn, name, value)
+
+
+def evaluation_loader(learn: Learner, dl: Any, caller: str) -> Any:
+    if dl is None: dl = learn.data.valid_dl
+    if dl is None: raise ValueError(f"{caller}() has no data: the DataBunch has no valid_dl. Give one, or call {caller}(dl).")
+    check_loader(dl, "dl")
+    return dl
 
 
 class Measure:

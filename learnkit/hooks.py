@@ -101,6 +101,7 @@ class Callback:
     order: int = 0
     unique: bool = False
     per_rank: bool = False      # whether its state differs between ranks: a checkpoint keeps each one's
+    batches_per_step: int = 1   # how many training batches it makes one optimizer step of
     restores: bool = False      # whether it can put a fit back to where it was: fit(…, resume=True) needs one that does
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

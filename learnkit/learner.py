@@ -1,9 +1,9 @@
 """The Learner: data, model, loss and optimizer bundled, and the training loop that runs them through the hooks."""
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, count_samples, describe, split_batch, target_key, tensors_in, to_device
-from learnkit.data import DataBunch, check_loader, default_device, first_batch, in_order, n_batches
-from learnkit.evaluate import Collect, Measure
-from learnkit.hooks import STAGES, Callback, ControlFlow, HookTable, Stages, add_note, causes, hook_table
-from learnkit.loss import LossFunc, check_loss, choose_loss, default_loss, per_sample
+from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in, to_device
+from learnkit.data import DataBunch, default_device, first_batch
+from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
+from learnkit.fitting import check_count, n_planned_steps, optimizer_of, run_fit
+from learnkit.hooks import Callback, HookTable, Stages, hook_table
+from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
-from learnkit.order import EpochOrder, items_per_batch, mix, parts_of, private_order, rest_of, set_epoch, with_seeded_workers
+from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded_workers
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
+from learnkit.session import as_callbacks, check_callbacks
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
@@ -99,6 +101,16 @@ class Learner:
         self.epochs_trained = 0                 # in this learner's life: decides the order of samples
         self.training = False
         self.training_model = model             # what training batches go through: the model, or a wrapper for a fit's length
+        self.zero_grad: Callable[[], None] = lambda: None
+
+        # What callbacks that own the gradients put in the place of these, for a fit's length:
+        self.differentiate: Callable[[Any], None] = Tensor.backward     # called with the loss
+        self.count: Callable[[Any, Any], Any] = count_samples   # (inputs, target) -> what a batch counts for: samples, or tokens
+        self.whole: Any = None                  # of what, in the same unit, the loss under way is a part; None: it is all there is
+        self.in_step: Any = None                # what the step under way counts for; None: this batch alone
+        self.n_held = 0                         # batches whose gradients wait for a later step
+        self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext   # in it, gradients stay with this rank
+        self.reduce_gradients: Callable[[], None] = lambda: None    # brings those that stayed together
         self.dl: Any = None                     # the loader of the pass under way
         self.batch_index = -1                   # within the pass; -1 between passes
         self.inputs: Inputs = ()                # of the batch: by position (tuple) or by keyword (dict)
@@ -109,9 +121,8 @@ class Learner:
         self.failure: BaseException | None = None   # the first error of the session, which is the one that surfaces
 
         self.running: tuple[Callback, ...] = () # the callbacks of the session under way, in their order
-        self._run: Any = None                   # the resolved Stages; None outside fit, validate and predict
+        self.stages: Stages = None              # type: ignore[assignment]  # with their hooks; None outside fit, validate and predict
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
-        self._zero_grad: Callable[[], None] = lambda: None
         self.meter: Measure | Collect = Measure(())     # what the evaluation under way gathers
         self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
         self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
@@ -122,16 +133,16 @@ class Learner:
     # ------------------------------------------------------------------ the loop: one method a stage
     def _fit(self) -> None:
         for self.epoch in range(self.epoch, self.n_epochs):     # a fit that is resumed begins further on
-            self._run.epoch()
+            self.stages.epoch()
             self.n_items_done = 0
 
     def _epoch(self) -> None:
         self.values, self.batch_index = {}, -1
         self.dl, self.training = rest_of(self.data.train_dl, self.n_items_done), True
         self.model.train()
-        self._run.train()
+        self.stages.train()
         self.training, self.batch_index = False, -1
-        if self.data.valid_dl is not None: self._evaluate(self.data.valid_dl, Measure(self.metrics, self.world_size))
+        if self.data.valid_dl is not None: evaluate(self, self.data.valid_dl, Measure(self.metrics, self.world_size))
 
     def _train(self) -> None:
         set_epoch(self.dl, self.order_seed, self.epochs_trained)
@@ -142,21 +153,22 @@ class Learner:
         with closing(self._feed(seeded, self.first_batch)) as batches:
             for n, _ in enumerate(batches, 1):
                 self.n_items_done = n_before + n * per_batch
-                self._run.batch()
+                self.stages.batch()
+        if self.n_held: self.stages.step()      # the data ended earlier than was known
 
     def _validate(self) -> None:
         set_epoch(self.dl, self.order_seed, 0)
         with torch.no_grad(), closing(self._feed(self.dl)) as batches:
-            for _ in batches: self._run.batch()
+            for _ in batches: self.stages.batch()
         self.values.update(self.meter.results(self.ranks))
 
     def _batch(self) -> None:
         self.pred = self.loss = None            # the last graph is free before the next one is built
-        happened = self._run.forward()
+        happened = self.stages.forward()
         if not happened or self.pred is None: return    # nothing to measure, nothing to learn from
         if self.training:
-            self._run.backward()
-            self._run.step()
+            self.stages.backward()
+            self.stages.step()
         else: self.meter.update(self.inputs, self.target, self.pred, self.loss)
 
     def _forward(self) -> None:
@@ -165,11 +177,11 @@ class Learner:
         self.loss = self._loss_of(self.pred, self.target)
 
     def _backward(self) -> None:
-        self.loss.backward()
+        self.differentiate(self.loss if self.whole is None else self.loss * (self.count(self.inputs, self.target) / self.whole))
 
     def _step(self) -> None:
         self.opt.step()
-        self._zero_grad()
+        self.zero_grad()
         self.step += 1
 
     def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
@@ -212,7 +224,7 @@ class Learner:
         `resume=True` goes on from the newest checkpoint that a `Checkpoint` callback wrote in a fit of the same arguments, exactly,
         at the step at which it was taken; begins where there is none; does nothing where that fit was finished.
         """
-        return self._fit_with(epochs, {"lr": lr}, wd, callbacks, max_steps, resume)
+        return run_fit(self, epochs, {"lr": lr}, wd, callbacks, max_steps, resume)
 
     def fit_one_cycle(self, epochs: int, max_lr: Rate | None = None, *, wd: float | None = None,
                       moms: tuple[float, float] | None = (.95, .85), div_factor: float = 25., final_div: float | None = None,
@@ -225,13 +237,13 @@ class Learner:
         """
         def cycle(peak: float) -> Schedule: return one_cycle(peak, div_factor, final_div, pct_start)
         momentum = {} if moms is None else {"mom": one_cycle_momentum(moms, pct_start)}
-        return self._fit_with(epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps, resume)
+        return run_fit(self, epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps, resume)
 
     def fit_flat_cos(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, div_final: float = 1e5,
                      pct_start: float = .75, callbacks: Iterable[Callback] = (), max_steps: int | None = None,
                      resume: bool = False) -> Learner:
         """A flat rate for the first `pct_start` of the steps, then by cosine to lr / div_final."""
-        return self._fit_with(epochs, {"lr": (lr, lambda rate: flat_cos(rate, div_final, pct_start))}, wd, callbacks, max_steps, resume)
+        return run_fit(self, epochs, {"lr": (lr, lambda rate: flat_cos(rate, div_final, pct_start))}, wd, callbacks, max_steps, resume)
 
     def fit_sgdr(self, n_cycles: int, lr: Rate | None = None, *, cycle_len: int = 1, cycle_mult: int = 2,
                  wd: float | None = None, callbacks: Iterable[Callback] = (), max_steps: int | None = None,
@@ -241,7 +253,7 @@ class Learner:
         for name, value in (("n_cycles", n_cycles), ("cycle_len", cycle_len), ("cycle_mult", cycle_mult)): check_count(name, value)
         epochs = sum(cycle_len * cycle_mult ** i for i in range(n_cycles))
         cycles = partial(cyclic, n_cycles=n_cycles, cycle_mult=cycle_mult)
-        return self._fit_with(epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps, resume)
+        return run_fit(self, epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps, resume)
 
     def fine_tune(self, epochs: int, base_lr: Rate | None = None, freeze_epochs: int = 1, *, lr_mult: float = 100.,
                   pct_start: float = .3, div_factor: float = 5., **options: Any) -> Learner:
@@ -257,93 +269,13 @@ class Learner:
         self.unfreeze()
         return self.fit_one_cycle(epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options)
 
-    def _fit_with(self, epochs: int, schedules: dict[str, Any], wd: float | None, callbacks: Iterable[Callback],
-                  max_steps: int | None, resume: bool) -> Learner:
-        """All fit methods: `schedules["lr"]` is a rate, or a pair of it and a function of a rate that gives its schedule."""
-        from learnkit.callbacks.param_scheduler import ParamScheduler
-        from learnkit.callbacks.stop_after import StopAfter
-        if self.is_running: raise RuntimeError("fit was called while this Learner runs: let the fit under way end first.")
-        check_count("epochs", epochs)
-        check_loader(self.data.train_dl, "train_dl")
-        extra = as_callbacks(callbacks)
-        if max_steps is not None: extra.append(StopAfter(steps=check_count("max_steps", max_steps)))
-        lr, cycle = schedules.pop("lr") if isinstance(schedules["lr"], tuple) else (schedules.pop("lr"), None)
-        opt = self._optimizer()
-        rates = self._rates(lr)
-        if cycle: schedules["lr"] = [cycle(rate) for rate in rates]
-        else: optim.set_rates(opt, rates)
-        if "mom" in schedules and optim.momentum_name(opt) is None: del schedules["mom"]
-        if schedules: extra.append(ParamScheduler(schedules))
-        if wd is not None or not isinstance(self.opt_func, Optimizer):
-            optim.set_weight_decay(opt, optim.check_rate("wd", self.wd if wd is None else wd))
-        self.n_epochs, self.max_steps, self.resume, self.resumed = epochs, max_steps, resume, None
-        self.epoch, self.step, self.batch_index, self.n_items_done = 0, 0, -1, 0
-        self.n_fits += 1
-        self.plan_steps()
-        self._zero_grad = optim.zero_grad_of(opt)
-        self._seed_by_rank()
-        seed, self.order_seed = self.order_seed, self._seed_of_order()
-        try:
-            with self._session(extra):
-                self._zero_grad()               # what an interrupted loop or a backward by hand left behind
-                try: self._run.fit()
-                finally: self._zero_grad()
-        finally: self.order_seed = seed
-        return self
-
-    def plan_steps(self) -> None:
-        """Set `n_steps` from the training loader as it is now, and from the place that a resumed fit goes on from."""
-        length = n_batches(self.data.train_dl)
-        if self.resumed is not None and self.resumed["items_per_batch"] == items_per_batch(self.data.train_dl):
-            self.n_steps = self.resumed["n_steps"]
-            return
-        if length is not None and self.resumed is not None:     # on another number of ranks
-            rest = n_batches(rest_of(self.data.train_dl, self.n_items_done))
-            length_of_fit = self.step + (rest or 0) + length * (self.n_epochs - self.epoch - 1)
-        else: length_of_fit = None if length is None else length * self.n_epochs
-        self.n_steps = min((n for n in (length_of_fit, self.max_steps) if n is not None), default=None)
-
-    def _seed_of_order(self) -> int:
-        """The seed of the order of samples in a fit: the Learner's, else the one of its training loader."""
-        if self.order_seed is not None: return self.order_seed
-        return next((part.seed for part in parts_of(self.data.train_dl) if isinstance(part, EpochOrder)), torch.initial_seed())
-
-    def _seed_by_rank(self) -> None:
-        """Seed torch from `seed` if there is one; on other ranks than 0 at any rate, whose dropout must not be rank 0's."""
-        if self.seed is not None: torch.manual_seed(mix(self.seed, self.epochs_trained, self.rank))
-        elif self.rank: torch.manual_seed(mix(int(torch.randint(2**62, ())), self.rank))
-
-    def _optimizer(self) -> Optimizer:
-        """The optimizer of the model as it is now; one that exists is kept, with its state."""
-        if self.opt is None:
-            assert not isinstance(self.opt_func, Optimizer)
-            groups = optim.param_groups(self.model, optim.layer_groups(self.model, self.splitter), bn_wd=self.bn_wd)
-            if not groups: raise ValueError(f"the model ({type(self.model).__name__}) has no parameters: there is nothing to train.")
-            self.opt = optim.make_optimizer(self.opt_func, groups, optim.spread(self.lr, 1)[-1])
-        held = {id(p) for group in self.opt.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.model.parameters()):
-            raise ValueError("the optimizer holds none of the model's parameters: it was built for another model, or before the "
-                             "model was replaced. Build it from learn.model.parameters(), or set learn.opt = None.")
-        lost = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
-        if lost and not isinstance(self.opt_func, Optimizer):
-            raise ValueError(f"the optimizer does not hold {', '.join(lost[:5])}: the model was changed after the first fit. Set "
-                             "learn.opt = None, and the next fit builds a new one.")
-        return self.opt
-
-    def _rates(self, lr: Rate | None) -> list[float]:
-        """One rate a layer group."""
-        opt = self._optimizer()
-        if lr is None and isinstance(self.opt_func, Optimizer): return [group["lr"] for group in opt.param_groups]
-        n_groups = 1 + max(group.get("layer_group", i) for i, group in enumerate(opt.param_groups))
-        return optim.spread(self.lr if lr is None else lr, n_groups)
-
     # ------------------------------------------------------------------ evaluating
     def validate(self, dl: Any = None) -> dict[str, float]:
         """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without gradients."""
         kept = self.values
         self.values = {}
         try:
-            self._evaluate(self._evaluation_loader(dl, "validate"), Measure(self.metrics, self.world_size))
+            evaluate(self, evaluation_loader(self, dl, "validate"), Measure(self.metrics, self.world_size))
             return self.values
         finally: self.values = kept
 
@@ -352,9 +284,9 @@ class Learner:
 
         `with_loss=True` adds each sample's own loss, float (samples,). Targets are None where batches have none.
         """
-        dl = self._evaluation_loader(dl, "get_preds")
-        collect = Collect(self._per_sample_loss if with_loss else None)
-        self._evaluate(dl, collect)
+        dl = evaluation_loader(self, dl, "get_preds")
+        collect = Collect(partial(each_loss, self.loss_func) if with_loss else None)
+        evaluate(self, dl, collect)
         return collect.joined()
 
     def predict(self, x: Any) -> Any:
@@ -364,76 +296,32 @@ class Learner:
         """
         first = next(iter(tensors_in(x)), None)
         if first is None: raise TypeError(f"predict takes a tensor, or a tuple or mapping of tensors; got {type(x).__name__}.")
-        ndim = self._batch_ndim()
+        if self._input_ndim is None: self._see_first(first_batch(self.data.train_dl))
+        ndim = self._input_ndim
+        assert ndim is not None
         if first.ndim not in (ndim, ndim - 1):
             raise ValueError(f"predict was given an input of {first.ndim} dimensions (shape {tuple(first.shape)}), expected {ndim} "
                              f"for a batch or {ndim - 1} for one sample.")
         single = first.ndim == ndim - 1
         batch = as_batch(x, single=single)
         collect = Collect(everywhere=True)
-        self._evaluate([batch if isinstance(batch, Mapping) else (*batch, None)], collect)
+        evaluate(self, [batch if isinstance(batch, Mapping) else (*batch, None)], collect)
         preds = collect.joined()[0]
         return preds[0] if single and isinstance(preds, Tensor) else preds
 
-    def _evaluate(self, dl: Any, meter: Measure | Collect) -> None:
-        """One pass without gradients over `dl`, also in the middle of a fit, whose place is kept."""
-        if not self.is_running:
-            with self._session(dls=(dl,)): return self._evaluate(dl, meter)
-        names = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target")
-        kept = {name: getattr(self, name) for name in names}
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.dl, self.meter, self.training, self.batch_index = in_order(dl), meter, False, -1
-        self.model.eval()
-        try:
-            with private_order(self.dl): self._run.validate()
-        finally:
-            for module, mode in modes: module.training = mode
-            for name, value in kept.items(): setattr(self, name, value)
+    def plan_steps(self) -> None:
+        """Set `n_steps` from the training loader as it is now."""
+        self.n_steps = n_planned_steps(self)
 
-    def _evaluation_loader(self, dl: Any, caller: str) -> Any:
-        if dl is None: dl = self.data.valid_dl
-        if dl is None: raise ValueError(f"{caller}() has no data: the DataBunch has no valid_dl. Give one, or call {caller}(dl).")
-        check_loader(dl, "dl")
-        return dl
-
-    def _batch_ndim(self) -> int:
-        if self._input_ndim is None: self._see_first(first_batch(self.data.train_dl))
-        assert self._input_ndim is not None
-        return self._input_ndim
-
-    def _per_sample_loss(self, pred: Any, target: Any) -> Tensor:
-        return per_sample(self.loss_func or default_loss(pred, target))(pred, target)
-
-    # ------------------------------------------------------------------ a session: one fit, validation or prediction
-    @contextmanager
-    def _session(self, extra: Sequence[Callback] = (), dls: Sequence[Any] = ()) -> Iterator[None]:
-        """Hooks resolved and loaders with an order of their own; afterwards all is as it was, whatever was raised."""
-        everyone = sorted(check_callbacks([*self.callbacks, *extra]), key=lambda callback: callback.order)
-        if self.resume and not any(callback.restores for callback in everyone):
-            raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.training_model = self.model
-        self.running = tuple(everyone)
-        self._run = Stages(self, everyone, {stage: getattr(self, f"_{stage}") for stage in STAGES})
-        try:
-            with private_order(self.data.train_dl, *dls): yield
-        except ControlFlow as signal:
-            raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
-                               f"{self.where()}.") from signal
-        except BaseException as error:
-            first = surfacing(error, self.failure)
-            if is_out_of_memory(first): add_note(first, out_of_memory(self.inputs, self.target))
-            raise first  # noqa: B904
-        finally:
-            for module, mode in modes: module.training = mode
-            self._run = self.failure = self.pred = self.loss = None
-            self.running, self.resume = (), False
-            self.training, self.training_model = False, self.model
+    @property
+    def batches_per_step(self) -> int:
+        """How many batches of the training loader an optimizer step learns from."""
+        return math.prod(callback.batches_per_step for callback in self.running)
 
     @property
     def is_running(self) -> bool:
         """Whether a fit, validation or prediction is under way."""
-        return self._run is not None
+        return self.stages is not None
 
     def where(self) -> str:
         """The place in the loop, for messages: "epoch 2, training batch 17"."""
@@ -555,7 +443,7 @@ class Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
         `strict=False` takes what fits. Nothing in the file is executed."""
         state = checkpoint.read(self.path / self.model_dir / f"{name}.pt", self.device)
-        fits = "opt" in state and checkpoint.optimizer_fits(self._optimizer(), state["opt"])
+        fits = "opt" in state and checkpoint.optimizer_fits(optimizer_of(self), state["opt"])
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
                              "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
@@ -569,67 +457,7 @@ class Learner:
         return summarize(self)
 
 
-# ---------------------------------------------------------------------- arguments
 def as_data(data: Any) -> DataBunch:
     if isinstance(data, DataBunch): return data
     if isinstance(data, (tuple, list)) and len(data) == 2: return DataBunch(*data)
     raise TypeError(f"data is {type(data).__name__}, expected a DataBunch or a pair (train_dl, valid_dl).")
-
-
-def as_callbacks(callbacks: Callback | Iterable[Callback]) -> list[Callback]:
-    return [callbacks] if isinstance(callbacks, (Callback, type)) else list(callbacks)  # type: ignore[list-item]
-
-
-def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
-    """Refuse what is no callback, the same one twice, and two of a kind that may be there once only."""
-    for i, callback in enumerate(callbacks):
-        if isinstance(callback, type) and issubclass(callback, Callback):
-            raise TypeError(f"{callback.__name__} is a class, expected an object: write {callback.__name__}().")
-        if not isinstance(callback, Callback):
-            raise TypeError(f"{callback!r} is {type(callback).__name__}, expected a Callback: derive its class from learnkit.Callback.")
-        name = type(callback).__name__
-        if any(callback is other for other in callbacks[:i]): raise ValueError(f"the same {name} was added twice. Add it once.")
-        if callback.unique and any(type(callback) is type(other) for other in callbacks[:i]):
-            raise ValueError(f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
-                             f"remove_callback({name}).")
-    return callbacks
-
-
-def check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name}={value!r} is not a whole number.")
-    if value < 1: raise ValueError(f"{name}={value}: expected 1 or more.")
-    return value
-
-
-def as_batch(x: Any, *, single: bool) -> Any:
-    """What predict was given, as a batch without a target; one sample becomes a batch of one."""
-    def lift(value: Any) -> Any: return value.unsqueeze(0) if single and isinstance(value, Tensor) else value
-    if isinstance(x, Mapping): return {k: lift(v) for k, v in x.items()}
-    return tuple(lift(v) for v in (x if isinstance(x, (tuple, list)) else (x,)))
-
-
-def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be called with an argument of this name."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """On a device, or on the CPU, where it is a RuntimeError like others."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
-def out_of_memory(inputs: Any, target: Any) -> str:
-    """What to do when a batch did not fit, with its size."""
-    return (f"learnkit: this batch of {count_samples(inputs, target)} samples did not fit into memory ({describe(inputs)}). Take a smaller "
-            "batch size. The model and the optimizer are as they were before it.")
-
-
-def surfacing(error: BaseException, first: BaseException | None) -> BaseException:
-    """The error that the user gets: the first one, where another was raised only while cleaning up after it.
-
-    An error raised with `from` translates the first one on purpose, and stays.
-    """
-    if first is None or error is first or error.__cause__ is not None or first not in causes(error): return error
-    add_note(first, f"learnkit: cleaning up after this error failed too: {type(error).__name__}: {error}")
-    return first

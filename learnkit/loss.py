@@ -133,3 +133,8 @@ def per_sample(loss_func: LossFunc) -> LossFunc:
 
 def name_of(loss_func: Any) -> str:
     return getattr(loss_func, "__name__", type(loss_func).__name__)
+
+
+def each_loss(loss_func: LossFunc | None, pred: Any, target: Any) -> Tensor:
+    """Each sample's own loss, float (samples,); None: by the default of these."""
+    return per_sample(loss_func or default_loss(pred, target))(pred, target)
