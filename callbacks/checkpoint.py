@@ -44,6 +44,7 @@ class Checkpoint(Callback):
     order = Distributed.order - 10
     unique = True
     restores = True
+    in_trials = False
 
     def __init__(self, dir: str | Path, *, every_n_steps: int | None = None, every_n_epochs: int | None = 1, keep: int = 2,
                  async_write: bool = False) -> None:

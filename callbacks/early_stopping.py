@@ -18,6 +18,7 @@ class EarlyStopping(Callback):
 
     >>> stop = EarlyStopping(monitor="accuracy", patience=2)
     """
+    in_trials = False
 
     def __init__(self, monitor: str = "valid_loss", mode: str | None = None, patience: int = 3, min_delta: float = 0.) -> None:
         if patience < 1: raise ValueError(f"patience={patience}: expected 1 or more epochs.")

@@ -27,6 +27,7 @@ class Progress(Callback):
     """
     order = Recorder.order - 10
     unique = True
+    in_trials = False
 
     def __init__(self, *, bar: bool = True, lines: bool = True) -> None:
         self.bar, self.lines = bar, lines

@@ -60,6 +60,7 @@ class Recorder(Callback):
     """
     order = 100
     unique = True
+    in_trials = False
     per_rank = True         # within an epoch each rank keeps its own losses
 
     def __init__(self) -> None:

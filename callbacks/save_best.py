@@ -20,6 +20,7 @@ class SaveBest(Callback):
 
     >>> learn.fit(5, callbacks=[SaveBest(monitor="accuracy")]).load("best")  # doctest: +SKIP
     """
+    in_trials = False
 
     def __init__(self, monitor: str = "valid_loss", mode: str | None = None, keep: int = 1, name: str = "best") -> None:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1: raise ValueError(f"keep={keep!r}: expected 1 or more.")

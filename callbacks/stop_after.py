@@ -10,6 +10,7 @@ class StopAfter(Callback):
 
     >>> learn.fit(100, callbacks=[StopAfter(steps=10)])  # doctest: +SKIP
     """
+    in_trials = False
 
     def __init__(self, *, steps: int) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

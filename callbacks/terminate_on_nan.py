@@ -19,6 +19,7 @@ class TerminateOnNaN(Callback):
 
     >>> learn.fit(10, callbacks=[TerminateOnNaN()])  # doctest: +SKIP
     """
+    in_trials = False
 
     def before_step(self, learn: Learner) -> None:
         named = [(name, p.grad) for name, p in learn.model.named_parameters() if p.grad is not None]

@@ -102,6 +102,7 @@ class Callback:
     unique: bool = False
     per_rank: bool = False      # whether its state differs between ranks: a checkpoint keeps each one's
     batches_per_step: int = 1   # how many training batches it makes one optimizer step of
+    in_trials: bool = True      # whether it takes part in lr_find and the like: not if it decides, writes or draws
     restores: bool = False      # whether it can put a fit back to where it was: fit(…, resume=True) needs one that does
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
