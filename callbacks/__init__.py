@@ -1,10 +1,21 @@
 """The callbacks that come with learnkit: one a file, each written as a user would write it."""
+from learnkit.callbacks.accumulate import Accumulate as Accumulate
+from learnkit.callbacks.auto_microbatch import AutoMicrobatch as AutoMicrobatch
+from learnkit.callbacks.channels_last import ChannelsLast as ChannelsLast
 from learnkit.callbacks.checkpoint import Checkpoint as Checkpoint
+from learnkit.callbacks.clip_gradients import ClipGradients as ClipGradients
+from learnkit.callbacks.compiled import Compiled as Compiled
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from learnkit.callbacks.ema import EMA as EMA
+from learnkit.callbacks.lookahead import Lookahead as Lookahead
+from learnkit.callbacks.mixed_precision import MixedPrecision as MixedPrecision
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler
 from learnkit.callbacks.progress import Progress as Progress
 from learnkit.callbacks.recorder import Recorder as Recorder
+from learnkit.callbacks.reduce_afterwards import ReduceAfterwards as ReduceAfterwards
+from learnkit.callbacks.sam import SAM as SAM
 from learnkit.callbacks.save_best import SaveBest as SaveBest
 from learnkit.callbacks.stop_after import StopAfter as StopAfter
+from learnkit.callbacks.swa import SWA as SWA
 from learnkit.callbacks.terminate_on_nan import TerminateOnNaN as TerminateOnNaN

@@ -57,7 +57,7 @@ class Checkpoint(Callback):
         self.written: list[Path] = []               # of this run, oldest first
         self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
         self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
-        self.saved_at: tuple[int, int] = (-1, -1)   # epoch and step
+        self.saved_at: tuple[int, ...] = ()         # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
         self.copied = threading.Event()             # whether the state that is being written may be changed again
@@ -65,7 +65,7 @@ class Checkpoint(Callback):
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, (-1, -1)
+        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, ()
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
         stop: StopFit | None = None
@@ -117,7 +117,7 @@ class Checkpoint(Callback):
         if self.parts is None: return
         parts, self.parts = self.parts, None
         resume.put_back(learn, self.others(learn), parts)
-        self.saved_at = learn.epoch, learn.step
+        self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
     def others(self, learn: Learner) -> list[Callback]: return [callback for callback in learn.running if callback is not self]
 
@@ -127,7 +127,7 @@ class Checkpoint(Callback):
         if not learn.training: return
         if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
         n = self.every_n_steps
-        if learn.agreed == "save" or (n is not None and learn.step % n == 0): self.save(learn)
+        if learn.agreed == "save" or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
         if learn.agreed == "save": learn.agreed = None
         elif learn.agreed is not None: raise StopFit
 
@@ -150,7 +150,7 @@ class Checkpoint(Callback):
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
         """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
         place = resume.place_of(learn, epoch_over=epoch_over, over=over)
-        now = place["epoch"], place["step"]
+        now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
         parts = resume.take(learn, self.others(learn), self.generators, place)

@@ -14,7 +14,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from learnkit.batch import count_samples
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data import TensorLoader, in_order, n_batches
@@ -70,12 +69,13 @@ class Distributed(Callback):
         self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
         self.size_of: Callable[[int], int] = int    # number of a batch in its pass -> samples of all ranks in it
         self.uneven_from = NO_BATCH             # number of the first batch that the ranks may share unevenly
+        self.world_size, self.first_batch = 1, 0
         self.bar: Progress | None = None        # shows the loss of all ranks
         self.next_told = NO_BATCH               # the batch after which they tell it each other again
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        whole, seed = learn.data, learn.order_seed
+        whole, seed, before = learn.data, learn.order_seed, (learn.no_sync, learn.reduce_gradients, learn.n_of_all)
         with self.guarded(learn) as watch:
             self.stops, self.stops_fit, self.compared, self.train_dl = watch.stop_together(), False, False, whole.train_dl
             try:
@@ -85,11 +85,14 @@ class Distributed(Callback):
                 learn.plan_steps()
                 check_same(facts(learn))
                 learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+                if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+                learn.reduce_gradients = partial(average_gradients, learn)
                 self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
                 run()
             finally:
                 unwrap(learn)
                 learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
+                learn.no_sync, learn.reduce_gradients, learn.n_of_all = before
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
@@ -109,6 +112,8 @@ class Distributed(Callback):
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.size_of, self.uneven_from = sizes(learn.dl)
+        learn.n_of_all = self.n_of_all
+        self.world_size, self.first_batch = learn.world_size, learn.first_batch
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
         self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
@@ -118,15 +123,24 @@ class Distributed(Callback):
         """A rank that leaves the loop alone would leave the others waiting."""
         if not learn.training or self.stops is None: return run()
         self.reduced, wish = False, None
+        uneven = learn.batch_index - learn.first_batch >= self.uneven_from and learn.whole is None
+        # DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples.
+        if uneven: learn.whole = self.size_of(learn.batch_index - learn.first_batch) / learn.world_size
         try: run()
         except (StopFit, StopEpoch, StopTrain) as signal:
             wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
+        finally:
+            if uneven: learn.whole = None
         try: agreed = self.stops.passed(wish.stage if wish else learn.wanted, complete=wish is None or self.reduced)
         except StoppedAlone: raise RuntimeError(TOO_EARLY.format(name=type(wish).__name__, rank=learn.rank)) from wish
         if agreed is not None: self.do(agreed, wish, learn)
         if learn.batch_index >= self.next_told and self.bar is not None:
             self.bar.show_loss_of_all(learn)
             self.next_told = learn.batch_index + tell_interval(learn)
+
+    def n_of_all(self, k: int, own: int) -> int:
+        k -= self.first_batch
+        return self.size_of(k) if k >= self.uneven_from else own * self.world_size
 
     def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch."""
@@ -135,9 +149,8 @@ class Distributed(Callback):
         if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
 
     def around_backward(self, learn: Learner, run: Run) -> None:
-        self.reduced, k = True, learn.batch_index - learn.first_batch
-        if k >= self.uneven_from: weighted(learn, self.size_of(k), run)
-        else: run()
+        self.reduced = True
+        run()
         if self.unchecked: self.check_unused(learn)
 
     def check_unused(self, learn: Learner) -> None:
@@ -188,6 +201,7 @@ class Group:
     """All ranks of the process group, as `learn.ranks`."""
 
     def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
+    def share(self, tensors: Any) -> None: share(list(tensors))
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
     def gather(self, state: Any) -> list[Any]: return gather_objects(state)
     def on_main(self, action: Callable[[], object], name: str) -> None: on_main(action, name)
@@ -209,7 +223,7 @@ class Group:
 
 
 # ---------------------------------------------------------------------- joining the others
-def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, **options: Any) -> Learner:
+def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, delay_allreduce: bool, **options: Any) -> Learner:
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
@@ -221,7 +235,10 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     learn.model.to(learn.device)
     share_weights(learn)
     callback.seed = broadcast_from_main(torch.initial_seed())
-    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Distributed)]     # a second call replaces the first
+    from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
+    # A second call replaces the first.
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, ReduceAfterwards))]
+    if delay_allreduce: learn.add_callback(ReduceAfterwards())
     return learn.add_callback(callback)
 
 
@@ -229,8 +246,8 @@ def check_options(ddp_options: dict[str, Any]) -> None:
     known = list(inspect.signature(DistributedDataParallel).parameters)
     unknown = [name for name in ddp_options if name not in known or name in ("module", "device_ids", "output_device")]
     if unknown:
-        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, sync_bn, timeout, hang_timeout, or an option "
-                        f"of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
+        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, sync_bn, delay_allreduce, timeout, hang_timeout, "
+                        f"or an option of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
 
 
 EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
@@ -318,12 +335,11 @@ def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
 def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
 
 
-def weighted(learn: Learner, n_global: int, run: Run) -> None:
-    """DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples."""
-    loss, weight = learn.loss, count_samples(learn.inputs, learn.target) * learn.world_size / n_global
-    learn.loss = loss if weight == 1 else loss * weight
-    try: run()
-    finally: learn.loss = loss
+def average_gradients(learn: Learner) -> None:
+    """What DDP does during the backward pass, afterwards and in one collective: the mean of all ranks' gradients, on all."""
+    gradients = [p.grad for p in learn.model.parameters() if p.grad is not None]
+    if not gradients: return
+    for gradient, total in zip(gradients, all_sum(gradients), strict=True): gradient.copy_(total / learn.world_size)
 
 
 # ---------------------------------------------------------------------- what must be equal
