@@ -16,7 +16,7 @@ from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import EMA, Accumulate, Checkpoint, ClipGradients, MixedPrecision
 from learnkit.order import permutation
 
-N, BATCH, EPOCHS, SEED, LR, NORM, DECAY = 31, 12, 2, 5, .3, .5, .8      # steps of 12, 12 and 7 samples
+N, BATCH, EPOCHS, SEED, LR, NORM, DECAY = 31, 12, 2, 5, .3, .1, .8      # steps of 12, 12 and 7 samples
 FULL = os.environ.get("RELIABILITY") == "full"      # without, half of the compiled cells
 TOLERANCE = {"fp32": 2e-6, "bf16": 4e-3, "fp16": 5e-4}                 # of weights around 1; bfloat16 has 8 bits, float16 11
 
