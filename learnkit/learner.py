@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in, to_device
+from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
 from learnkit.data import DataBunch, default_device, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, n_planned_steps, optimizer_of, run_fit
@@ -24,6 +24,7 @@ from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
+from learnkit.transfer import mover
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
@@ -190,10 +191,10 @@ class Learner:
     def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
-        self.batch_index, moves = first - 1, False
+        self.batch_index, move = first - 1, None
         for self.batch_index, batch in enumerate(loader, first):
-            if self.batch_index == first: moves = self._see_first(batch)
-            if moves: batch = to_device(batch, self.device)
+            if self.batch_index == first and self._see_first(batch): move = mover(self.device)
+            if move is not None: batch = move(batch)
             self.inputs, self.target = split_batch(batch)
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
