@@ -87,6 +87,7 @@ class Recorder(Callback):
         group = learn.opt.param_groups[-1]
         self.lrs.append(group["lr"])
         if self.momentum is not None:
+            if self.momentum not in group: group = next(g for g in reversed(learn.opt.param_groups) if self.momentum in g)
             mom = group[self.momentum]
             self.moms.append(mom[0] if self.momentum == "betas" else mom)
 
