@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from learnkit.files import check_seal, explained, read_state, size_of, sync_folder, write_state
+from learnkit.files import check_seal, explained, read_state, size_of, sync_folder, write_states
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
@@ -38,7 +38,7 @@ def write(path: Path, state: dict[str, Any]) -> Path:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(part, state, seal=True)
+        write_states({part: state}, seal=True)
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:

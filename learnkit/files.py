@@ -6,18 +6,20 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
-LARGE = 1 << 16         # bytes from which handing a piece to another thread is worth it
+LARGE = 1 << 16         # bytes from which a piece is worth waking another thread
 SEAL = b"sha256:"       # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
 
 
@@ -26,44 +28,82 @@ class Damaged(ValueError):
 
 
 # ---------------------------------------------------------------------- writing
-class Hashing:
-    """A file opened for writing, whose bytes are hashed on their way, large pieces by another core while they are written."""
+class Growing:
+    """A new file that is hashed in another thread as it grows, from what it holds: the pages were written a moment ago.
 
-    def __init__(self, file: BinaryIO, helper: Executor) -> None:
-        self.file, self.helper, self.hash, self.n_bytes = file, helper, hashlib.sha256(), 0
+    The memory that is saved may be a copy that torch frees at once, so the hash does not read that.
+    """
+
+    def __init__(self, path: Path, helpers: Executor) -> None:
+        self.file = path.open("xb")
         self.error: OSError | None = None
+        self.grown, self.ended = threading.Event(), threading.Event()
+        self.digest: Future[str] = helpers.submit(self.hash, path)
 
     def write(self, data: Any) -> int:
-        hashed = self.helper.submit(self.hash.update, data) if len(data) >= LARGE else None
         try: n = self.file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        finally:
-            if hashed is not None: hashed.result()      # the memory is the writer's again when we return
-        if hashed is None: self.hash.update(data)
-        self.n_bytes += n
+        if n >= LARGE: self.grown.set()
         return n
 
     def flush(self) -> None: self.file.flush()
 
+    def hash(self, path: Path) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        with path.open("rb", buffering=0) as file:
+            while True:
+                last = self.ended.is_set()      # asked before it is read: then nothing follows
+                self.grown.clear()
+                while n := file.readinto(buffer): digest.update(buffer[:n])
+                if last: return digest.hexdigest()
+                self.grown.wait()
 
-def write_state(path: Path, state: Any, *, seal: bool = False) -> dict[str, Any]:
-    """torch.save to a new file, durable when it returns; {"sha256", "bytes"} of it. `seal` puts the hash at its end."""
-    check_plain(state, "the state")
-    with path.open("xb") as raw, ThreadPoolExecutor(1, "hash") as helper:
-        file = Hashing(raw, helper)
-        try: torch.save(state, file)            # type: ignore[arg-type]
+    def save(self, state: Any) -> None:
+        """torch.save, into the system's memory."""
+        try:
+            torch.save(state, self)             # type: ignore[arg-type]
+            self.file.flush()
         except Exception:
-            if file.error is not None: raise file.error from None       # torch makes an internal error of it
+            if self.error is not None: raise self.error from None       # torch makes an internal error of it
             raise
-        if seal:
-            comment = SEAL + file.hash.hexdigest().encode()
-            raw.seek(-2, os.SEEK_END)           # the zip's last two bytes are the length of its comment, which is 0
-            raw.write(len(comment).to_bytes(2, "little") + comment)
-        raw.flush()
-        os.fsync(raw.fileno())
-    return {"sha256": file.hash.hexdigest(), "bytes": file.n_bytes}
+        finally: self.end()
+
+    def end(self) -> None:
+        self.ended.set()
+        self.grown.set()
+
+    def settle(self, *, seal: bool) -> dict[str, Any]:
+        """Durable and closed when it returns; the hash is still computed while the disk works."""
+        with self.file as file:
+            n_bytes = file.tell()
+            os.fsync(file.fileno())
+            if seal: self.put_seal()
+        return {"sha256": self.digest.result(), "bytes": n_bytes}
+
+    def put_seal(self) -> None:
+        comment = SEAL + self.digest.result().encode()
+        self.file.seek(-2, os.SEEK_END)         # the zip's last two bytes are the length of its comment, which is 0
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def write_states(states: Mapping[Path, Any], *, seal: bool = False) -> dict[Path, dict[str, Any]]:
+    """torch.save of each to a new file, all durable when it returns; {"sha256", "bytes"} of each. `seal` puts the hash at its end.
+
+    While one is written, those before it are hashed and flushed.
+    """
+    for path, state in states.items(): check_plain(state, f"the state for {path.name}")
+    with ExitStack() as files, ThreadPoolExecutor(2 * len(states) or 1, "files") as helpers:
+        settled = {}
+        for path, state in states.items():
+            file = Growing(path, helpers)
+            files.callback(file.file.close)
+            file.save(state)
+            settled[path] = helpers.submit(file.settle, seal=seal)
+        return {path: told.result() for path, told in settled.items()}
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.files import Damaged, explained, hash_file, read_state, size_of, sync_folder, write_bytes, write_state
+from learnkit.files import Damaged, explained, hash_file, read_state, size_of, sync_folder, write_bytes, write_states
 
 FORMAT = 1
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
@@ -39,7 +39,7 @@ def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        files = {f"{part}.pt": write_state(partial / f"{part}.pt", state) for part, state in parts.items()}
+        files = {path.name: told for path, told in write_states({partial / f"{part}.pt": state for part, state in parts.items()}).items()}
         manifest = {"format": FORMAT, "files": files, "about": dict(about)}
         write_bytes(partial / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
         sync_folder(partial)
