@@ -17,7 +17,7 @@ import torch
 
 from learnkit import resume, snapshots
 from learnkit.callbacks.distributed import Distributed
-from learnkit.files import explained
+from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -85,24 +85,24 @@ class Checkpoint(Callback):
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir): pass
         except OSError as error: raise explained(error, self.dir, 0) from error
-        snapshots.clean(self.dir)
+        clean(self.dir)
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
         found = learn.ranks.from_main(self.read)
         if found is None: return
-        parts, about = found
+        name, parts, about = found
         place = parts["run"]["place"]
         if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
         if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
         self.parts, self.run, learn.resumed = parts, about["run"], place
-        self.written = snapshots.of_run(self.dir, self.run)
+        self.written = snapshots.of_run(self.dir, self.run, name)
         resume.put_place(learn, place)
         learn.plan_steps()
 
     def read(self) -> list[Any] | None:
         found = snapshots.newest(self.dir)
-        return None if found is None else list(found[1:])
+        return None if found is None else [found[0].name, *found[1:]]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)

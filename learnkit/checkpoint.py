@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from learnkit.files import check_seal, explained, read_state, size_of, sync_folder, write_states
+from learnkit.files import check_seal, clean, explained, partial, read_state, size_of, sync_folder, write_states
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
@@ -35,9 +35,10 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 def write(path: Path, state: dict[str, Any]) -> Path:
     """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clean(path.parent, path.name)
         write_states({part: state}, seal=True)
         os.replace(part, path)
         sync_folder(path.parent)

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 CHUNK = 1 << 20
 LARGE = 1 << 16         # bytes from which a piece is worth waking another thread
+PARTIAL = re.compile(r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part")     # the second is what format 1 began with
 SEAL = b"sha256:"       # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
 
 
@@ -112,6 +113,35 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def partial(path: Path) -> Path:
+    """Where it lies while it is written: .<name>.<pid>-<when that process began>.part"""
+    return path.with_name(f".{path.name}.{os.getpid()}-{started(os.getpid()) or 0}.part")
+
+
+def clean(folder: Path, name: str = "") -> None:
+    """Remove what processes that were killed left unfinished in a folder, of all or of one name."""
+    if not folder.is_dir(): return
+    for path in folder.iterdir():
+        match = PARTIAL.fullmatch(path.name)
+        if match is None or not path.name.startswith(f".{name}") or is_running(int(match[1] or match[3]), match[2]): continue
+        if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError): path.unlink()
+
+
+def is_running(pid: int, begun: str | None) -> bool:
+    """Whether the process that began then runs; another one may have its number now."""
+    from learnkit.distributed.process import is_alive
+    if begun is None: return pid != os.getpid() and is_alive(pid)
+    return is_alive(pid) and started(pid) in (int(begun), None)
+
+
+def started(pid: int) -> int | None:
+    """When a process of this machine began, in clock ticks since the machine did; None where that cannot be read."""
+    try: return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError: return None
 
 
 def sync_folder(folder: Path) -> None:

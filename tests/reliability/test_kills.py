@@ -10,6 +10,7 @@ import torch
 
 from learnkit import Callback, Learner, snapshots
 from learnkit.callbacks import Checkpoint
+from learnkit.files import clean
 from tests.reliability.conftest import litter, make_learner, newest, times
 
 
@@ -77,7 +78,7 @@ def test_two_processes_that_write_into_one_folder_do_not_harm_each_other(start):
         for path in snapshots.all_in(folder): snapshots.read(path)
         runs = {snapshots.read_manifest(path)["about"]["run"] for path in snapshots.all_in(folder)}
         assert {str(child.pid) for child in children} <= runs
-        snapshots.clean(folder)
+        clean(folder)
         assert litter(folder) == []
 
 
@@ -85,7 +86,7 @@ def test_what_a_living_process_is_writing_is_left_alone(start):
     folder = Path("kept")
     child = start(writes_again_and_again, folder, 0)
     child.wait_for(lambda: len(child.said()) > 2)
-    for _ in range(200): snapshots.clean(folder)
+    for _ in range(200): clean(folder)
     n = len(child.said())
     child.wait_for(lambda: len(child.said()) > n + 5)
     child.kill()
