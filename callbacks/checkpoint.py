@@ -68,14 +68,15 @@ class Checkpoint(Callback):
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
         stop: StopFit | None = None
-        try:
-            with handlers(learn): run()
-        except StopFit as raised: stop = raised
-        except BaseException:
-            self.wait_for_writer()      # for what is being written; its own error is not the one to be told
-            raise
-        learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
-        learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        with handlers(learn):
+            try: run()
+            except StopFit as raised: stop = raised
+            except BaseException:
+                self.wait_for_writer()      # for what is being written; its own error is not the one to be told
+                raise
+            learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+            learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        if (learn.wanted or "").startswith("signal"): learn.agreed = learn.wanted       # it came when nothing more was to be agreed
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
         if stop is not None: raise stop
 
@@ -212,7 +213,8 @@ def handlers(learn: Learner) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
-        learn.wanted = "save" if number == SAVING else f"signal {number}"
+        if number != SAVING: learn.wanted = f"signal {number}"
+        elif learn.wanted is None: learn.wanted = "save"
         if number != SAVING: signal.signal(number, signal.SIG_DFL)      # a second one ends at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None): before[number](number, frame)
 

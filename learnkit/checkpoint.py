@@ -62,21 +62,31 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
-    wrapped = is_wrapper(model)
-    names, own = plain_keys(model.state_dict(), wrapped=wrapped), plain_state(model)
-    of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
-    given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
-    differing = {key: f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
-                 for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key])}
-    if strict:
-        lines = [*(f"{key}: only the model has it" for key in own if key not in given),
-                 *(f"{key}: only the file has it" for key in given if key not in own), *sorted(differing.values())]
-        if lines:
-            raise ValueError(f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  " + "\n  ".join(lines)
-                             + "\nBuild the same model, or take what fits with strict=False.")
-    fitting = {names[key]: value for key, value in given.items() if key in own and key not in differing}
+    if strict: check_model(model, state)
+    names, own, given = named(model, state)
+    fitting = {names[key]: value for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
     if not fitting: raise ValueError("nothing in the file fits the model: no name and shape agree.")
     model.load_state_dict(fitting, strict=False)
+
+
+def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise ValueError that lists every difference between a model and a state."""
+    _, own, given = named(model, state)
+    lines = [*(f"{key}: only the model has it" for key in own if key not in given),
+             *(f"{key}: only the file has it" for key in given if key not in own),
+             *sorted(f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
+                     for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key]))]
+    if lines:
+        raise ValueError(f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  " + "\n  ".join(lines)
+                         + "\nBuild the same model, or take what fits with strict=False.")
+
+
+def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+    """({plain name: the model's key}, the model's values, the state's), by plain names."""
+    own = plain_state(model)
+    of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
+    given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
+    return plain_keys(model.state_dict(), wrapped=is_wrapper(model)), own, given
 
 
 def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
