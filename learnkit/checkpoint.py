@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from learnkit.files import check_seal, clean, explained, partial, read_state, size_of, sync_folder, write_states
+from learnkit.files import check_seal, clean, explained, partial, read_state, size_of, sync_folder, writing
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
@@ -39,7 +39,7 @@ def write(path: Path, state: dict[str, Any]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent, path.name)
-        write_states({part: state}, seal=True)
+        with writing({part: state}, seal=True): pass
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:

@@ -39,6 +39,7 @@ class Growing:
     def __init__(self, path: Path, helpers: Executor) -> None:
         self.file = path.open("xb")
         self.error: OSError | None = None
+        self.n_bytes = 0
         self.grown, self.ended = threading.Event(), threading.Event()
         self.digest: Future[str] = helpers.submit(self.hash, path)
 
@@ -68,6 +69,7 @@ class Growing:
             with nullcontext() if crc32 else without_crc32():
                 torch.save(state, self)         # type: ignore[arg-type]
             self.file.flush()
+            self.n_bytes = self.file.tell()
         except Exception:
             if self.error is not None: raise self.error from None       # torch makes an internal error of it
             raise
@@ -77,13 +79,11 @@ class Growing:
         self.ended.set()
         self.grown.set()
 
-    def settle(self, *, seal: bool) -> dict[str, Any]:
+    def settle(self, *, seal: bool) -> None:
         """Durable and closed when it returns; the hash is still computed while the disk works."""
         with self.file as file:
-            n_bytes = file.tell()
             os.fsync(file.fileno())
             if seal: self.put_seal()
-        return {"sha256": self.digest.result(), "bytes": n_bytes}
 
     def put_seal(self) -> None:
         comment = SEAL + self.digest.result().encode()
@@ -93,20 +93,22 @@ class Growing:
         os.fsync(self.file.fileno())
 
 
-def write_states(states: Mapping[Path, Any], *, seal: bool = False) -> dict[Path, dict[str, Any]]:
-    """torch.save of each to a new file, all durable when it returns; {"sha256", "bytes"} of each. `seal` puts the hash at its end.
+@contextmanager
+def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[Path, dict[str, Any]]]:
+    """torch.save of each to a new file; yields {"sha256", "bytes"} of each, while the disk works. Durable when the block is over.
 
-    While one is written, those before it are hashed and flushed.
+    While one is written, those before it are hashed and flushed. `seal` puts the hash at the end of the file.
     """
     for path, state in states.items(): check_plain(state, f"the state for {path.name}")
-    with ExitStack() as files, ThreadPoolExecutor(2 * len(states) or 1, "files") as helpers:
-        settled = {}
+    with ExitStack() as open_files, ThreadPoolExecutor(2 * len(states) or 1, "files") as helpers:
+        files, settled = {}, []
         for path, state in states.items():
-            file = Growing(path, helpers)
-            files.callback(file.file.close)
+            files[path] = file = Growing(path, helpers)
+            open_files.callback(file.file.close)
             file.save(state, crc32=seal)        # a sealed file is for other tools too, which may look at it
-            settled[path] = helpers.submit(file.settle, seal=seal)
-        return {path: told.result() for path, told in settled.items()}
+            settled.append(helpers.submit(file.settle, seal=seal))
+        yield {path: {"sha256": file.digest.result(), "bytes": file.n_bytes} for path, file in files.items()}
+        for done in settled: done.result()
 
 
 @contextmanager

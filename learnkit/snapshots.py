@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, write_states
+from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, writing
 
 FORMAT = 1
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
@@ -42,10 +42,10 @@ def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         hidden.mkdir()
-        files = {path.name: told for path, told in write_states({hidden / f"{part}.pt": state for part, state in parts.items()}).items()}
-        manifest = {"format": FORMAT, "files": files, "about": dict(about)}
-        write_bytes(hidden / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
-        sync_folder(hidden)
+        with writing({hidden / f"{part}.pt": state for part, state in parts.items()}) as files:
+            manifest = {"format": FORMAT, "files": {path.name: told for path, told in files.items()}, "about": dict(about)}
+            write_bytes(hidden / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
+            sync_folder(hidden)
         final = put_in_place(hidden, final)
         sync_folder(folder)
     except BaseException as error:

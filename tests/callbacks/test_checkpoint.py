@@ -300,13 +300,13 @@ def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypa
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_error_of_the_writer_comes_up_and_the_one_before_is_intact(asynchronous, monkeypatch):
     from learnkit import snapshots
-    real = snapshots.write_states
+    real = snapshots.writing
 
     def fails(states: dict[Path, Any]) -> Any:
         if any("step-6" in str(path) for path in states): raise OSError(28, "No space left on device")
         return real(states)
 
-    monkeypatch.setattr(snapshots, "write_states", fails)
+    monkeypatch.setattr(snapshots, "writing", fails)
     learn = make(DATA["tensors"], every_n_steps=3, async_write=asynchronous)
     with pytest.raises(OSError, match=r"could not write kept/000002-step-6: No space.*needs about .* MB; .* MB are free"):
         learn.fit(EPOCHS)
