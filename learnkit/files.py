@@ -22,6 +22,7 @@ CHUNK = 1 << 18         # stays in a core's cache between reading and hashing: 1
 LARGE = 1 << 16         # bytes from which a piece is worth waking another thread
 PARTIAL = re.compile(r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part")     # the second is what format 1 began with
 SEAL = b"sha256:"       # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
+BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
 _switch, _n_without, _crc32_before = threading.Lock(), 0, True
 
 
@@ -216,14 +217,37 @@ def refused(value: Any, name: str) -> TypeError:
 # ---------------------------------------------------------------------- reading
 def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """What torch.save wrote, if it is nothing but tensors and plain types; nothing in it is executed."""
+    check_records(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # torch's own, before it refuses
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                          # of many kinds, where a file was made to mislead
         found = re.search(r"GLOBAL [\w.]+|Unsupported (operand|class) [\w.]+", str(error))
-        raise Damaged(f"{path} cannot be read safely as a state of plain tensors: it is damaged, or holds other objects. Nothing was "
-                      f"loaded. ({found[0] if found else type(error).__name__})") from None
+        raise unsafe(path, f"it is damaged, or holds other objects ({found[0] if found else type(error).__name__})") from None
+
+
+def check_records(path: Path) -> None:
+    """torch stores its records as they are: a packed one could unfold to any size, and of two of one name only one would be read."""
+    if not is_zip(path): return                 # of torch's format before 1.6, or nothing of torch's
+    try:
+        with zipfile.ZipFile(path) as archive: records = archive.infolist()
+    except BAD_ZIP as error: raise unsafe(path, f"it was cut off or changed: {error}") from None
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise unsafe(path, f"{record.filename} in it is packed, {record.compress_size} bytes that would unfold to {record.file_size}, "
+                               "which torch.save never does")
+    if len({record.filename for record in records}) < len(records): raise unsafe(path, "it has two records of one name")
+
+
+def unsafe(path: Path, why: str) -> Damaged:
+    return Damaged(f"{path} cannot be read safely as a state of plain tensors: {why}. Nothing was loaded.")
+
+
+def is_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file: return file.read(2) == b"PK"
+    except OSError: return False                # torch will say why
 
 
 def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
@@ -240,13 +264,12 @@ def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
 
 def check_seal(path: Path) -> None:
     """Raise Damaged where a sealed file was changed. One that others wrote has no seal, but its zip's own checksums."""
-    with path.open("rb") as file: is_zip = file.read(2) == b"PK"
-    if not is_zip: return                       # of torch's format before 1.6, or nothing of torch's
+    if not is_zip(path): return
     try:
         with zipfile.ZipFile(path) as archive:
             comment = archive.comment
             whole = comment.startswith(SEAL) if comment else archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except BAD_ZIP as error:
         raise Damaged(f"{path} was cut off or changed after it was written: {error}. Nothing was loaded.") from None
     if comment and whole:
         n = path.stat().st_size - len(comment) - 2
