@@ -17,7 +17,7 @@ import torch
 
 from learnkit import resume, snapshots
 from learnkit.callbacks.distributed import Distributed
-from learnkit.files import explained
+from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -69,14 +69,15 @@ class Checkpoint(Callback):
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
         stop: StopFit | None = None
-        try:
-            with handlers(learn): run()
-        except StopFit as raised: stop = raised
-        except BaseException:
-            self.wait_for_writer()      # for what is being written; its own error is not the one to be told
-            raise
-        learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
-        learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        with handlers(learn):
+            try: run()
+            except StopFit as raised: stop = raised
+            except BaseException:
+                self.wait_for_writer()      # for what is being written; its own error is not the one to be told
+                raise
+            learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+            learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        if (learn.wanted or "").startswith("signal"): learn.agreed = learn.wanted       # it came when nothing more was to be agreed
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
         if stop is not None: raise stop
 
@@ -86,24 +87,24 @@ class Checkpoint(Callback):
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir): pass
         except OSError as error: raise explained(error, self.dir, 0) from error
-        snapshots.clean(self.dir)
+        clean(self.dir)
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
         found = learn.ranks.from_main(self.read)
         if found is None: return
-        parts, about = found
+        name, parts, about = found
         place = parts["run"]["place"]
         if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
         if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
         self.parts, self.run, learn.resumed = parts, about["run"], place
-        self.written = snapshots.of_run(self.dir, self.run)
+        self.written = snapshots.of_run(self.dir, self.run, name)
         resume.put_place(learn, place)
         learn.plan_steps()
 
     def read(self) -> list[Any] | None:
         found = snapshots.newest(self.dir)
-        return None if found is None else list(found[1:])
+        return None if found is None else [found[0].name, *found[1:]]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
@@ -213,7 +214,8 @@ def handlers(learn: Learner) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
-        learn.wanted = "save" if number == SAVING else f"signal {number}"
+        if number != SAVING: learn.wanted = f"signal {number}"
+        elif learn.wanted is None: learn.wanted = "save"
         if number != SAVING: signal.signal(number, signal.SIG_DFL)      # a second one ends at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None): before[number](number, frame)
 

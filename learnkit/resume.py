@@ -64,6 +64,7 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
 
 def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -> None:
     """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    checkpoint.check_model(learn.model, parts["model"])
     if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
                          "with the same opt_func and splitter.")
