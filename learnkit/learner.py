@@ -142,6 +142,7 @@ class Learner:
     def _epoch(self) -> None:
         self.values, self.batch_index = {}, -1
         self.dl, self.training = rest_of(self.data.train_dl, self.n_items_done), True
+        self.first_batch = self.n_items_done // items_per_batch(self.data.train_dl)
         self.model.train()
         self.stages.train()
         self.training, self.batch_index = False, -1
@@ -151,7 +152,6 @@ class Learner:
         set_epoch(self.dl, self.order_seed, self.epochs_trained)
         self.epochs_trained += 1                # also if a hook stops it early: the next epoch has the next order
         n_before, per_batch = self.n_items_done, items_per_batch(self.data.train_dl)
-        self.first_batch = n_before // per_batch
         seeded = with_seeded_workers(self.dl, mix(self.order_seed or 0, self.epochs_trained - 1, self.rank), self.first_batch)
         with closing(self._feed(seeded, self.first_batch)) as batches:
             for n, _ in enumerate(batches, 1):
