@@ -22,7 +22,8 @@ class SWA(Callback):
     start       the part of the fit after which averaging begins: 0.75 is its last quarter
     update_bn   measure batch norm's statistics for the average, in a pass over the training data (each rank over its own, rank 0's
                 count) before each validation; without, they are averaged like the weights
-    saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch on
+    saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch to
+                the next fit
 
     Once there is an average, the model has it for validation and predictions, and within `with swa.swapped(learn):`; its own
     weights come back afterwards. `swa.apply(learn)` puts it there for good. Train at a rate that stays high: fit, fit_flat_cos.
@@ -84,7 +85,7 @@ class SWA(Callback):
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""
         if self.average is None: raise RuntimeError("there is no average yet: fit with this SWA first, beyond its start.")
-        learn.model.load_state_dict(self.average.state_dict(), strict=False)
+        self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
         average = None if self.average is None else self.average.state_dict()
