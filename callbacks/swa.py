@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -43,11 +44,11 @@ class SWA(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         self.average, self.n_averaged, self.model = None, 0, learn.model
+        if self.saves: learn.saved_weights = partial(self.swapped, learn)
 
     def after_train(self, learn: Learner) -> None:
         if learn.epoch + 1 <= self.start * learn.n_epochs: return
         if self.average is None: self.average = Average(learn.model)
-        if self.saves: learn.saved_weights = self.average.swapped
         self.n_averaged, self.is_measured = self.n_averaged + 1, False
         self.average.update(1 / self.n_averaged)
         if learn.world_size > 1: learn.ranks.share(self.average.buffers())
