@@ -89,12 +89,12 @@ class Accumulate(Callback):
         if self.is_final is False:
             learn.n_held += 1
             raise SkipStep
-        if isinstance(self.total, Tensor) or self.total: self.weigh(learn)
-        loss = learn.loss
+        loss, whole = learn.loss, learn.whole
+        if isinstance(self.total, Tensor) or self.total: learn.whole = self.weigh(learn)    # of another pass within the step, too
         if isinstance(self.loss, Tensor): learn.loss, learn.in_step = self.loss / not_zero(self.total), self.total
         try: run()
         finally:
-            learn.loss, learn.in_step = loss, None
+            learn.loss, learn.whole, learn.in_step = loss, whole, None
             learn.n_held = self.forget()
 
     def add(self, learn: Learner) -> None:
@@ -105,14 +105,16 @@ class Accumulate(Callback):
         if isinstance(own, Tensor): self.loss = self.loss + torch.where(own != 0, learn.loss.detach() * own, 0.)
         elif own: self.loss = self.loss + learn.loss.detach() * own
 
-    def weigh(self, learn: Learner) -> None:
-        """Gradients are sums over what a regular window counts for: make them means over what this one does."""
+    def weigh(self, learn: Learner) -> Any:
+        """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's share of
+        which is returned."""
         assert self.unit is not None
-        regular = self.unit * self.batches_per_step * learn.world_size
-        total = self.total_of_all if self.count is None else learn.ranks.all_sum(self.total)
-        if not isinstance(total, Tensor) and total == regular: return
+        regular = self.unit * self.batches_per_step
+        share = not_zero(self.total_of_all if self.count is None else learn.ranks.all_sum(self.total)) / learn.world_size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients: torch._foreach_mul_(gradients, regular / not_zero(total))  # type: ignore[reportPrivateImportUsage]
+        if gradients and (isinstance(share, Tensor) or share != regular):
+            torch._foreach_mul_(gradients, regular / share)  # type: ignore[reportPrivateImportUsage]
+        return share
 
     def usual_count(self, learn: Learner) -> float:
         """Of the fit's first batch, the mean over ranks; a device is read, once."""
