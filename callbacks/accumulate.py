@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learnkit.callbacks.distributed import Distributed
 from learnkit.data import n_batches
-from learnkit.hooks import Callback, Run, SkipStep
+from learnkit.hooks import Callback, Run, SkipStep, StopFit
 from learnkit.learner import Learner
 
 
@@ -50,14 +50,20 @@ class Accumulate(Callback):
         if self.count is not None: learn.count = self.count
         self.forget()
         try: run()
-        finally: learn.count, self.parameters = count, []
+        finally:
+            learn.count, self.parameters = count, []
+            learn.n_held = self.forget()
 
     def around_train(self, learn: Learner, run: Run) -> None:
         n = n_batches(learn.dl)
         self.last_batch = -1 if n is None else learn.first_batch + n - 1
+        leaves = False
         try: run()
+        except StopFit:
+            leaves = True                       # a Checkpoint may keep the window
+            raise
         finally:
-            if learn.n_held:                    # stopped within a window, which leads to no step
+            if learn.n_held and not leaves:     # stopped within a window, which leads to no step
                 learn.zero_grad()
                 learn.n_held = self.forget()
 
@@ -71,42 +77,48 @@ class Accumulate(Callback):
             if self.is_final: run()
             else:
                 with learn.no_sync(): run()
-        finally: self.is_final = learn.whole = None
+        finally:
+            self.is_final = learn.whole = None
+            self.learned = False
 
     def after_backward(self, learn: Learner) -> None: self.learned = True
 
     def around_step(self, learn: Learner, run: Run) -> None:
-        if self.is_final is None: learn.reduce_gradients()      # the data has ended before the window
-        elif self.learned: self.add(learn)
+        if self.learned: self.add(learn)
+        elif self.is_final is not False: learn.reduce_gradients()   # the window's last batch had no backward pass, or never came
         if self.is_final is False:
             learn.n_held += 1
             raise SkipStep
-        if isinstance(self.total, Tensor) or self.total: self.weigh(learn)
-        loss, learn.in_step = learn.loss, self.total
-        if isinstance(self.loss, Tensor): learn.loss = self.loss / self.total
+        loss, whole = learn.loss, learn.whole
+        if isinstance(self.total, Tensor) or self.total: learn.whole = self.weigh(learn)    # of another pass within the step, too
+        if isinstance(self.loss, Tensor): learn.loss, learn.in_step = self.loss / not_zero(self.total), self.total
         try: run()
         finally:
-            learn.loss, learn.in_step = loss, None
+            learn.loss, learn.whole, learn.in_step = loss, whole, None
             learn.n_held = self.forget()
 
     def add(self, learn: Learner) -> None:
         own = learn.count(learn.inputs, learn.target)
         self.total = self.total + own
         if self.count is None: self.total_of_all += learn.n_of_all(learn.batch_index, own)
-        self.loss = self.loss + learn.loss.detach() * own
+        # A mean over nothing is NaN.
+        if isinstance(own, Tensor): self.loss = self.loss + torch.where(own != 0, learn.loss.detach() * own, 0.)
+        elif own: self.loss = self.loss + learn.loss.detach() * own
 
-    def weigh(self, learn: Learner) -> None:
-        """Gradients are sums over what a regular window counts for: make them means over what this one does."""
+    def weigh(self, learn: Learner) -> Any:
+        """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's share of
+        which is returned."""
         assert self.unit is not None
-        regular = self.unit * self.batches_per_step * learn.world_size
-        total = self.total_of_all if self.count is None else learn.ranks.all_sum(self.total)
-        if not isinstance(total, Tensor) and total == regular: return
+        regular = self.unit * self.batches_per_step
+        share = not_zero(self.total_of_all if self.count is None else learn.ranks.all_sum(self.total)) / learn.world_size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients: torch._foreach_mul_(gradients, regular / total)  # type: ignore[reportPrivateImportUsage]
+        if gradients and (isinstance(share, Tensor) or share != regular):
+            torch._foreach_mul_(gradients, regular / share)  # type: ignore[reportPrivateImportUsage]
+        return share
 
     def usual_count(self, learn: Learner) -> float:
         """Of the fit's first batch, the mean over ranks; a device is read, once."""
-        return float(learn.ranks.all_sum(learn.count(learn.inputs, learn.target))) / learn.world_size
+        return float(learn.ranks.all_sum(learn.count(learn.inputs, learn.target))) / learn.world_size or 1.
 
     def forget(self) -> int:
         """Begin a window; returns how many batches it has."""
@@ -131,6 +143,11 @@ class Accumulate(Callback):
         self.total, self.total_of_all, self.loss = (to_device_of(learn, window[name]) for name in ("total", "total_of_all", "loss"))
         for p, gradient in zip(self.parameters, window["gradients"], strict=True):
             p.grad = None if gradient is None else gradient.to(p.device, copy=True)
+
+
+def not_zero(total: Any) -> Any:
+    """A divisor for sums over nothing, which are 0; a device is not read."""
+    return total + (total == 0)
 
 
 def to_device_of(learn: Learner, value: Any) -> Any: return value.to(learn.device) if isinstance(value, Tensor) else value

@@ -17,7 +17,7 @@ from learnkit.session import is_out_of_memory
 class AutoMicrobatch(Callback):
     """Where a training batch does not fit into memory, split it in halves until it does, and go on with parts of that size.
 
-    size    samples of a part to begin with; None: whole batches
+    size    samples of a part, at most, to begin with; None: whole batches
 
     The gradient is that of the whole batch, each part counting by its samples; `learn.loss` is the batch's, and random numbers are
     drawn anew from where the batch began. Batch norm normalizes each part by itself. On several ranks the first batch of a fit
@@ -75,6 +75,7 @@ class AutoMicrobatch(Callback):
         """`alone`: no gradient is reduced, not even the last part's."""
         inputs, target, whole, n = learn.inputs, learn.target, learn.whole, n_samples(learn)
         count, loss = learn.count(inputs, target), 0.
+        part = -(-n // -(-n // part))           # alike: a last part of one sample would be nothing for batch norm
         if whole is None: learn.whole = count
         try:
             for first in range(0, n, part):

@@ -16,7 +16,7 @@ class EMA(Callback):
 
     decay       of the average in each optimizer step: average = decay × average + (1 − decay) × weights
     warmup      begin with smaller decays, min(decay, (1 + t) / (10 + t)) in step t, for short fits
-    saves       let learn.save, SaveBest and export write the average instead of the weights, from this fit on
+    saves       let learn.save, SaveBest and export write the average instead of the weights, until the next fit
 
     The fit begins with the average at the model's weights. The model keeps its own weights: the average takes their place for
     evaluations, and within `with ema.swapped(learn):`; `ema.apply(learn)` puts it there for good.
@@ -59,7 +59,7 @@ class EMA(Callback):
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""
         if self.average is None: raise RuntimeError("there is no average yet: fit with this EMA first.")
-        learn.model.load_state_dict(self.average.state_dict(), strict=False)
+        self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "average": {} if self.average is None else self.average.state_dict()}

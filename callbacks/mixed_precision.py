@@ -1,6 +1,9 @@
 """Training in bfloat16 or float16: autocast, or weights cast whole, and the scaled loss that float16 needs."""
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,13 +65,19 @@ class MixedPrecision(Callback):
     def around_fit(self, learn: Learner, run: Run) -> None:
         differentiate, model = learn.differentiate, learn.training_model
         self.scales, self.skips = [], []
-        if self.dtype == torch.float16 and self.scaler is None:
-            self.scaler = torch.amp.GradScaler(learn.device.type, init_scale=self.init_scale,   # type: ignore[reportPrivateImportUsage]
-                                               growth_interval=self.growth_interval)
-        if self.scaler is not None: learn.differentiate = self.differentiate_scaled
+        if self.dtype == torch.float16:
+            self.scaler = self.next_scaler(learn)
+            learn.differentiate = self.differentiate_scaled
         if self.pure: learn.training_model = InHalf(model, self.dtype)
         try: run()
         finally: learn.differentiate, learn.training_model = differentiate, model
+
+    def next_scaler(self, learn: Learner) -> torch.amp.GradScaler:      # type: ignore[reportPrivateImportUsage]
+        """One for this fit, with the scale where the last one left it: what is only tried out leaves that one as it was."""
+        scaler = torch.amp.GradScaler(learn.device.type, init_scale=self.init_scale,    # type: ignore[reportPrivateImportUsage]
+                                      growth_interval=self.growth_interval)
+        if self.scaler is not None: scaler.load_state_dict(self.scaler.state_dict())
+        return scaler
 
     def differentiate_scaled(self, loss: Tensor) -> None:
         assert self.scaler is not None
@@ -119,6 +128,7 @@ class InHalf(nn.Module):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self.dtype = module, dtype
+        self.is_compiled = any(part._compiled_call_impl is not None for part in module.modules())
         spared = {f"{prefix}." if prefix else "" for prefix, part in module.named_modules() if isinstance(part, _BatchNorm)}
         self.parameter_names = [name for name, p in module.named_parameters() if is_cast(name, p, spared)]
         self.buffer_names = [name for name, b in module.named_buffers() if is_cast(name, b, spared)]
@@ -126,10 +136,19 @@ class InHalf(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         cast = {name: own[name].to(self.dtype) for name in (*self.parameter_names, *self.buffer_names)}
-        outputs = functional_call(self.module, cast, map_tensors(self.to_half, args), map_tensors(self.to_half, kwargs))
+        with quietly() if self.is_compiled else nullcontext():
+            outputs = functional_call(self.module, cast, map_tensors(self.to_half, args), map_tensors(self.to_half, kwargs))
         return map_tensors(as_float32, outputs)
 
     def to_half(self, tensor: Tensor) -> Tensor: return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """The compiler asks the cast weights for their gradients (torch 2.15), and PyTorch warns that they have none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def is_cast(name: str, tensor: Tensor, spared: set[str]) -> bool:

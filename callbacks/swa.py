@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,8 @@ class SWA(Callback):
     start       the part of the fit after which averaging begins: 0.75 is its last quarter
     update_bn   measure batch norm's statistics for the average, in a pass over the training data (each rank over its own, rank 0's
                 count) before each validation; without, they are averaged like the weights
-    saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch on
+    saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch to
+                the next fit
 
     Once there is an average, the model has it for validation and predictions, and within `with swa.swapped(learn):`; its own
     weights come back afterwards. `swa.apply(learn)` puts it there for good. Train at a rate that stays high: fit, fit_flat_cos.
@@ -42,11 +44,11 @@ class SWA(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         self.average, self.n_averaged, self.model = None, 0, learn.model
+        if self.saves: learn.saved_weights = partial(self.swapped, learn)
 
     def after_train(self, learn: Learner) -> None:
         if learn.epoch + 1 <= self.start * learn.n_epochs: return
         if self.average is None: self.average = Average(learn.model)
-        if self.saves: learn.saved_weights = self.average.swapped
         self.n_averaged, self.is_measured = self.n_averaged + 1, False
         self.average.update(1 / self.n_averaged)
         if learn.world_size > 1: learn.ranks.share(self.average.buffers())
@@ -84,7 +86,7 @@ class SWA(Callback):
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""
         if self.average is None: raise RuntimeError("there is no average yet: fit with this SWA first, beyond its start.")
-        learn.model.load_state_dict(self.average.state_dict(), strict=False)
+        self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
         average = None if self.average is None else self.average.state_dict()

@@ -52,6 +52,11 @@ class Average:
         finally:
             for name, t in self.tensors.items(): t.data = own[name]
 
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Make the model's own weights equal to the average."""
+        for name, t in self.tensors.items(): t.copy_(self.values[name])
+
     def state_dict(self) -> dict[str, Tensor]: return dict(self.values)
 
     @torch.no_grad()

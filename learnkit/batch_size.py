@@ -50,8 +50,9 @@ def fits(learn: Learner, samples: Any, bs: int, n_steps: int) -> bool:
     finally:
         learn.data.train_dl = [samples]
         del loader
-        gc.collect()
-        if learn.device.type != "cpu": torch.accelerator.memory.empty_cache()
+        if learn.device.type != "cpu":
+            gc.collect()
+            torch.accelerator.memory.empty_cache()
     return True
 
 
