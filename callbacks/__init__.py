@@ -4,6 +4,7 @@ from learnkit.callbacks.auto_microbatch import AutoMicrobatch as AutoMicrobatch
 from learnkit.callbacks.channels_last import ChannelsLast as ChannelsLast
 from learnkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from learnkit.callbacks.clip_gradients import ClipGradients as ClipGradients
+from learnkit.callbacks.communicate import Communicate as Communicate
 from learnkit.callbacks.compiled import Compiled as Compiled
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping

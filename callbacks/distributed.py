@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data import TensorLoader, in_order, n_batches
+from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import prepare_model, restore_batchnorm
@@ -239,16 +240,21 @@ class Group:
 
 
 # ---------------------------------------------------------------------- joining the others
-def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, delay_allreduce: bool, **options: Any) -> Learner:
+def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, algorithm: Algorithm, delay_allreduce: bool,
+           **options: Any) -> Learner:
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
+    if delay_allreduce and algorithm.name != "allreduce":
+        raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
     if not join(learn, local_rank, timeout): return learn
     learn.model.to(learn.device)
     share_weights(learn)
-    install(learn, callback)
+    from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
-    return learn.add_callback(ReduceAfterwards()) if delay_allreduce else learn
+    beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
+    if delay_allreduce: beside.append(ReduceAfterwards())
+    return install(learn, callback, *beside)
 
 
 def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
@@ -261,20 +267,22 @@ def join(learn: Learner, local_rank: int | str | None, timeout: float | None) ->
     return True
 
 
-def install(learn: Learner, callback: Distributed) -> None:
-    """A second call replaces the first."""
+def install(learn: Learner, callback: Distributed, *beside: Callback) -> Learner:
+    """In the place of what an earlier call installed."""
+    from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     callback.seed = broadcast_from_main(torch.initial_seed())
-    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, ReduceAfterwards))]
-    learn.add_callback(callback)
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, Communicate, ReduceAfterwards))]
+    for added in (*beside, callback): learn.add_callback(added)
+    return learn
 
 
 def check_options(ddp_options: dict[str, Any]) -> None:
     known = list(inspect.signature(DistributedDataParallel).parameters)
     unknown = [name for name in ddp_options if name not in known or name in ("module", "device_ids", "output_device")]
     if unknown:
-        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, sync_bn, delay_allreduce, timeout, hang_timeout, "
-                        f"or an option of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
+        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, algorithm, sync_bn, delay_allreduce, timeout, "
+                        f"hang_timeout, or an option of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
 
 
 EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")

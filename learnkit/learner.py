@@ -391,11 +391,18 @@ class Learner:
             for cb, name, value in kept: setattr(cb, name, value)
 
     # ------------------------------------------------------------------ more processes
-    def to_distributed(self, local_rank: int | str | None = None, *, sync_bn: bool = False, delay_allreduce: bool = False,
-                       timeout: float | None = None, hang_timeout: float | None = 600., **ddp_options: Any) -> Learner:
+    def to_distributed(self, local_rank: int | str | None = None, *, algorithm: str | Callable[[Any, Any], Any] = "allreduce",
+                       period: int | None = None, warmup_steps: int | None = None, rank: int | None = None, sync_bn: bool = False,
+                       delay_allreduce: bool = False, timeout: float | None = None, hang_timeout: float | None = 600.,
+                       **ddp_options: Any) -> Learner:
         """Train on all the processes that a launcher started (torchrun, torch.distributed.launch, SLURM, `launch`); alone, nothing.
 
         local_rank      this process's number on its machine; None: from the environment, or --local-rank on the command line
+        algorithm       "allreduce", "fp16", "bf16", "powersgd", "bytegrad" (8 bits), "local_sgd", "hierarchical", "decentralized", or a
+                        communication hook of DDP, (state, bucket) -> future
+        period          steps between two averages of the weights, of the last three; None: 4
+        warmup_steps    of plain all-reduce before; None: 100 for local_sgd and hierarchical, 10 for powersgd, 0 for decentralized
+        rank            of powersgd's matrices; None: 1
         sync_bn         batch normalization over all ranks' samples while training
         delay_allreduce one reduction of all gradients after the backward pass, instead of several during it
         timeout         seconds for joining the group and for each collective; None: PyTorch's. Of no use to a group that exists
@@ -407,8 +414,10 @@ class Learner:
         variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown option.
         """
         from learnkit.callbacks.distributed import attach
-        return attach(self, local_rank, timeout=timeout, sync_bn=sync_bn, delay_allreduce=delay_allreduce, hang_timeout=hang_timeout,
-                      **ddp_options)
+        from learnkit.distributed.algorithms import as_algorithm
+        chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
+        return attach(self, local_rank, timeout=timeout, algorithm=chosen, sync_bn=sync_bn, delay_allreduce=delay_allreduce,
+                      hang_timeout=hang_timeout, **ddp_options)
 
     # ------------------------------------------------------------------ precision and speed
     def to_bf16(self, *, pure: bool = False) -> Learner:
