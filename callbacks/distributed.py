@@ -6,7 +6,7 @@ import copy
 import inspect
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -57,16 +57,15 @@ class Distributed(Callback):
     order = -100
     unique = True
 
-    def __init__(self, *, sync_bn: bool = False, hang_timeout: float | None = 600., seed: int = 0, **ddp_options: Any) -> None:
-        check_options(ddp_options)
-        self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
+    def __init__(self, *, replicas: bool = True, hang_timeout: float | None = 600., seed: int = 0, **options: Any) -> None:
+        self.replicas = Replicas(**options) if replicas else None   # None: another callback brings the gradients together
+        self.hang_timeout = hang_timeout
         self.seed = seed                        # of what no other seed decides, the same on all ranks
         # In a fit:
         self.stops: StopTogether | None = None
         self.train_dl: Any = None               # the whole one, of which learn.data has this rank's share
         self.stops_fit = False                  # whether this rank has raised StopFit
         self.compared = False                   # whether the ranks have compared their optimizers and schedules
-        self.unchecked = False                  # whether the first backward is still to come
         self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
         self.size_of: Callable[[int], int] = int    # number of a batch in its pass -> samples of all ranks in it
         self.uneven_from = NO_BATCH             # number of the first batch that the ranks may share unevenly
@@ -76,7 +75,7 @@ class Distributed(Callback):
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        whole, seed, before = learn.data, learn.order_seed, (learn.no_sync, learn.reduce_gradients, learn.n_of_all)
+        whole, seed, n_of_all = learn.data, learn.order_seed, learn.n_of_all
         with self.guarded(learn) as watch:
             self.stops, self.stops_fit, self.compared, self.train_dl = watch.stop_together(), False, False, whole.train_dl
             try:
@@ -85,15 +84,10 @@ class Distributed(Callback):
                 learn.data.train_dl = training_share(whole.train_dl, learn)
                 learn.plan_steps()
                 check_same(facts(learn))
-                learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
-                if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
-                learn.reduce_gradients = partial(average_gradients, learn)
-                self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
-                run()
+                with self.replicas.wrapped(learn) if self.replicas is not None else nullcontext(): run()
             finally:
-                unwrap(learn)
                 learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
-                learn.no_sync, learn.reduce_gradients, learn.n_of_all = before
+                learn.n_of_all = n_of_all
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
@@ -105,7 +99,7 @@ class Distributed(Callback):
         except ControlFlow as raised: signal = raised
         stops_fit = self.stops_fit or isinstance(signal, StopFit)
         own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
-        settled = settle(own, {STEPS_DONE: learn.step, WEIGHTS: checksum(learn)})
+        settled = settle(own, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
         if settled: self.stops.end()
         if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
         if (settled == STOP or settled > WANTED) and not isinstance(signal, StopFit): raise StopFit
@@ -152,16 +146,7 @@ class Distributed(Callback):
     def around_backward(self, learn: Learner, run: Run) -> None:
         self.reduced = True
         run()
-        if self.unchecked: self.check_unused(learn)
-
-    def check_unused(self, learn: Learner) -> None:
-        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
-        self.unchecked = False
-        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:
-            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
-                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
-                             "learn.to_distributed(find_unused_parameters=True).")
+        if self.replicas is not None and self.replicas.unchecked: self.replicas.check_unused(learn)
 
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
@@ -178,6 +163,37 @@ class Distributed(Callback):
             try: yield watch
             except ControlFlow as raised: signal = raised
         if signal is not None: raise signal
+
+
+class Replicas:
+    """The whole model on every rank, for a fit's length in DistributedDataParallel."""
+
+    def __init__(self, *, sync_bn: bool = False, **ddp_options: Any) -> None:
+        check_options(ddp_options)
+        self.sync_bn, self.ddp_options = sync_bn, ddp_options
+        self.unchecked = False                  # whether the fit's first backward is still to come
+
+    @contextmanager
+    def wrapped(self, learn: Learner) -> Iterator[None]:
+        before = learn.no_sync, learn.reduce_gradients
+        try:
+            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+            if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+            learn.reduce_gradients = partial(average_gradients, learn)
+            self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
+            yield
+        finally:
+            unwrap(learn)
+            learn.no_sync, learn.reduce_gradients = before
+
+    def check_unused(self, learn: Learner) -> None:
+        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
+        self.unchecked = False
+        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
+                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
+                             "learn.to_distributed(find_unused_parameters=True).")
 
 
 STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
@@ -231,21 +247,34 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     callback = Distributed(**options)           # its errors before anything else
     if delay_allreduce and algorithm.name != "allreduce":
         raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
-    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
-    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
-    if get_world_size() == 1: return learn
-    if learn.device.type != "cpu": learn.device = get_device(local_rank)
-    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    if not join(learn, local_rank, timeout): return learn
     learn.model.to(learn.device)
     share_weights(learn)
-    callback.seed = broadcast_from_main(torch.initial_seed())
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
-    # A second call replaces the first.
+    beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
+    if delay_allreduce: beside.append(ReduceAfterwards())
+    return install(learn, callback, *beside)
+
+
+def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
+    """Make the Learner one of the ranks, on its device; returns whether there are others."""
+    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
+    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
+    if get_world_size() == 1: return False
+    if learn.device.type != "cpu": learn.device = get_device(local_rank)
+    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    return True
+
+
+def install(learn: Learner, callback: Distributed, *beside: Callback) -> Learner:
+    """In the place of what an earlier call installed."""
+    from learnkit.callbacks.communicate import Communicate
+    from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
+    callback.seed = broadcast_from_main(torch.initial_seed())
     learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, Communicate, ReduceAfterwards))]
-    if algorithm.name != "allreduce": learn.add_callback(Communicate(algorithm))
-    if delay_allreduce: learn.add_callback(ReduceAfterwards())
-    return learn.add_callback(callback)
+    for added in (*beside, callback): learn.add_callback(added)
+    return learn
 
 
 def check_options(ddp_options: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ def test_the_launcher_is_all_that_is_needed_and_a_second_call_replaces_the_first
         first = learn.callbacks[-1]
         learn.to_distributed(sync_bn=True)
         [second] = [cb for cb in learn.callbacks if isinstance(cb, Distributed)]
-        assert second is not first and second.sync_bn and not first.sync_bn  # type: ignore[attr-defined]
+        assert second is not first and second.replicas.sync_bn and not first.replicas.sync_bn  # type: ignore[attr-defined]
         return history(learn.fit(2)), dist.is_initialized()
 
     alone = history(distributed().fit(2))
