@@ -27,6 +27,7 @@ from learnkit.session import as_callbacks, check_callbacks
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
+    from learnkit.finder import RateFinder
 
 Rate = float | slice
 
@@ -268,6 +269,13 @@ class Learner:
             self.fit_one_cycle(freeze_epochs, slice(rate), pct_start=.99, **options)
         self.unfreeze()
         return self.fit_one_cycle(epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options)
+
+    def lr_find(self, start_lr: float = 1e-7, end_lr: float = 10., num_it: int = 100, *, sweep: str = "exponential",
+                stop_div: bool = True) -> RateFinder:
+        """Train `num_it` optimizer steps with a rate that rises from start_lr to end_lr (sweep="exponential" or "linear"), until the
+        loss diverges unless `stop_div=False`: what rates can be used. Afterwards all is bit for bit as it was."""
+        from learnkit.finder import find_rate
+        return find_rate(self, start_lr, end_lr, num_it, sweep=sweep, stop_div=stop_div)
 
     # ------------------------------------------------------------------ evaluating
     def validate(self, dl: Any = None) -> dict[str, float]:

@@ -61,3 +61,15 @@ def plot_columns(ax: Axes, columns: Mapping[str, Sequence[float]]) -> Axes:
     if len(columns) == 1: ax.set_ylabel(next(iter(columns)))
     else: ax.legend(frameon=False)
     return ax
+
+
+def plot_sweep(ax: Axes, lrs: Sequence[float], losses: Sequence[float], marks: Mapping[str, float], best: float) -> Axes:
+    """Losses by rate on a logarithmic axis, a point for each of `marks`; what lies far above the start is cut off."""
+    ax.plot(lrs, losses, color=SMOOTH, linewidth=1.8)
+    for (name, rate), color in zip(marks.items(), (VALID, SECOND, "#8a5fb0"), strict=False):
+        nearest = min(range(len(lrs)), key=lambda i: abs(lrs[i] - rate))
+        ax.plot(rate, losses[nearest], marker="o", markersize=7, color=color, linestyle="none", label=f"{name} {rate:.1e}")
+    ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
+    if losses: ax.set_ylim(best - .05 * abs(losses[0] - best), max(losses[0] + .6 * abs(losses[0] - best), best * 1.05))
+    if marks: ax.legend(frameon=False)
+    return ax

@@ -1,0 +1,47 @@
+"""Finders, trackers, loggers and statistics on two ranks: what one process of the whole batch gives, and the same on both."""
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # noqa: F401  # optimizers import it; ranks are forked from here, and need not import it each: 1 s
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from learnkit import DataBunch, Learner, accuracy
+from learnkit.distributed import get_world_size
+
+N, GLOBAL = 44, 12          # three whole global batches and one of 8 samples
+
+
+def tensors(n: int = N, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def learner(*callbacks: Any, lr: float = .05) -> Learner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = DataBunch.from_tensors(tensors(), tensors(11, seed=2), bs=GLOBAL // get_world_size(), drop_last=False, seed=3)
+    return Learner(data, model, metrics=accuracy, lr=lr, wd=0., callbacks=callbacks, opt_func=SGD).to_distributed()
+
+
+def state(learn: Learner) -> list[float]:
+    return torch.cat([p.detach().reshape(-1) for p in learn.model.parameters()]).tolist()
+
+
+# ---------------------------------------------------------------------- lr_find
+def sweep() -> Any:
+    learn = learner()
+    before = state(learn)
+    found = learn.lr_find(1e-3, 1e3, 40)
+    assert state(learn) == before
+    learn.fit(1, .1)
+    return found.lrs, found.raw_losses, found.diverged, found.suggestion, state(learn)
+
+
+def test_a_sweep_is_the_same_on_all_ranks_and_that_of_one_process(ranks):
+    alone = sweep()
+    first, second = ranks(2, sweep)
+    assert first == second and alone[2] == first[2] is True
+    assert first[0] == pytest.approx(alone[0]) and first[1] == pytest.approx(alone[1], rel=1e-3)
+    assert first[3] == pytest.approx(alone[3]) and first[4] == pytest.approx(alone[4], abs=1e-5)
