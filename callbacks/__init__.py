@@ -5,6 +5,7 @@ from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler
 from learnkit.callbacks.progress import Progress as Progress
 from learnkit.callbacks.recorder import Recorder as Recorder
+from learnkit.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from learnkit.callbacks.save_best import SaveBest as SaveBest
 from learnkit.callbacks.stop_after import StopAfter as StopAfter
 from learnkit.callbacks.terminate_on_nan import TerminateOnNaN as TerminateOnNaN

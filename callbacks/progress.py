@@ -120,6 +120,14 @@ class Progress(Callback):
         self.smooth, self.debias = float(total) / max(n, 1), 1.
 
 
+def say(learn: Learner, text: str) -> None:
+    """A line beside those of the epochs: on rank 0, and where these are printed."""
+    shown = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.lines), None)
+    if shown is None or learn.rank != 0: return
+    if shown.master is None: print(text, flush=True)
+    else: shown.master.write(text)
+
+
 def losses_since(n: int, learn: Learner) -> Tensor:
     recorder = next((cb for cb in learn.callbacks if isinstance(cb, Recorder)), None)
     return torch.zeros(0) if recorder is None else recorder.trace.since(n)

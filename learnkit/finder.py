@@ -78,7 +78,7 @@ class RateFinder:
 def find_rate(learn: Learner, start_lr: float, end_lr: float, num_it: int, *, sweep: str, stop_div: bool) -> RateFinder:
     """What `learn.lr_find` does: see there."""
     check_count("num_it", num_it)
-    optim.check_rate("start_lr", start_lr), optim.check_rate("end_lr", end_lr)
+    for name, rate in {"start_lr": start_lr, "end_lr": end_lr}.items(): optim.check_rate(name, rate)
     if not 0 < start_lr < end_lr:
         raise ValueError(f"start_lr={start_lr}, end_lr={end_lr}: expected two rates above 0, the lower one first.")
     if sweep not in SWEEPS: raise ValueError(f"sweep={sweep!r}: expected {' or '.join(map(repr, SWEEPS))}.")

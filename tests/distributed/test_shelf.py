@@ -1,13 +1,15 @@
 """Finders, trackers, loggers and statistics on two ranks: what one process of the whole batch gives, and the same on both."""
+import time
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  # optimizers import it; ranks are forked from here, and need not import it each: 1 s
+import torch._dynamo  # optimizers import it; ranks are forked from here, and need not import it each: 1 s
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from learnkit import DataBunch, Learner, accuracy
+from learnkit import Callback, DataBunch, Learner, accuracy
+from learnkit.callbacks import EarlyStopping, ReduceLROnPlateau, StopAfter
 from learnkit.distributed import get_world_size
 
 N, GLOBAL = 44, 12          # three whole global batches and one of 8 samples
@@ -45,3 +47,26 @@ def test_a_sweep_is_the_same_on_all_ranks_and_that_of_one_process(ranks):
     assert first == second and alone[2] == first[2] is True
     assert first[0] == pytest.approx(alone[0]) and first[1] == pytest.approx(alone[1], rel=1e-3)
     assert first[3] == pytest.approx(alone[3]) and first[4] == pytest.approx(alone[4], abs=1e-5)
+
+
+# ---------------------------------------------------------------------- trackers
+class Sleeps(Callback):
+    """One rank's clock is ahead."""
+
+    def after_step(self, learn: Learner) -> None: time.sleep(.02 * (learn.rank + 1))
+
+
+def trackers() -> Any:
+    learn = learner(ReduceLROnPlateau("val_loss", patience=1, min_delta=.2), EarlyStopping("valid_accuracy", patience=4))
+    learn.fit(8)
+    stopped = learner(Sleeps(), StopAfter(seconds=.15))
+    stopped.fit(50)
+    return learn.recorder.lrs, learn.recorder.values, [stopped.step, len(stopped.recorder.values)], state(stopped)
+
+
+def test_trackers_decide_alike_on_all_ranks_and_as_on_one_process(ranks):
+    alone = trackers()
+    first, second = ranks(2, trackers)
+    assert first == second
+    assert first[0] == pytest.approx(alone[0]) and len(set(first[0])) > 1
+    for row, expected in zip(first[1], alone[1], strict=True): assert row == pytest.approx(expected, abs=1e-5)
