@@ -1,5 +1,8 @@
 """Finders, trackers, loggers and statistics on two ranks: what one process of the whole batch gives, and the same on both."""
+import json
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import EarlyStopping, ReduceLROnPlateau, StopAfter
+from learnkit.callbacks import Checkpoint, EarlyStopping, JSONLogger, ReduceLROnPlateau, StopAfter
 from learnkit.distributed import get_world_size
 
 N, GLOBAL = 44, 12          # three whole global batches and one of 8 samples
@@ -70,3 +73,27 @@ def test_trackers_decide_alike_on_all_ranks_and_as_on_one_process(ranks):
     assert first == second
     assert first[0] == pytest.approx(alone[0]) and len(set(first[0])) > 1
     for row, expected in zip(first[1], alone[1], strict=True): assert row == pytest.approx(expected, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- loggers
+def log(folder: str) -> Any:
+    """A fit of 8 steps that is ended after 5 or so, and resumed: what rank 0 has written."""
+    path = Path(folder) / f"world{get_world_size()}"
+    with suppress(SystemExit): learner(JSONLogger(path / "log.jsonl", every_n_steps=3), Checkpoint(path / "kept", every_n_steps=2), Terminated()).fit(2)
+    learner(JSONLogger(path / "log.jsonl", every_n_steps=3), Checkpoint(path / "kept", every_n_steps=2)).fit(2, resume=True)
+    rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], sorted(row)) for row in rows], [row.get("loss", row.get("valid_loss", 0.)) for row in rows]
+
+
+class Terminated(Callback):
+    """The last rank gets a SIGTERM, as it were."""
+
+    def after_step(self, learn: Learner) -> None:
+        if learn.step == 5 and learn.rank == learn.world_size - 1: learn.wanted = "signal 15"
+
+
+def test_rank_0_logs_what_one_process_would_and_goes_on_after_a_resume(ranks, tmp_path):
+    alone = log(str(tmp_path))
+    first, second = ranks(2, log, str(tmp_path))
+    assert first == second and first[0] == alone[0] and [step for step, _ in first[0]] == [0, 3, 4, 6, 8]
+    assert first[1] == pytest.approx(alone[1], abs=1e-5)
