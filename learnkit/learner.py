@@ -277,6 +277,24 @@ class Learner:
         from learnkit.finder import find_rate
         return find_rate(self, start_lr, end_lr, num_it, sweep=sweep, stop_div=stop_div)
 
+    def fast_run(self) -> dict[str, float]:
+        """One optimizer step and one batch of validation through everything, as a fit would: does it run? The values measured;
+        afterwards all is bit for bit as it was. Callbacks that decide, write or draw do not take part."""
+        from learnkit.limits import fast_run
+        return fast_run(self)
+
+    def overfit_batches(self, n: int = 1, steps: int = 100, lr: Rate | None = None) -> list[float]:
+        """Train `steps` steps on the same `n` batches: can it learn at all? The loss of each step, which should end near 0;
+        afterwards all is bit for bit as it was."""
+        from learnkit.limits import overfit
+        return overfit(self, n, steps, lr)
+
+    @staticmethod
+    def deterministic(*, warn_only: bool = False) -> AbstractContextManager[None]:
+        """For the length of a with block torch computes deterministically, on GPUs too, or raises where it cannot."""
+        from learnkit.determinism import deterministic
+        return deterministic(warn_only=warn_only)
+
     # ------------------------------------------------------------------ evaluating
     def validate(self, dl: Any = None) -> dict[str, float]:
         """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without gradients."""

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import Checkpoint, EarlyStopping, JSONLogger, ReduceLROnPlateau, StopAfter
+from learnkit.callbacks import (
+    ActivationStats,
+    Checkpoint,
+    EarlyStopping,
+    GradientStats,
+    JSONLogger,
+    Profile,
+    ReduceLROnPlateau,
+    StopAfter,
+    Timer,
+)
 from learnkit.distributed import get_world_size
 
 N, GLOBAL = 44, 12          # three whole global batches and one of 8 samples
@@ -97,3 +107,20 @@ def test_rank_0_logs_what_one_process_would_and_goes_on_after_a_resume(ranks, tm
     first, second = ranks(2, log, str(tmp_path))
     assert first == second and first[0] == alone[0] and [step for step, _ in first[0]] == [0, 3, 4, 6, 8]
     assert first[1] == pytest.approx(alone[1], abs=1e-5)
+
+
+# ---------------------------------------------------------------------- looking inside
+def look() -> Any:
+    learn = learner(timer := Timer(), gradients := GradientStats(), ActivationStats(), profile := Profile())
+    learn.fit(2)
+    values = learn.fast_run()
+    losses = learn.overfit_batches(1, 30, .5)
+    n_samples = [round(row["samples_per_second"] * row["seconds"]) for row in timer.rows]
+    return n_samples, gradients.recorded.flatten().tolist(), values, len(losses), losses[-1] < losses[0], "Distributed" in profile.seconds
+
+
+def test_statistics_and_quick_looks_are_those_of_one_process(ranks):
+    alone = look()
+    first, second = ranks(2, look)
+    assert first[:5] == second[:5] and first[0] == alone[0] == [44, 44] and first[3:] == (30, True, True)
+    assert first[1] == pytest.approx(alone[1], abs=1e-5) and first[2].keys() == alone[2].keys()
