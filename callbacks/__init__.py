@@ -1,12 +1,15 @@
 """The callbacks that come with learnkit: one a file, each written as a user would write it."""
 from learnkit.callbacks.activation_stats import ActivationStats as ActivationStats
+from learnkit.callbacks.bn_freeze import BnFreeze as BnFreeze
 from learnkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from learnkit.callbacks.csv_logger import CSVLogger as CSVLogger
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.gradient_stats import GradientStats as GradientStats
+from learnkit.callbacks.gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from learnkit.callbacks.json_logger import JSONLogger as JSONLogger
 from learnkit.callbacks.mlflow_logger import MLflowLogger as MLflowLogger
+from learnkit.callbacks.optimizer_modes import OptimizerModes as OptimizerModes
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler
 from learnkit.callbacks.profile import Profile as Profile
 from learnkit.callbacks.progress import Progress as Progress

@@ -14,9 +14,11 @@ from torch.optim import SGD
 from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import (
     ActivationStats,
+    BnFreeze,
     Checkpoint,
     EarlyStopping,
     GradientStats,
+    GradualUnfreezing,
     JSONLogger,
     Profile,
     ReduceLROnPlateau,
@@ -124,3 +126,16 @@ def test_statistics_and_quick_looks_are_those_of_one_process(ranks):
     first, second = ranks(2, look)
     assert first[:5] == second[:5] and first[0] == alone[0] == [44, 44] and first[3:] == (30, True, True)
     assert first[1] == pytest.approx(alone[1], abs=1e-5) and first[2].keys() == alone[2].keys()
+
+
+# ---------------------------------------------------------------------- freezing
+def unfreeze() -> Any:
+    learn = learner(GradualUnfreezing(), BnFreeze())
+    learn.splitter = lambda model: [model[:2], model[2]]
+    return state(learn.fit(2))
+
+
+def test_groups_join_on_two_ranks_as_on_one(ranks):
+    alone = unfreeze()
+    first, second = ranks(2, unfreeze)
+    assert first == second and first == pytest.approx(alone, abs=1e-6)
