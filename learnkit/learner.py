@@ -477,6 +477,15 @@ class Learner:
         if fits: checkpoint.load_optimizer(self.opt, state["opt"])
         return self
 
+    def export(self, path: str | Path, *, stats: Any = None) -> Path:
+        """Write the model for inference without its data and code: to a .pt2 (torch.export), .onnx, or .safetensors file (weights alone).
+
+        `stats`: (means, standard deviations) by which pictures in [0, 1] are normalized; None: the data's. Rank 0 writes. The file
+        is compared with the model before it gets its name; `load_learner(path)` reads it.
+        """
+        from learnkit.export import export_model
+        return export_model(self, path, stats)
+
     def summary(self) -> str:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
         from learnkit.summary import summarize
