@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
 from learnkit.monitor import Monitor
@@ -11,8 +12,8 @@ from learnkit.monitor import Monitor
 class EarlyStopping(Callback):
     """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row.
 
-    monitor     a name of learn.values: train_loss, valid_loss or a metric's
-    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest
+    monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
+    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest; said when it stops
     patience    epochs without improvement after which the fit ends, 1 or more
     min_delta   what counts as an improvement, 0 or more
 
@@ -31,7 +32,10 @@ class EarlyStopping(Callback):
 
     def after_epoch(self, learn: Learner) -> None:
         self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
-        if self.n_worse >= self.patience: raise StopFit
+        if self.n_worse < self.patience: return
+        best = "was never a number" if self.monitor.best is None else f"has not got past {self.monitor.best:.6g} for {self.n_worse} epochs"
+        say(learn, f"EarlyStopping: {self.monitor}, {best}")
+        raise StopFit
 
     def state_dict(self) -> dict[str, Any]: return {"best": self.monitor.best, "n_worse": self.n_worse}
 

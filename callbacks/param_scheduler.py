@@ -46,7 +46,8 @@ class ParamScheduler(Callback):
             for i, group in enumerate(learn.opt.param_groups):
                 if name in ("wd", "weight_decay") and not group.get("decays", True): continue
                 own = schedule if isinstance(schedule, Schedule) else schedule[group.get("layer_group", i)]
-                self.tables.append((group, name, own.values(self.n_steps)))
+                values, scale = own.values(self.n_steps), optim.scale_of(group, name)
+                self.tables.append((group, name, values if scale == 1 else [scale * value for value in values]))
 
     def before_step(self, learn: Learner) -> None:
         step = learn.step

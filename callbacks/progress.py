@@ -12,6 +12,7 @@ from learnkit.callbacks.recorder import Recorder
 from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.plots import moving_average
 from learnkit.transfer import Reading
 
 WIDE = 76           # columns of a terminal that has room for the loss; a longer line would wrap and not be overwritten
@@ -23,6 +24,7 @@ class Progress(Callback):
 
     bar     draw bars, where the output is a terminal or a notebook
     lines   print a line per epoch: a table's row with bars, `epoch 1/5  train_loss 0.31  …` without
+    graph   in a notebook, draw training and validation losses below the bars, anew after each epoch; or the metric of this name
 
     >>> quiet = Progress(bar=False)
     """
@@ -30,8 +32,8 @@ class Progress(Callback):
     unique = True
     in_trials = False
 
-    def __init__(self, *, bar: bool = True, lines: bool = True) -> None:
-        self.bar, self.lines = bar, lines
+    def __init__(self, *, bar: bool = True, lines: bool = True, graph: bool | str = False) -> None:
+        self.bar, self.lines, self.graph = bar, lines, graph
         self.master: Any = None                 # fastprogress's bar of all epochs; None: no bars in this fit
         self.child: Any = None                  # its bar of the pass under way
         self.next_batch = sys.maxsize           # the batch after which the bar is due again
@@ -42,6 +44,8 @@ class Progress(Callback):
         self.epoch_start = 0.
 
     def around_fit(self, learn: Learner, run: Run) -> None:
+        if isinstance(self.graph, str) and self.graph not in learn.value_names:
+            raise ValueError(f"graph={self.graph!r}: this fit measures {', '.join(learn.value_names)}.")
         shows = self.bar and self.lines and learn.rank == 0 and is_interactive()
         self.master = new_master(learn.n_epochs) if shows else None
         self.n_seen, self.smooth, self.debias, self.reading = 0, 0., 0., None
@@ -80,6 +84,20 @@ class Progress(Callback):
         else:
             self.master.write([str(learn.epoch), *(cells.get(name, "-") for name in learn.value_names), elapsed], table=True)
             self.master.update(learn.epoch + 1)
+            if self.graph: self.draw(learn)
+
+    def draw(self, learn: Learner) -> None:
+        """By fastprogress, in a terminal nothing. Reads the device, once an epoch."""
+        recorder = next((cb for cb in learn.running if isinstance(cb, Recorder)), None)
+        if recorder is None: return
+        columns = [self.graph] if isinstance(self.graph, str) else ["train_loss", "valid_loss"]
+        columns = [name for name in columns if name in recorder.metric_names]
+        lines: list[Any] = [[recorder.ends, [row[recorder.metric_names.index(name)] for row in recorder.values]] for name in columns]
+        if columns[:1] == ["train_loss"]:
+            losses = moving_average(recorder.losses, max(1, len(recorder.counts) // 50))
+            lines[0] = [range(len(losses)), losses]
+        self.master.names = columns
+        if lines: self.master.update_graph(lines, x_bounds=(0, learn.n_steps or len(recorder.counts)))
 
     def start_bar(self, learn: Learner) -> None:
         self.end_bar()
@@ -125,6 +143,14 @@ class Progress(Callback):
         self.smooth, self.debias = float(total) / max(n, 1), 1.
 
 
+def say(learn: Learner, text: str) -> None:
+    """A line beside those of the epochs: on rank 0, and where these are printed."""
+    shown = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.lines), None)
+    if shown is None or learn.rank != 0: return
+    if shown.master is None: print(text, flush=True)
+    else: shown.master.write(text)
+
+
 def losses_since(n: int, learn: Learner) -> Tensor:
     recorder = next((cb for cb in learn.callbacks if isinstance(cb, Recorder)), None)
     return torch.zeros(0) if recorder is None else recorder.trace.since(n)
@@ -137,7 +163,8 @@ def tell_interval(learn: Learner) -> int:
 
 def is_interactive() -> bool:
     """Whether bars can be drawn: in a terminal or a Jupyter kernel, not in a file or pipe."""
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stdout.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def new_master(n_epochs: int) -> Any:

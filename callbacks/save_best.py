@@ -14,7 +14,7 @@ from learnkit.monitor import Monitor
 class SaveBest(Callback):
     """Write the model's weights after each epoch that is among the best `keep`: learn.load("best") takes the best ones back.
 
-    monitor     a name of learn.values: train_loss, valid_loss or a metric's
+    monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
     mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest
     keep        how many: path/model_dir/best.pt, and best-2.pt, … for the second best and so on
 

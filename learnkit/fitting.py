@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def run_fit(learn: Learner, epochs: int, schedules: dict[str, Any], wd: float | None, callbacks: Callback | Iterable[Callback],
             max_steps: int | None, resume: bool) -> Learner:
     """All fit methods: `schedules["lr"]` is a rate, or a pair of it and a function of a rate that gives its schedule."""
+    from learnkit.callbacks.optimizer_modes import OptimizerModes
     from learnkit.callbacks.param_scheduler import ParamScheduler
     from learnkit.callbacks.stop_after import StopAfter
     if learn.is_running: raise RuntimeError("fit was called while this Learner runs: let the fit under way end first.")
@@ -29,6 +30,7 @@ def run_fit(learn: Learner, epochs: int, schedules: dict[str, Any], wd: float | 
     extra = as_callbacks(callbacks)
     if max_steps is not None: extra.append(StopAfter(steps=check_count("max_steps", max_steps)))
     opt = optimizer_of(learn)
+    if optim.has_modes(opt): extra.append(OptimizerModes())
     schedules = set_rates(learn, opt, dict(schedules))
     if schedules: extra.append(ParamScheduler(schedules))
     if wd is not None or not isinstance(learn.opt_func, Optimizer):
@@ -61,7 +63,7 @@ def set_rates(learn: Learner, opt: Optimizer, schedules: dict[str, Any]) -> dict
 
 def rates_of(learn: Learner, opt: Optimizer, lr: Rate | None) -> list[float]:
     """One rate a layer group."""
-    if lr is None and isinstance(learn.opt_func, Optimizer): return [group["lr"] for group in opt.param_groups]
+    if lr is None and isinstance(learn.opt_func, Optimizer): return [optim.own_rate(group) for group in opt.param_groups]
     n_groups = 1 + max(group.get("layer_group", i) for i, group in enumerate(opt.param_groups))
     return optim.spread(learn.lr if lr is None else lr, n_groups)
 

@@ -28,6 +28,7 @@ from learnkit.transfer import mover
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
+    from learnkit.finder import RateFinder
 
 Rate = float | slice
 
@@ -272,6 +273,31 @@ class Learner:
             self.fit_one_cycle(freeze_epochs, slice(rate), pct_start=.99, **options)
         self.unfreeze()
         return self.fit_one_cycle(epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options)
+
+    def lr_find(self, start_lr: float = 1e-7, end_lr: float = 10., num_it: int = 100, *, sweep: str = "exponential",
+                stop_div: bool = True) -> RateFinder:
+        """Train `num_it` optimizer steps with a rate that rises from start_lr to end_lr (sweep="exponential" or "linear"), until the
+        loss diverges unless `stop_div=False`: what rates can be used. Afterwards all is bit for bit as it was."""
+        from learnkit.finder import find_rate
+        return find_rate(self, start_lr, end_lr, num_it, sweep=sweep, stop_div=stop_div)
+
+    def fast_run(self) -> dict[str, float]:
+        """One optimizer step and one batch of validation through everything, as a fit would: does it run? The values measured;
+        afterwards all is bit for bit as it was. Callbacks that decide, write or draw do not take part."""
+        from learnkit.limits import fast_run
+        return fast_run(self)
+
+    def overfit_batches(self, n: int = 1, steps: int = 100, lr: Rate | None = None) -> list[float]:
+        """Train `steps` steps on the same `n` batches: can it learn at all? The loss of each step, which should end near 0;
+        afterwards all is bit for bit as it was."""
+        from learnkit.limits import overfit
+        return overfit(self, n, steps, lr)
+
+    @staticmethod
+    def deterministic(*, warn_only: bool = False) -> AbstractContextManager[None]:
+        """For the length of a with block torch computes deterministically, on GPUs too, or raises where it cannot."""
+        from learnkit.determinism import deterministic
+        return deterministic(warn_only=warn_only)
 
     # ------------------------------------------------------------------ evaluating
     def validate(self, dl: Any = None) -> dict[str, float]:
@@ -530,6 +556,15 @@ class Learner:
         checkpoint.load_model(self.model, state.get("model", state), strict=strict)
         if fits: checkpoint.load_optimizer(self.opt, state["opt"])
         return self
+
+    def export(self, path: str | Path, *, stats: Any = None) -> Path:
+        """Write the model for inference without its data and code: to a .pt2 (torch.export), .onnx, or .safetensors file (weights alone).
+
+        `stats`: (means, standard deviations) by which pictures in [0, 1] are normalized; None: the data's. Rank 0 writes. The file
+        is compared with the model before it gets its name; `load_learner(path)` reads it.
+        """
+        from learnkit.export import export_model
+        return export_model(self, path, stats)
 
     def summary(self) -> str:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""

@@ -96,7 +96,16 @@ def can_fuse(opt_func: OptFunc, accepted: Any, groups: Iterable[dict[str, Any]])
 
 
 def is_decoupled(opt: Optimizer) -> bool:
-    return bool(opt.defaults.get("decoupled_weight_decay", False))
+    """Whether it decays by itself, decoupled; a schedule-free one must, as it knows where."""
+    return bool(opt.defaults.get("decoupled_weight_decay", False)) or has_modes(opt)
+
+
+def has_modes(opt: Optimizer) -> bool:
+    """Whether it has a training and an evaluation mode, as schedule-free optimizers have (Defazio et al., 2024)."""
+    return all(callable(getattr(opt, name, None)) for name in ("train", "eval"))
+
+
+def set_mode(opt: Any, *, training: bool) -> None: opt.train() if training else opt.eval()
 
 
 def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
@@ -118,7 +127,17 @@ def set_weight_decay(opt: Optimizer, wd: float) -> None:
 
 def set_rates(opt: Optimizer, rates: Sequence[float], name: str = "lr") -> None:
     """Set a hyper-parameter of every group from one value a layer group; a built optimizer's groups are its layer groups."""
-    for i, group in enumerate(opt.param_groups): set_hyper(group, name, rates[group.get("layer_group", i)])
+    for i, group in enumerate(opt.param_groups): set_hyper(group, name, rates[group.get("layer_group", i)] * scale_of(group, name))
+
+
+def scale_of(group: dict[str, Any], name: str) -> float:
+    """A group's own factor of the rate: timm's `lr_scale`, as its layer decay gives."""
+    return group.get("lr_scale", 1.) if name == "lr" else 1.
+
+
+def own_rate(group: dict[str, Any]) -> float:
+    """The rate that a built optimizer's group came with; before its lr_scale, which is applied when rates are set."""
+    return group.setdefault("initial_lr", group["lr"]) if "lr_scale" in group else group["lr"]
 
 
 def spread(rate: float | slice, n_groups: int) -> list[float]:
@@ -157,7 +176,7 @@ def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
 def check_hyper(opt: Optimizer, name: str) -> None:
     """Refuse the name of a hyper-parameter that the optimizer does not have."""
     group = opt.param_groups[0]
-    known = sorted(k for k in group if k not in ("params", "layer_group", "decays"))
+    known = sorted(k for k in group if k not in ("params", "layer_group", "decays", "lr_scale"))
     if (momentum_name(opt) is None) if name == "mom" else (name not in group):
         raise ValueError(f"{type(opt).__name__} has no hyper-parameter {name!r} to schedule; it has {', '.join(known)}"
                          f"{', and mom' if momentum_name(opt) else ''}.")

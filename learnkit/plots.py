@@ -2,20 +2,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 SMOOTH, RAW, VALID, SECOND = "#1f4e9c", "#b9cbe8", "#d1603d", "#3b8f5a"
 
 
-def new_axes() -> Axes:
-    """Axes of a new figure, 6.4 × 4 inches."""
+def import_pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plots need matplotlib, which is not installed: it is the extra 'plots' of this library.") from error
+    return pyplot
+
+
+def new_axes() -> Axes:
+    """Axes of a new figure, 6.4 × 4 inches."""
+    pyplot = import_pyplot()
     ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -61,3 +68,50 @@ def plot_columns(ax: Axes, columns: Mapping[str, Sequence[float]]) -> Axes:
     if len(columns) == 1: ax.set_ylabel(next(iter(columns)))
     else: ax.legend(frameon=False)
     return ax
+
+
+def plot_sweep(ax: Axes, lrs: Sequence[float], losses: Sequence[float], marks: Mapping[str, float], best: float) -> Axes:
+    """Losses by rate on a logarithmic axis, a point for each of `marks`; what lies far above the start is cut off."""
+    ax.plot(lrs, losses, color=SMOOTH, linewidth=1.8)
+    for (name, rate), color in zip(marks.items(), (VALID, SECOND, "#8a5fb0"), strict=False):
+        nearest = min(range(len(lrs)), key=lambda i: abs(lrs[i] - rate))
+        ax.plot(rate, losses[nearest], marker="o", markersize=7, color=color, linestyle="none", label=f"{name} {rate:.1e}")
+    ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
+    if losses: ax.set_ylim(best - .05 * abs(losses[0] - best), max(losses[0] + .6 * abs(losses[0] - best), best * 1.05))
+    if marks: ax.legend(frameon=False)
+    return ax
+
+
+def new_grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of rows × columns axes, each of so many inches, and these in reading order."""
+    figure, grid = import_pyplot().subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False)
+    return figure, list(grid.flat)
+
+
+def plot_layer_lines(steps: Sequence[int], values: Tensor, names: Sequence[str], titles: Sequence[str], *, log: bool = False) -> Figure:
+    """One panel for each of `titles`, one line for each of `names`; values: (steps, names, titles). Early layers dark, late ones light."""
+    figure, panels = new_grid(1, len(titles), width=4, height=3.2)
+    from matplotlib import colormaps
+    colors = colormaps["viridis"]([.9 * i / max(1, len(names) - 1) for i in range(len(names))])
+    for i, (ax, title) in enumerate(zip(panels, titles, strict=True)):
+        for j, name in enumerate(names): ax.plot(steps, values[:, j, i].tolist(), color=colors[j], linewidth=1.3, label=name)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(xlabel="step", title=title, yscale="log" if log else "linear")
+    shown = [0, *range(-4, 0)] if len(names) > 12 else range(len(names))     # of many, the first and the last few
+    handles = panels[-1].get_lines()
+    figure.legend(handles=[handles[j] for j in shown], loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def plot_layer_pictures(steps: Sequence[int], histograms: Tensor, names: Sequence[str], limit: float) -> Figure:
+    """One picture a name: histograms (steps, names, bins) side by side, the share in colour on a logarithmic scale."""
+    columns = min(3, len(names))
+    figure, panels = new_grid(-(-len(names) // columns), columns, width=4, height=2.4)
+    for ax in panels[len(names):]: ax.remove()
+    extent = (steps[0], max(steps[-1], steps[0] + 1), 0., limit) if steps else (0, 1, 0., limit)
+    for j, (ax, name) in enumerate(zip(panels, names, strict=False)):
+        shares = (1 + 1e4 * histograms[:, j].T).log()
+        ax.imshow(shares.tolist() or [[0.]], origin="lower", aspect="auto", extent=extent, cmap="magma", interpolation="nearest")
+        ax.set_title(name, fontsize="medium")
+        ax.set(xlabel="step" if j >= len(names) - columns else "", ylabel="|output|" if j % columns == 0 else "")
+    return figure

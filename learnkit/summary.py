@@ -1,7 +1,7 @@
 """A table of a model's layers, seen by sending one batch through them."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,17 +13,25 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 
+class Row(NamedTuple):
+    layer: str
+    shape: str          # of its output
+    n_parameters: int
+    n_bytes: int        # of its output
+    trained: bool
+
+
 def summarize(learn: Learner) -> str:
     """One line a layer in the order of the forward pass, and the totals. The model's state and modes stay as they are."""
     inputs, _ = split_batch(to_device(first_batch(learn.data.train_dl), learn.device))
-    rows: list[tuple[str, str, int, bool]] = []
+    rows: list[Row] = []
 
     def see(name: str, module: nn.Module) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            shapes = " ".join(str(tuple(t.shape)) for t in tensors_in(output)) or type(output).__name__
-            params = list(module.parameters())
-            trained = any(p.requires_grad for p in params)
-            rows.append((f"{name} ({type(module).__name__})", shapes, sum(p.numel() for p in params), trained))
+            tensors, params = tensors_in(output), list(module.parameters())
+            shapes = " ".join(str(tuple(t.shape)) for t in tensors) or type(output).__name__
+            rows.append(Row(f"{name} ({type(module).__name__})", shapes, sum(p.numel() for p in params),
+                            sum(t.numel() * t.element_size() for t in tensors), any(p.requires_grad for p in params)))
         return module.register_forward_hook(hook)
 
     leaves = [(name or type(m).__name__, m) for name, m in learn.model.named_modules() if not any(m.children())]
@@ -39,13 +47,24 @@ def summarize(learn: Learner) -> str:
     return table(type(learn.model).__name__, [tuple(t.shape) for t in tensors_in(inputs)], rows, learn.model)
 
 
-def table(title: str, shapes: list[tuple[int, ...]], rows: list[tuple[str, str, int, bool]], model: nn.Module) -> str:
-    widths = [max([len(str(row[i])) for row in rows] + [len(head)]) for i, head in enumerate(("layer", "output shape"))]
-    lines = [f"{title}, input {' '.join(map(str, shapes))}",
-             f"{'layer':{widths[0]}}  {'output shape':{widths[1]}}  {'parameters':>12}  trained"]
-    for name, shape, n, trained in rows:
-        lines.append(f"{name:{widths[0]}}  {shape:{widths[1]}}  {n:>12,}  {'' if not n else 'yes' if trained else 'no'}".rstrip())
+def table(title: str, shapes: list[tuple[int, ...]], rows: list[Row], model: nn.Module) -> str:
+    lines = [("layer", "output shape", "parameters", "output", "trained")]
+    for row in rows:
+        trained = "" if not row.n_parameters else "yes" if row.trained else "no"
+        lines.append((row.layer, row.shape, f"{row.n_parameters:,}", in_bytes(row.n_bytes), trained))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return "\n".join([*lines, f"{total:,} parameters, {trained:,} trained, {size / 1e6:.1f} MB with buffers"])
+    return "\n".join([
+        f"{title}, input {' '.join(map(str, shapes))}",
+        *(f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in lines),
+        f"{total:,} parameters, {trained:,} trained; {in_bytes(size)} with buffers, outputs {in_bytes(sum(row.n_bytes for row in rows))}"])
+
+
+def in_bytes(n: float) -> str:
+    """Bytes in words, by thousands: `1.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB": break
+        n /= 1000
+    return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"

@@ -49,7 +49,8 @@ def test_the_fit_ends_after_patience_epochs_without_improvement(values: list[flo
 
 
 @pytest.mark.parametrize("name, falling_is_better", [
-    ("my_loss", True), ("error_rate", True), ("mean_squared_error", True), ("perplexity", True),
+    ("my_loss", True), ("error_rate", True), ("mean_squared_error", True), ("perplexity", True), ("val_rmse", True), ("nll", True),
+    ("cerebral_score", False),
     ("accuracy", False), ("f1", False), ("dice", False)])
 def test_without_a_mode_losses_and_errors_are_to_fall_and_the_rest_to_rise(name: str, falling_is_better: bool):
     falling, rising = [float(v) for v in range(10, 0, -1)], [float(v) for v in range(10)]
@@ -88,7 +89,6 @@ def test_the_state_goes_round_and_continues():
 
 @pytest.mark.parametrize("name, message", [
     ("acuracy", r"'acuracy' to monitor: did you mean accuracy\?.*train_loss, valid_loss, accuracy"),
-    ("val_loss", r"'val_loss' to monitor: did you mean valid_loss\?"),
     ("bleu", r"'bleu' to monitor.*This fit measures train_loss, valid_loss, accuracy")])
 def test_an_unknown_name_is_refused_before_the_first_step_with_the_near_one(name: str, message: str):
     batches = [(torch.randn(4, 3), torch.randint(2, (4,)))]
@@ -97,6 +97,25 @@ def test_an_unknown_name_is_refused_before_the_first_step_with_the_near_one(name
     learn = Learner((batches, batches), model, metrics=accuracy, callbacks=EarlyStopping(monitor=name))
     with pytest.raises(ValueError, match=message): learn.fit(1)
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("name, measured", [("val_loss", "valid_loss"), ("valid_score", "score"), ("val_score", "score"), ("score", "score")])
+def test_names_may_begin_with_valid_or_val(name: str, measured: str):
+    stop = EarlyStopping(name, patience=2)
+    make_learner(stop, values=[1., 2., 3.]).fit(2)
+    assert stop.monitor.name == measured and stop.monitor.mode == ("min" if "loss" in name else "max")
+
+
+def test_it_says_what_it_waited_for_and_which_way(capsys):
+    make_learner(EarlyStopping("score", patience=2), values=[5., 1., 1.]).fit(9)
+    assert capsys.readouterr().out.splitlines()[-1] == "EarlyStopping: score, which is to rise, has not got past 5 for 2 epochs"
+    with (learn := make_learner(EarlyStopping("score", patience=1), values=[5., 1.])).no_logging(): learn.fit(9)
+    assert capsys.readouterr().out == ""
+
+
+def test_negative_losses_fall_further():
+    assert n_epochs([-1, -2, -3, -4, -4, -4], "my_loss", patience=2) == 6
+    assert n_epochs([-1, -2, -2.05, -2.1], "my_loss", patience=2, min_delta=.2) == 4
 
 
 def test_a_validation_value_without_validation_data_is_refused_and_says_why():

@@ -198,3 +198,8 @@ def test_after_a_fit_that_broke_and_with_loaders_without_a_length_a_terminal_sho
         header = next(i for i, words in enumerate(lines) if words[:1] == ["epoch"])
         assert "█" in part or part is unsized
         assert [words[0] for words in lines[header + 1:] if len(words) >= 4 and words[0].isdigit()] == rows
+
+
+def test_a_graph_of_something_that_is_not_measured_is_refused():
+    learn = make_learner(Progress(graph="f1"))
+    with pytest.raises(ValueError, match="graph='f1': this fit measures train_loss"): learn.fit(1)

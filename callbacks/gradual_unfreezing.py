@@ -1,0 +1,52 @@
+"""Layer groups that join the training one after the other, the last ones first."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.nn import Parameter
+
+from learnkit.callbacks.recorder import Recorder
+from learnkit.hooks import Callback
+from learnkit.learner import Learner
+from learnkit.optim import layer_groups
+
+
+class GradualUnfreezing(Callback):
+    """Train the last layer group first, and one more from every `every`-th epoch on, within one fit and one schedule.
+
+    every       epochs until the next group joins
+    plan        {epoch: how many of the first groups stay as they are}, instead: {0: 2, 3: 1, 5: 0}
+
+    Groups that wait get no step: their gradients are dropped, so that momentum and weight decay leave them alone too. They are
+    computed, which costs what an unfrozen model costs, but any wrapper, on any number of ranks, sees the same parameters
+    throughout. Source: Howard & Ruder, 2018.
+
+    >>> learn.fit_one_cycle(6, slice(1e-4, 1e-2), callbacks=[GradualUnfreezing(every=2)])  # doctest: +SKIP
+    """
+    order = Recorder.order - 150        # before whoever looks at gradients
+
+    def __init__(self, every: int = 1, *, plan: Mapping[int, int] | None = None) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}: expected a whole number of epochs, 1 or more.")
+        self.every, self.plan = every, None if plan is None else dict(plan)
+        self.groups: list[list[Parameter]] = []
+        self.waiting: list[Parameter] = []
+
+    def before_fit(self, learn: Learner) -> None:
+        self.groups = layer_groups(learn.model, learn.splitter)
+        if len(self.groups) == 1:
+            raise ValueError("the model is one layer group, so there is nothing to unfreeze by and by: give Learner(…, splitter=…).")
+        for epoch, n in (self.plan or {}).items():
+            if epoch < 0 or not 0 <= n < len(self.groups):
+                raise ValueError(f"plan={self.plan}: expected epochs from 0, and numbers of groups from 0 to {len(self.groups) - 1}.")
+
+    def before_epoch(self, learn: Learner) -> None:
+        self.waiting = [p for group in self.groups[:self.n_waiting(learn.epoch)] for p in group]
+
+    def n_waiting(self, epoch: int) -> int:
+        if self.plan is None: return max(0, len(self.groups) - 1 - epoch // self.every)
+        begun = [start for start in self.plan if start <= epoch]
+        return self.plan[max(begun)] if begun else len(self.groups) - 1
+
+    def before_step(self, learn: Learner) -> None:
+        for p in self.waiting: p.grad = None

@@ -1,0 +1,86 @@
+"""How fast a fit is: samples per second, times of batches, the share of the device's peak, and its memory."""
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from learnkit.batch import count_samples
+from learnkit.callbacks.recorder import Recorder
+from learnkit.hooks import Callback, Run
+from learnkit.learner import Learner
+from learnkit.summary import in_bytes
+
+
+class Timer(Callback):
+    """Measure each epoch's training pass: `timer.rows`, and as a table `print(timer)`. Loggers log samples_per_second with the rest.
+
+    flops_per_sample    floating-point operations of a training step for one sample, forward and backward. With
+    peak_flops          what one device can do in a second at best: their ratio is the model FLOPs utilization (MFU)
+
+    Waits for the device at the start and the end of the pass, not between. Samples are those of all ranks.
+
+    >>> learn.fit(2, callbacks=[timer := Timer()])  # doctest: +SKIP
+    >>> print(timer)  # doctest: +SKIP
+    """
+    order = Recorder.order + 10         # its values are there when loggers look
+    in_trials = False
+
+    def __init__(self, *, flops_per_sample: float | None = None, peak_flops: float | None = None) -> None:
+        if (flops_per_sample is None) != (peak_flops is None):
+            raise ValueError("the MFU needs both flops_per_sample=… and peak_flops=…; only one was given.")
+        self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
+        self.rows: list[dict[str, float]] = []      # one an epoch
+        self.n_samples = 0                          # of this rank, in the pass under way
+        self.times: list[float] = []                # when its batches were over
+
+    def before_fit(self, learn: Learner) -> None: self.rows = []
+
+    def around_train(self, learn: Learner, run: Run) -> None:
+        self.n_samples = 0
+        reset_memory(learn.device)
+        wait_for(learn.device)
+        self.times = [time.perf_counter()]
+        run()
+        wait_for(learn.device)
+        self.note(learn, time.perf_counter() - self.times[0])
+
+    def after_batch(self, learn: Learner) -> None:
+        if not learn.training: return
+        self.n_samples += count_samples(learn.inputs, learn.target)
+        self.times.append(time.perf_counter())
+
+    def note(self, learn: Learner, seconds: float) -> None:
+        n_samples = float(learn.ranks.all_sum(torch.tensor(float(self.n_samples), dtype=torch.float64)))
+        batches = sorted(1000 * (b - a) for a, b in pairwise(self.times)) or [0.]
+        row = {"seconds": seconds, "samples_per_second": n_samples / seconds, "batch_ms": batches[len(batches) // 2],
+               "slow_batch_ms": batches[int(.95 * len(batches))]}
+        if self.flops_per_sample is not None and self.peak_flops is not None:
+            row["mfu"] = row["samples_per_second"] * self.flops_per_sample / (self.peak_flops * learn.world_size)
+        if learn.device.type != "cpu": row["peak_memory"] = float(torch.accelerator.max_memory_allocated(learn.device))
+        self.rows.append(row)
+
+    def after_epoch(self, learn: Learner) -> None:
+        if self.rows: learn.values["samples_per_second"] = self.rows[-1]["samples_per_second"]
+
+    def state_dict(self) -> dict[str, Any]: return {"rows": self.rows}
+    def load_state_dict(self, state: dict[str, Any]) -> None: self.rows = [dict(row) for row in state["rows"]]
+
+    def __str__(self) -> str:
+        lines = ["epoch   seconds   samples/s  batch ms: median     95 %     MFU  peak memory"]
+        for epoch, row in enumerate(self.rows):
+            mfu = f"{100 * row['mfu']:.1f} %" if "mfu" in row else "-"
+            memory = in_bytes(row["peak_memory"]) if "peak_memory" in row else "-"
+            lines.append(f"{epoch:5}  {row['seconds']:8.2f}  {row['samples_per_second']:10,.1f}  {row['batch_ms']:16.2f} "
+                         f"{row['slow_batch_ms']:8.2f}  {mfu:>6}  {memory:>11}")
+        return "\n".join(lines)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu": torch.accelerator.synchronize(device)
+
+
+def reset_memory(device: torch.device) -> None:
+    if device.type != "cpu": torch.accelerator.reset_peak_memory_stats(device)

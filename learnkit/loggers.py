@@ -1,0 +1,133 @@
+"""From a fit to a log: what is told, when, and to whom. The callbacks CSVLogger, TensorBoardLogger and so on are a `Journal` and a `Sink`.
+
+A log goes on where its run did: of a fit that is resumed from a checkpoint, what was logged after that is told anew, once.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from learnkit.data import n_batches
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
+
+
+class Sink(Protocol):
+    """Where a log goes: three methods of its own, and one that says where it begins. All are called on rank 0 alone."""
+
+    def open(self, after: int | None, names: list[str]) -> None:
+        """Begin. `after`: None for a new log; a step, after which everything that is there is to be forgotten. `names`: of all values."""
+        ...
+
+    def config(self, values: dict[str, Any]) -> None:
+        """What the run is: plain numbers and strings. Once, at the beginning of each of its fits."""
+        ...
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Values measured when so many optimizer steps were done."""
+        ...
+
+    def finish(self) -> None:
+        """The fit is over, or has failed."""
+        ...
+
+
+class Journal:
+    """What a fit tells a sink: every n steps the loss over the samples since the last time and the rate, every epoch all values.
+
+    Values are those of all ranks. Between two times nothing reads the device: sums stay on it. Steps count on from fit to fit.
+    """
+
+    def __init__(self, every_n_steps: int | None) -> None:
+        if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"every_n_steps={every_n_steps!r}: expected a whole number, 1 or more, or None for epochs alone.")
+        self.every = every_n_steps
+        self.n_before = 0               # steps of the fits before this one
+        self.n_done = 0                 # steps of this one
+        self.next_step = 0              # of this fit, after which it is time again
+        self.total: Any = 0.            # of the losses since the last time, each by its samples
+        self.count: Any = 0.            # these samples
+        self.place: int | None = None   # the step after which a log goes on; None: it begins
+        self.in_fit = self.opened = False
+        self.writes, self.world_size = False, 1     # whether this rank does, of so many
+
+    @contextmanager
+    def of_fit(self, learn: Learner, sink: Sink) -> Iterator[None]:
+        """For the length of a fit. The sink is opened at the first word, when it is known where a resumed fit goes on."""
+        self.writes, self.world_size, self.total, self.count = learn.rank == 0, learn.world_size, 0., 0.
+        self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
+        self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
+        self.in_fit, self.opened = True, False
+        try: yield
+        finally:
+            if self.opened and self.writes: sink.finish()
+            self.in_fit = self.opened = False
+            self.n_before += self.n_done
+
+    def begin(self, learn: Learner, sink: Sink) -> None:
+        if self.writes: sink.open(self.place, names_of(learn, steps=self.every is not None))
+        self.opened = True
+        if self.writes and learn.resumed is None: sink.config(config_of(learn))
+
+    def step(self, learn: Learner, sink: Sink) -> None:
+        self.n_done = learn.step
+        if self.every is None: return
+        n = learn.count(learn.inputs, learn.target) if learn.in_step is None else learn.in_step
+        self.total, self.count = self.total + learn.loss.detach() * n, self.count + n
+        if learn.step >= self.next_step: self.tell_step(learn, sink)
+
+    def tell_step(self, learn: Learner, sink: Sink) -> None:
+        assert self.every is not None
+        self.next_step = learn.step + self.every
+        total, count = learn.ranks.all_sum([self.total, self.count])
+        self.total, self.count = 0., 0.
+        self.tell(learn, sink, {"loss": float(total / count), "lr": learn.opt.param_groups[-1]["lr"]})    # reads the device
+
+    def epoch(self, learn: Learner, sink: Sink) -> None:
+        self.tell(learn, sink, {"epoch": learn.epoch, **learn.values, "lr": learn.opt.param_groups[-1]["lr"]})
+
+    def tell(self, learn: Learner, sink: Sink, values: dict[str, float]) -> None:
+        if not self.opened: self.begin(learn, sink)
+        if self.writes: sink.log(values, self.n_before + learn.step)
+
+    # ------------------------------------------------------------------ checkpoints
+    def state(self) -> dict[str, Any]:
+        """Of this rank: each one sums up its own losses."""
+        return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count,
+                "world_size": self.world_size}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Told after a fit began and before its first word, or when it turned out to be over already."""
+        if not self.in_fit:
+            self.n_before = state["n_before"] + state["n_done"]
+            return
+        if self.place is not None: self.place += state["n_before"] - self.n_before
+        self.n_before, self.n_done, self.next_step = state["n_before"], state["n_done"], state["next_step"]
+        is_own = self.writes or state["world_size"] == self.world_size      # else it is rank 0's
+        self.total, self.count = (state["total"], state["count"]) if is_own else (0., 0.)
+
+
+def names_of(learn: Learner, *, steps: bool) -> list[str]:
+    return [*(["loss"] if steps else []), "epoch", *learn.value_names, "lr"]
+
+
+def config_of(learn: Learner) -> dict[str, Any]:
+    """What a run is, in plain numbers and strings."""
+    loss = learn.loss_func
+    group = learn.opt.param_groups[-1]
+    return {"model": type(learn.model).__name__, "parameters": sum(p.numel() for p in learn.model.parameters()),
+            "optimizer": type(learn.opt).__name__, "lr": group["lr"], "weight_decay": group.get("weight_decay") or group.get("wd", 0.),
+            "loss": "default" if loss is None else getattr(loss, "__name__", type(loss).__name__), "epochs": learn.n_epochs,
+            "steps": learn.n_steps or -1, "batches": n_batches(learn.data.train_dl) or -1,
+            "batch_size": getattr(learn.data.train_dl, "batch_size", None) or -1, "world_size": learn.world_size,
+            "seed": -1 if learn.seed is None else learn.seed, "device": str(learn.device), "torch": str(torch.__version__)}
+
+
+def finite(values: dict[str, float]) -> dict[str, float | None]:
+    """With None for what JSON cannot say."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
