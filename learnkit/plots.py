@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -10,13 +10,18 @@ if TYPE_CHECKING:
 SMOOTH, RAW, VALID, SECOND = "#1f4e9c", "#b9cbe8", "#d1603d", "#3b8f5a"
 
 
-def new_axes() -> Axes:
-    """Axes of a new figure, 6.4 × 4 inches."""
+def need_pyplot() -> Any:
+    """matplotlib.pyplot; ImportError says what to install."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plots need matplotlib, which is not installed: it is the extra 'plots' of this library.") from error
-    ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")[1]
+    return pyplot
+
+
+def new_axes() -> Axes:
+    """Axes of a new figure, 6.4 × 4 inches."""
+    ax = need_pyplot().subplots(figsize=(6.4, 4), layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
