@@ -28,7 +28,7 @@ def tta(learn: Learner, dl: Any = None, *, n: int = 4, beta: float = .5, tfms: S
     if loader is None: raise ValueError("tta() has no data: the DataBunch has no valid_dl. Give one, or call tta(learn, dl).")
     augment = learn.data.train_dl.batch_tfms[:-1] if tfms is None and isinstance(learn.data.train_dl, LOADERS) else tfms
     if not augment:
-        raise ValueError("there is nothing to augment with: the training data has no transforms. Give tta(learn, tfms=[flip_lr(p=1)], n=1).")
+        raise ValueError("there is nothing to augment with, as the training data has no transforms: tta(learn, tfms=[flip_lr(p=1)], n=1).")
     plain, targets = learn.get_preds(loader)
     versions = [learn.get_preds(augmented(loader, augment, k))[0].softmax(1) for k in range(n)]
     return torch.lerp(torch.stack(versions).mean(0), plain.softmax(1), beta), targets

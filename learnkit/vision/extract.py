@@ -24,7 +24,7 @@ def extract(archive: Path, folder: Path) -> None:
         if zipfile.is_zipfile(archive): extract_zip(archive, folder)
         else: extract_tar(archive, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, *decompression_errors()) as error:
-        what = error or type(error).__name__
+        what = str(error).partition(":\n")[0] or type(error).__name__
         raise Damaged(f"{archive} cannot be unpacked: {what}. It is no {', '.join(ENDINGS)} file, or is cut off.") from None
 
 

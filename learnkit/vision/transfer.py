@@ -51,7 +51,7 @@ def build(arch: Callable[..., nn.Module] | str, pretrained: bool | str | Path) -
         arch = models.get_model_builder(arch)
     from_torchvision = getattr(arch, "__module__", "").startswith("torchvision.models")
     if pretrained is True:
-        if not from_torchvision: raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give the weights' file, or False.")
+        if not from_torchvision: raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give a file, or False.")
         return download_weights(arch)
     model = arch(weights=None) if from_torchvision else arch()
     if pretrained is not False: load_weights(model, Path(pretrained))

@@ -126,11 +126,11 @@ def fetched(source: Archive, remote: Remote, root: Path) -> Path:
 
 
 def top(raw: Path) -> Path:
-    """The folder that has `train`, or else the only one that there is."""
-    if (raw / "train").is_dir(): return raw
-    inner = [path for path in raw.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))]
-    if len(inner) == 1 and not any(path.is_file() and not path.name.startswith(".") for path in raw.iterdir()): return inner[0]
-    return raw
+    """The folder within that has `train`, or more than one thing."""
+    while True:
+        inner = [path for path in raw.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+        if len(inner) != 1 or not inner[0].is_dir() or inner[0].name == "train": return raw
+        raw = inner[0]
 
 
 # ---------------------------------------------------------------------- other formats, as folders of pictures
