@@ -71,12 +71,12 @@ def test_a_loader_hands_out_the_draws_of_its_samples_and_plain_functions_still_w
     x = torch.zeros(10)
     loader = TensorLoader((x, torch.arange(10)), bs=4, shuffle=True, seed=3, batch_tfms=[Shift(), lambda x: x * 2])
     loader.set_epoch(5)
-    seen = {int(i): float(v) for xb, ib in loader for v, i in zip(xb, ib)}
+    seen = {int(i): float(v) for xb, ib in loader for v, i in zip(xb, ib, strict=False)}
     assert seen == {i: 2 * float(Draws(3, 5, torch.tensor([i])).uniform()) for i in range(10)}
 
 
 def test_batches_of_every_size_share_and_place_have_the_same_draws():
-    def seen(loaders): return sorted((int(i), float(v)) for loader in loaders for xb, ib in loader for v, i in zip(xb, ib))
+    def seen(loaders): return sorted((int(i), float(v)) for loader in loaders for xb, ib in loader for v, i in zip(xb, ib, strict=False))
 
     def loader(bs): return TensorLoader((torch.zeros(12), torch.arange(12)), bs=bs, shuffle=True, seed=1, batch_tfms=[Shift()])
     whole, rest = seen([loader(12)]), seen([loader(3).rest(6)])

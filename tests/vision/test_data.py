@@ -11,7 +11,8 @@ from torchvision.datasets import FakeData, ImageFolder
 from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
 from learnkit.data import TensorLoader
-from learnkit.vision import ImageDataBunch, cifar_stats, cutout, data as data_module, flip_lr, imagenet_stats, mnist_stats, rand_pad, rotate
+from learnkit.vision import ImageDataBunch, cifar_stats, cutout, flip_lr, imagenet_stats, mnist_stats, rand_pad, rotate
+from learnkit.vision import data as data_module
 from learnkit.vision.samples import SampleLoader
 from tests.vision.conftest import make_folder
 
@@ -59,12 +60,12 @@ def test_statistics_of_one_channel_suit_grey_pictures_and_wrong_ones_are_refused
     assert ImageDataBunch.from_folder(path, bs=4, n_channels=1).normalize(mnist_stats).one_batch()[0].shape == (4, 1, 8, 8)
     grey = ImageDataBunch.from_folder(path, bs=4, n_channels=1)
     with pytest.raises(ValueError, match="the statistics are of 3 channels, the pictures have 1"): grey.normalize(imagenet_stats)
-    with pytest.raises(ValueError, match="is normalized already, with .*Call normalize once"): grey.normalize(mnist_stats).normalize(mnist_stats)
+    with pytest.raises(ValueError, match=r"is normalized already, with .*Call normalize once"): grey.normalize(mnist_stats).normalize(mnist_stats)
 
 
 def test_validation_pictures_are_plain_in_order_and_complete(folder):
     data = ImageDataBunch.from_folder(folder(n=5), bs=4, ds_tfms=tfms())
-    x, y = (torch.cat(part) for part in zip(*data.valid_dl))
+    x, y = (torch.cat(part) for part in zip(*data.valid_dl, strict=False))
     assert torch.equal(x, data.pictures["valid"].pixels.float().mul_(1 / 255)) and y.tolist() == [0] * 5 + [1] * 5
 
 
@@ -189,6 +190,6 @@ def test_the_grid_of_a_batch_shows_pictures_and_names(folder):
     data = ImageDataBunch.from_folder(folder(), bs=8, ds_tfms=tfms()).normalize(cifar_stats)
     figure = data.show_batch(2, 4)
     assert len(figure.axes) == 8 and {ax.get_title() for ax in figure.axes} <= {"cat", "dog"}
-    x, y = data.one_batch()
+    x, _y = data.one_batch()
     shown = torch.as_tensor(figure.axes[0].images[0].get_array())
     torch.testing.assert_close(shown.permute(2, 0, 1).float(), data.denormalize(x)[0])

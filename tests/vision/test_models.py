@@ -1,4 +1,6 @@
 """Networks: shapes, sizes, and blocks against the formulas that define them; transfer learning."""
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ def test_wrn_22_has_the_layers_and_parameters_of_a_wrn_22_6():
     """Convolutions: 1 + 3 groups × 3 blocks × 2 + 3 shortcuts; 22 layers count the first, the 18 in blocks, and the linear one, as 6 · 3 + 4."""
     model, widths = wrn_22(), [16, 96, 192, 384]
     count = 3 * 9 * 16
-    for n_in, n in zip(widths, widths[1:]):
+    for n_in, n in itertools.pairwise(widths):
         count += 2 * n_in + 9 * n_in * n + 2 * n + 9 * n * n + n_in * n         # the first block, and its shortcut
         count += 2 * (2 * n + 9 * n * n + 2 * n + 9 * n * n)                    # two more
     count += 2 * 384 + 384 * 10 + 10
@@ -135,7 +137,7 @@ def test_what_cannot_be_a_network_says_why(data, arch, options, error, message):
 
 def test_weights_of_another_network_and_data_without_classes_are_refused(data, tmp_path):
     weights(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="w.pth does not fit AlexNet"): vision_learner(data, "alexnet", pretrained=tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth does not fit AlexNet"): vision_learner(data, "alexnet", pretrained=tmp_path / "w.pth")
     data.classes = None
     with pytest.raises(ValueError, match="the data names no classes: give"): vision_learner(data, "squeezenet1_1", pretrained=False)
     assert isinstance(vision_learner(data, "squeezenet1_1", pretrained=False, n_out=4), Learner)

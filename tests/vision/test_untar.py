@@ -244,7 +244,7 @@ def test_pickles_are_not_read(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"\x80\x02.")
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(tar_of(tmp_path / "cifar-10-batches-py", inside="cifar-10-batches-py"))
-    with pytest.raises(Damaged, match="holds pickles, which run code when they are read. Take the binary version, cifar-10-binary.tar.gz"):
+    with pytest.raises(Damaged, match=r"holds pickles, which run code when they are read. Take the binary version, cifar-10-binary.tar.gz"):
         untar_data(URLs.CIFAR, tmp_path / "root", archive=tmp_path / "cifar-10-python.tar.gz")
 
 
