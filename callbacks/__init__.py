@@ -9,14 +9,17 @@ from learnkit.callbacks.clip_gradients import ClipGradients as ClipGradients
 from learnkit.callbacks.communicate import Communicate as Communicate
 from learnkit.callbacks.compiled import Compiled as Compiled
 from learnkit.callbacks.csv_logger import CSVLogger as CSVLogger
+from learnkit.callbacks.cutmix import CutMix as CutMix
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.ema import EMA as EMA
 from learnkit.callbacks.gradient_stats import GradientStats as GradientStats
 from learnkit.callbacks.gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from learnkit.callbacks.json_logger import JSONLogger as JSONLogger
+from learnkit.callbacks.label_smoothing import LabelSmoothing as LabelSmoothing
 from learnkit.callbacks.lookahead import Lookahead as Lookahead
 from learnkit.callbacks.mixed_precision import MixedPrecision as MixedPrecision
+from learnkit.callbacks.mixup import MixUp as MixUp
 from learnkit.callbacks.mlflow_logger import MLflowLogger as MLflowLogger
 from learnkit.callbacks.optimizer_modes import OptimizerModes as OptimizerModes
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler

@@ -334,10 +334,7 @@ def evaluation_share(loader: Any, learn: Learner, seed: int) -> Any:
 
 
 def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) -> Any:
-    if isinstance(loader, TensorLoader):
-        own = loader.sharded(learn.rank, learn.world_size, even=training)
-        own.tensors = tuple(t.to(learn.device) for t in own.tensors)
-        return own
+    if isinstance(loader, TensorLoader): return loader.sharded(learn.rank, learn.world_size, even=training).to(learn.device)
     own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
     return with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank) if isinstance(own, DataLoader) else own
 
