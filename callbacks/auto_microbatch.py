@@ -11,6 +11,7 @@ from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.loss import not_zero, weighted
 from learnkit.session import is_out_of_memory
 
 
@@ -83,10 +84,10 @@ class AutoMicrobatch(Callback):
                 learn.pred = learn.loss = None
                 with nullcontext() if first + part >= n and not alone else learn.no_sync():
                     if not learn.stages.forward() or learn.pred is None: continue
-                    loss = loss + learn.loss.detach() * (learn.count(learn.inputs, learn.target) / count)
+                    loss = loss + weighted(learn.loss, learn.count(learn.inputs, learn.target))
                     learn.stages.backward()
         finally: learn.inputs, learn.target, learn.whole = inputs, target, whole
-        if isinstance(loss, Tensor): learn.loss = loss
+        if isinstance(loss, Tensor): learn.loss = loss / not_zero(count)
 
     def state_dict(self) -> dict[str, Any]: return {"size": self.size}
 
