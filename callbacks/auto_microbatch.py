@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
+from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.loss import not_zero, weighted
@@ -35,7 +36,11 @@ class AutoMicrobatch(Callback):
         self.initial_size = self.size = size    # samples of a part; None: a whole batch
         self.proven = 0                         # samples of the largest part that has fitted in this fit
 
-    def before_fit(self, learn: Learner) -> None: self.size, self.proven = self.initial_size, 0
+    def before_fit(self, learn: Learner) -> None:
+        self.size, self.proven = self.initial_size, 0
+        if any(isinstance(callback, Distributed) and callback.sync_bn for callback in learn.running):
+            raise ValueError("AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave the others waiting in a layer "
+                             "of batch norm. Take one of them; batch_size_find() tells what fits.")
 
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training: return run()
