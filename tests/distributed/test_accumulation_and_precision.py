@@ -379,9 +379,27 @@ def test_a_window_that_was_begun_on_two_ranks_is_begun_anew_on_one(ranks):
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
-def test_what_does_not_go_together_is_refused_on_all_ranks(ranks):
+REFUSED: list[tuple[Callable[[], Learner], type[Exception], str]] = [
+    (lambda: learner(SAM(), delay_allreduce=True), ValueError, "SAM beside ReduceAfterwards: its second pass needs"),
+    (lambda: learner(AutoMicrobatch(), sync_bn=True), ValueError, "AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave"),
+    (lambda: learner(Accumulate(2), static_graph=True), ValueError, "static_graph=True, with which .* beside .*: Accumulate, AutoMicrobatch or"),
+    (lambda: learner(static_graph=True, delay_allreduce=True), ValueError, "static_graph=True, with which .* Leave static_graph out"),
+]
+
+
+@pytest.mark.parametrize("make, error, message", REFUSED, ids=["SAM", "AutoMicrobatch", "Accumulate", "delay_allreduce"])
+def test_what_does_not_go_together_is_refused_before_the_first_step_on_all_ranks(ranks, make, error, message):
+    def fn() -> bool:
+        learn = make()
+        with pytest.raises(error, match=message): learn.fit(1)
+        return all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), net().parameters(), strict=True)) and learn.step == 0
+    assert ranks(2, fn) == [True, True]
+
+
+def test_several_backward_passes_through_the_same_weights_without_a_delay_say_what_to_do(ranks):
+    def sum_of_two(pred: Any, target: Tensor) -> Tensor: return F.cross_entropy(pred[0], target) + F.cross_entropy(pred[1], target)
+
     def fn() -> str:
-        with pytest.raises(ValueError, match="SAM beside ReduceAfterwards: its second pass needs") as raised: learner(SAM(), delay_allreduce=True).fit(1)
-        return str(raised.value)
-    first, second = ranks(2, fn)
-    assert first == second
+        with pytest.raises(RuntimeError, match="ready only once") as raised: learner(OneAfterTheOther(), model=TwoHeads(), loss_func=sum_of_two).fit(1)
+        return " ".join(raised.value.__notes__)
+    for notes in ranks(2, fn): assert "For several, as with a loss after the other, use learn.to_distributed(delay_allreduce=True)." in notes
