@@ -6,7 +6,7 @@ import copy
 import inspect
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,15 @@ from learnkit.distributed.world import (
     init_process_group,
     seed_everything,
 )
-from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
+from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
 from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
              "Raise it in after_step or after_batch, or on all ranks.")
+SEVERAL_BACKWARDS = ("learnkit: DDP takes one backward pass a step through each parameter. For several, as with a loss after the other, "
+                     "use learn.to_distributed(delay_allreduce=True).")
 WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was left out there)"
 STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
@@ -145,7 +147,10 @@ class Distributed(Callback):
 
     def around_backward(self, learn: Learner, run: Run) -> None:
         self.reduced = True
-        run()
+        try: run()
+        except RuntimeError as error:
+            if "ready only once" in str(error): add_note(error, SEVERAL_BACKWARDS)
+            raise
         if self.replicas is not None and self.replicas.unchecked: self.replicas.check_unused(learn)
 
     # ------------------------------------------------------------------ an evaluation
@@ -178,7 +183,8 @@ class Replicas:
         before = learn.no_sync, learn.reduce_gradients
         try:
             learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
-            if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+            if self.ddp_options.get("static_graph"): learn.no_sync = refused
+            elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
             learn.reduce_gradients = partial(average_gradients, learn)
             self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
             yield
@@ -365,6 +371,11 @@ def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
 
 
 def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
+
+
+def refused() -> AbstractContextManager[Any]:
+    raise ValueError("static_graph=True, with which DDP reduces gradients in every backward pass, beside something that keeps them with "
+                     "their rank for a while: Accumulate, AutoMicrobatch or delay_allreduce. Leave static_graph out.")
 
 
 def average_gradients(learn: Learner) -> None:
