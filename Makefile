@@ -18,7 +18,8 @@ python := "$(VENV)/bin/python"
 install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
-benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py
+benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py \
+	benchmarks/compiled.py
 PEERS ?= raw learnkit fastai lightning accelerate ignite
 
 .PHONY: help train test reliability lint bench bench-peers clean

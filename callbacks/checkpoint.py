@@ -17,7 +17,7 @@ import torch
 
 from learnkit import resume, snapshots
 from learnkit.callbacks.distributed import Distributed
-from learnkit.files import explained
+from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -57,7 +57,7 @@ class Checkpoint(Callback):
         self.written: list[Path] = []               # of this run, oldest first
         self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
         self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
-        self.saved_at: tuple[int, int] = (-1, -1)   # epoch and step
+        self.saved_at: tuple[int, ...] = ()         # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
         self.copied = threading.Event()             # whether the state that is being written may be changed again
@@ -65,18 +65,19 @@ class Checkpoint(Callback):
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, (-1, -1)
+        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, ()
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
         stop: StopFit | None = None
-        try:
-            with handlers(learn): run()
-        except StopFit as raised: stop = raised
-        except BaseException:
-            self.wait_for_writer()      # for what is being written; its own error is not the one to be told
-            raise
-        learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
-        learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        with handlers(learn):
+            try: run()
+            except StopFit as raised: stop = raised
+            except BaseException:
+                self.wait_for_writer()      # for what is being written; its own error is not the one to be told
+                raise
+            learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+            learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
+        if (learn.wanted or "").startswith("signal"): learn.agreed = learn.wanted       # it came when nothing more was to be agreed
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
         if stop is not None: raise stop
 
@@ -86,24 +87,24 @@ class Checkpoint(Callback):
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir): pass
         except OSError as error: raise explained(error, self.dir, 0) from error
-        snapshots.clean(self.dir)
+        clean(self.dir)
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
         found = learn.ranks.from_main(self.read)
         if found is None: return
-        parts, about = found
+        name, parts, about = found
         place = parts["run"]["place"]
         if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
         if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
         self.parts, self.run, learn.resumed = parts, about["run"], place
-        self.written = snapshots.of_run(self.dir, self.run)
+        self.written = snapshots.of_run(self.dir, self.run, name)
         resume.put_place(learn, place)
         learn.plan_steps()
 
     def read(self) -> list[Any] | None:
         found = snapshots.newest(self.dir)
-        return None if found is None else list(found[1:])
+        return None if found is None else [found[0].name, *found[1:]]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
@@ -117,7 +118,7 @@ class Checkpoint(Callback):
         if self.parts is None: return
         parts, self.parts = self.parts, None
         resume.put_back(learn, self.others(learn), parts)
-        self.saved_at = learn.epoch, learn.step
+        self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
     def others(self, learn: Learner) -> list[Callback]: return [callback for callback in learn.running if callback is not self]
 
@@ -127,7 +128,7 @@ class Checkpoint(Callback):
         if not learn.training: return
         if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
         n = self.every_n_steps
-        if learn.agreed == "save" or (n is not None and learn.step % n == 0): self.save(learn)
+        if learn.agreed == "save" or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
         if learn.agreed == "save": learn.agreed = None
         elif learn.agreed is not None: raise StopFit
 
@@ -150,7 +151,7 @@ class Checkpoint(Callback):
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
         """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
         place = resume.place_of(learn, epoch_over=epoch_over, over=over)
-        now = place["epoch"], place["step"]
+        now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
         parts = resume.take(learn, self.others(learn), self.generators, place)
@@ -213,7 +214,8 @@ def handlers(learn: Learner) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
-        learn.wanted = "save" if number == SAVING else f"signal {number}"
+        if number != SAVING: learn.wanted = f"signal {number}"
+        elif learn.wanted is None: learn.wanted = "save"
         if number != SAVING: signal.signal(number, signal.SIG_DFL)      # a second one ends at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None): before[number](number, frame)
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from learnkit.batch import count_samples
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data import TensorLoader, in_order, n_batches
+from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import prepare_model, restore_batchnorm
@@ -57,25 +57,25 @@ class Distributed(Callback):
     order = -100
     unique = True
 
-    def __init__(self, *, sync_bn: bool = False, hang_timeout: float | None = 600., seed: int = 0, **ddp_options: Any) -> None:
-        check_options(ddp_options)
-        self.sync_bn, self.hang_timeout, self.ddp_options = sync_bn, hang_timeout, ddp_options
+    def __init__(self, *, replicas: bool = True, hang_timeout: float | None = 600., seed: int = 0, **options: Any) -> None:
+        self.replicas = Replicas(**options) if replicas else None   # None: another callback brings the gradients together
+        self.hang_timeout = hang_timeout
         self.seed = seed                        # of what no other seed decides, the same on all ranks
         # In a fit:
         self.stops: StopTogether | None = None
         self.train_dl: Any = None               # the whole one, of which learn.data has this rank's share
         self.stops_fit = False                  # whether this rank has raised StopFit
         self.compared = False                   # whether the ranks have compared their optimizers and schedules
-        self.unchecked = False                  # whether the first backward is still to come
         self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
         self.size_of: Callable[[int], int] = int    # number of a batch in its pass -> samples of all ranks in it
         self.uneven_from = NO_BATCH             # number of the first batch that the ranks may share unevenly
+        self.world_size, self.first_batch = 1, 0
         self.bar: Progress | None = None        # shows the loss of all ranks
         self.next_told = NO_BATCH               # the batch after which they tell it each other again
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        whole, seed = learn.data, learn.order_seed
+        whole, seed, n_of_all = learn.data, learn.order_seed, learn.n_of_all
         with self.guarded(learn) as watch:
             self.stops, self.stops_fit, self.compared, self.train_dl = watch.stop_together(), False, False, whole.train_dl
             try:
@@ -84,12 +84,10 @@ class Distributed(Callback):
                 learn.data.train_dl = training_share(whole.train_dl, learn)
                 learn.plan_steps()
                 check_same(facts(learn))
-                learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
-                self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
-                run()
+                with self.replicas.wrapped(learn) if self.replicas is not None else nullcontext(): run()
             finally:
-                unwrap(learn)
                 learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
+                learn.n_of_all = n_of_all
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
@@ -101,7 +99,7 @@ class Distributed(Callback):
         except ControlFlow as raised: signal = raised
         stops_fit = self.stops_fit or isinstance(signal, StopFit)
         own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
-        settled = settle(own, {STEPS_DONE: learn.step, WEIGHTS: checksum(learn)})
+        settled = settle(own, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
         if settled: self.stops.end()
         if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
         if (settled == STOP or settled > WANTED) and not isinstance(signal, StopFit): raise StopFit
@@ -109,6 +107,8 @@ class Distributed(Callback):
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.size_of, self.uneven_from = sizes(learn.dl)
+        learn.n_of_all = self.n_of_all
+        self.world_size, self.first_batch = learn.world_size, learn.first_batch
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
         self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
@@ -118,15 +118,24 @@ class Distributed(Callback):
         """A rank that leaves the loop alone would leave the others waiting."""
         if not learn.training or self.stops is None: return run()
         self.reduced, wish = False, None
+        uneven = learn.batch_index - learn.first_batch >= self.uneven_from and learn.whole is None
+        # DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples.
+        if uneven: learn.whole = self.size_of(learn.batch_index - learn.first_batch) / learn.world_size
         try: run()
         except (StopFit, StopEpoch, StopTrain) as signal:
             wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
+        finally:
+            if uneven: learn.whole = None
         try: agreed = self.stops.passed(wish.stage if wish else learn.wanted, complete=wish is None or self.reduced)
         except StoppedAlone: raise RuntimeError(TOO_EARLY.format(name=type(wish).__name__, rank=learn.rank)) from wish
         if agreed is not None: self.do(agreed, wish, learn)
         if learn.batch_index >= self.next_told and self.bar is not None:
             self.bar.show_loss_of_all(learn)
             self.next_told = learn.batch_index + tell_interval(learn)
+
+    def n_of_all(self, k: int, own: int) -> int:
+        k -= self.first_batch
+        return self.size_of(k) if k >= self.uneven_from else own * self.world_size
 
     def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch."""
@@ -135,19 +144,9 @@ class Distributed(Callback):
         if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
 
     def around_backward(self, learn: Learner, run: Run) -> None:
-        self.reduced, k = True, learn.batch_index - learn.first_batch
-        if k >= self.uneven_from: weighted(learn, self.size_of(k), run)
-        else: run()
-        if self.unchecked: self.check_unused(learn)
-
-    def check_unused(self, learn: Learner) -> None:
-        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
-        self.unchecked = False
-        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:
-            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
-                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
-                             "learn.to_distributed(find_unused_parameters=True).")
+        self.reduced = True
+        run()
+        if self.replicas is not None and self.replicas.unchecked: self.replicas.check_unused(learn)
 
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
@@ -164,6 +163,37 @@ class Distributed(Callback):
             try: yield watch
             except ControlFlow as raised: signal = raised
         if signal is not None: raise signal
+
+
+class Replicas:
+    """The whole model on every rank, for a fit's length in DistributedDataParallel."""
+
+    def __init__(self, *, sync_bn: bool = False, **ddp_options: Any) -> None:
+        check_options(ddp_options)
+        self.sync_bn, self.ddp_options = sync_bn, ddp_options
+        self.unchecked = False                  # whether the fit's first backward is still to come
+
+    @contextmanager
+    def wrapped(self, learn: Learner) -> Iterator[None]:
+        before = learn.no_sync, learn.reduce_gradients
+        try:
+            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+            if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+            learn.reduce_gradients = partial(average_gradients, learn)
+            self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
+            yield
+        finally:
+            unwrap(learn)
+            learn.no_sync, learn.reduce_gradients = before
+
+    def check_unused(self, learn: Learner) -> None:
+        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
+        self.unchecked = False
+        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
+                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
+                             "learn.to_distributed(find_unused_parameters=True).")
 
 
 STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
@@ -188,6 +218,7 @@ class Group:
     """All ranks of the process group, as `learn.ranks`."""
 
     def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
+    def share(self, tensors: Any) -> None: share(list(tensors))
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
     def gather(self, state: Any) -> list[Any]: return gather_objects(state)
     def on_main(self, action: Callable[[], object], name: str) -> None: on_main(action, name)
@@ -209,28 +240,49 @@ class Group:
 
 
 # ---------------------------------------------------------------------- joining the others
-def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, **options: Any) -> Learner:
+def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, algorithm: Algorithm, delay_allreduce: bool,
+           **options: Any) -> Learner:
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
-    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
-    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
-    if get_world_size() == 1: return learn
-    if learn.device.type != "cpu": learn.device = get_device(local_rank)
-    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    if delay_allreduce and algorithm.name != "allreduce":
+        raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
+    if not join(learn, local_rank, timeout): return learn
     learn.model.to(learn.device)
     share_weights(learn)
+    from learnkit.callbacks.communicate import Communicate
+    from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
+    beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
+    if delay_allreduce: beside.append(ReduceAfterwards())
+    return install(learn, callback, *beside)
+
+
+def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
+    """Make the Learner one of the ranks, on its device; returns whether there are others."""
+    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
+    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
+    if get_world_size() == 1: return False
+    if learn.device.type != "cpu": learn.device = get_device(local_rank)
+    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    return True
+
+
+def install(learn: Learner, callback: Distributed, *beside: Callback) -> Learner:
+    """In the place of what an earlier call installed."""
+    from learnkit.callbacks.communicate import Communicate
+    from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     callback.seed = broadcast_from_main(torch.initial_seed())
-    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Distributed)]     # a second call replaces the first
-    return learn.add_callback(callback)
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, Communicate, ReduceAfterwards))]
+    for added in (*beside, callback): learn.add_callback(added)
+    return learn
 
 
 def check_options(ddp_options: dict[str, Any]) -> None:
     known = list(inspect.signature(DistributedDataParallel).parameters)
     unknown = [name for name in ddp_options if name not in known or name in ("module", "device_ids", "output_device")]
     if unknown:
-        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, sync_bn, timeout, hang_timeout, or an option "
-                        f"of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
+        raise TypeError(f"to_distributed got {', '.join(unknown)}: expected local_rank, algorithm, sync_bn, delay_allreduce, timeout, "
+                        f"hang_timeout, or an option of DistributedDataParallel such as {', '.join(n for n in known if n in EXAMPLES)}.")
 
 
 EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
@@ -282,10 +334,7 @@ def evaluation_share(loader: Any, learn: Learner, seed: int) -> Any:
 
 
 def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) -> Any:
-    if isinstance(loader, TensorLoader):
-        own = loader.sharded(learn.rank, learn.world_size, even=training)
-        own.tensors = tuple(t.to(learn.device) for t in own.tensors)
-        return own
+    if isinstance(loader, TensorLoader): return loader.sharded(learn.rank, learn.world_size, even=training).to(learn.device)
     own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
     return with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank) if isinstance(own, DataLoader) else own
 
@@ -318,12 +367,11 @@ def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
 def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
 
 
-def weighted(learn: Learner, n_global: int, run: Run) -> None:
-    """DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples."""
-    loss, weight = learn.loss, count_samples(learn.inputs, learn.target) * learn.world_size / n_global
-    learn.loss = loss if weight == 1 else loss * weight
-    try: run()
-    finally: learn.loss = loss
+def average_gradients(learn: Learner) -> None:
+    """What DDP does during the backward pass, afterwards and in one collective: the mean of all ranks' gradients, on all."""
+    gradients = [p.grad for p in learn.model.parameters() if p.grad is not None]
+    if not gradients: return
+    for gradient, total in zip(gradients, all_sum(gradients), strict=True): gradient.copy_(total / learn.world_size)
 
 
 # ---------------------------------------------------------------------- what must be equal

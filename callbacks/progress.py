@@ -13,6 +13,7 @@ from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.plots import moving_average
+from learnkit.transfer import Reading
 
 WIDE = 76           # columns of a terminal that has room for the loss; a longer line would wrap and not be overwritten
 SMOOTHING = 0.98    # of the training loss beside the bar: a debiased moving average, as in fastai v1
@@ -38,6 +39,7 @@ class Progress(Callback):
         self.next_batch = sys.maxsize           # the batch after which the bar is due again
         self.n_seen = 0                         # losses in the moving average
         self.smooth = self.debias = 0.
+        self.reading: Reading | None = None     # losses that are on their way from the device
         self.shares = False                     # whether the ranks tell each other their losses, because one shows a bar
         self.epoch_start = 0.
 
@@ -46,7 +48,7 @@ class Progress(Callback):
             raise ValueError(f"graph={self.graph!r}: this fit measures {', '.join(learn.value_names)}.")
         shows = self.bar and self.lines and learn.rank == 0 and is_interactive()
         self.master = new_master(learn.n_epochs) if shows else None
-        self.n_seen, self.smooth, self.debias = 0, 0., 0.
+        self.n_seen, self.smooth, self.debias, self.reading = 0, 0., 0., None
         self.shares = learn.world_size > 1 and learn.ranks.agree(shows)
         try:
             if self.master is not None:
@@ -124,11 +126,14 @@ class Progress(Callback):
         return f"train_loss {self.smooth / self.debias:.4f}" if self.debias else ""
 
     def follow_loss(self, learn: Learner) -> None:
-        """Bring the moving average up to date."""
-        for loss in losses_since(self.n_seen, learn).tolist():      # reads the device: a few times a second
+        """Bring the moving average up to date with what has arrived; on a GPU that is what was asked for the time before."""
+        if self.reading is None: self.reading = Reading(losses_since(self.n_seen, learn))
+        if not self.reading.has_arrived: return
+        for loss in self.reading.tolist():
             self.n_seen += 1
             self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
             self.debias += (1 - SMOOTHING) * (1 - self.debias)
+        self.reading = None
 
     def show_loss_of_all(self, learn: Learner) -> None:
         """The mean loss of all ranks since the last time: a collective and a read, which Distributed asks all ranks for."""

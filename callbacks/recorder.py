@@ -65,7 +65,7 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.trace = Trace()
-        self.counts: list[int] = []
+        self.counts: list[Any] = []     # samples of each step, or what else an Accumulate counts, then as 0-d tensors
         self.lrs: list[float] = []
         self.moms: list[float] = []
         self.metric_names: tuple[str, ...] = ()
@@ -83,24 +83,25 @@ class Recorder(Callback):
 
     def after_step(self, learn: Learner) -> None:
         self.trace.append(learn.loss.detach().clone())     # a copy: the user may change the loss in place later
-        self.counts.append(count_samples(learn.inputs, learn.target))
+        self.counts.append(count_samples(learn.inputs, learn.target) if learn.in_step is None else learn.in_step)
         group = learn.opt.param_groups[-1]
         self.lrs.append(group["lr"])
         if self.momentum is not None:
+            if self.momentum not in group: group = next(g for g in reversed(learn.opt.param_groups) if self.momentum in g)
             mom = group[self.momentum]
             self.moms.append(mom[0] if self.momentum == "betas" else mom)
 
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
         own = self.trace.since(start).cpu().double()                                # reads the device, once an epoch
-        counts = torch.tensor(self.counts[start:], dtype=torch.float64)
+        counts = torch.tensor(read(self.counts[start:]), dtype=torch.float64)
         of_ranks = zip(*learn.ranks.gather([own * counts, counts]), strict=True)    # (sums, counts), each by rank; once an epoch
         all_sums, all_counts = map(list, of_ranks)
         if len(set(map(len, all_counts))) > 1:
             raise ValueError(f"the ranks have done different numbers of steps in this epoch: {list(map(len, all_counts))}. {ALIKE}")
         if len(counts) == 0: return
         sums, counts = torch.stack(all_sums).sum(0), torch.stack(all_counts).sum(0)
-        self.counts[start:] = counts.long().tolist()
+        self.counts[start:] = counts.tolist()
         self.trace.replace(start, (sums / counts).to(self.trace.since(start)))
         learn.values["train_loss"] = float(sums.sum() / counts.sum())
 
@@ -138,11 +139,18 @@ class Recorder(Callback):
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        rows = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("counts", "lrs", "moms", "ends")}
+        rows = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("lrs", "moms", "ends")}
+        rows["counts"] = torch.tensor(read(self.counts), dtype=torch.float64)
         return {"losses": self.trace.since(0), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace.folded, self.trace.recent = [state["losses"]], []
         self.metric_names, self.values = tuple(state["metric_names"]), [list(row) for row in state["values"]]
-        for name in ("lrs", "moms"): setattr(self, name, state[name].tolist())
-        for name in ("counts", "ends"): setattr(self, name, state[name].long().tolist())
+        for name in ("counts", "lrs", "moms"): setattr(self, name, state[name].tolist())
+        self.ends = state["ends"].long().tolist()
+
+
+def read(counts: list[Any]) -> list[float]:
+    """As numbers; those on a device by one read."""
+    if not any(isinstance(count, torch.Tensor) for count in counts): return counts
+    return torch.stack([torch.as_tensor(count).to(counts[-1].device) for count in counts]).tolist()

@@ -35,8 +35,9 @@ class SaveBest(Callback):
         value = learn.values[self.monitor.name]
         place = sum(kept <= value if self.monitor.mode == "min" else kept >= value for kept in self.values)
         if place >= self.keep or math.isnan(value): return
-        state = {"model": checkpoint.plain_state(learn.model)}
-        learn.ranks.on_main(lambda: self.write(learn.path / learn.model_dir, place, state), f"write {self.name}.pt")
+        with learn.saved_weights():
+            state = {"model": checkpoint.plain_state(learn.model)}
+            learn.ranks.on_main(lambda: self.write(learn.path / learn.model_dir, place, state), f"write {self.name}.pt")
         self.values = [*self.values[:place], value, *self.values[place:]][:self.keep]
 
     def write(self, folder: Path, place: int, state: dict[str, Any]) -> None:

@@ -25,5 +25,6 @@ from learnkit.metrics import mean_absolute_error as mean_absolute_error
 from learnkit.metrics import mean_squared_error as mean_squared_error
 from learnkit.metrics import top_k_accuracy as top_k_accuracy
 from learnkit.predictor import load_learner as load_learner
+from learnkit.together import Together as Together
 
 __version__ = "0.1.0.dev0"

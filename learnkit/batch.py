@@ -33,6 +33,15 @@ def target_key(batch: Any) -> str | None:
     return next((key for key in TARGET_KEYS if key in batch), None) if isinstance(batch, Mapping) else None
 
 
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A nested structure of tuples, lists and dicts with `function` of every tensor in it; other objects as they are."""
+    if isinstance(value, Tensor): return function(value)
+    if isinstance(value, dict): return {k: map_tensors(function, v) for k, v in value.items()} if type(value) is dict else value
+    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(map_tensors(function, v) for v in value))
+    if isinstance(value, (tuple, list)): return type(value)(map_tensors(function, v) for v in value)
+    return value
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`; copies from pinned memory do not wait."""
     if isinstance(value, Tensor):

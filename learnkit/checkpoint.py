@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from learnkit.files import check_seal, explained, read_state, size_of, sync_folder, write_state
+from learnkit.files import check_seal, clean, explained, partial, read_state, size_of, sync_folder, writing
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
 
@@ -35,10 +35,11 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 def write(path: Path, state: dict[str, Any]) -> Path:
     """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(part, state, seal=True)
+        clean(path.parent, path.name)
+        with writing({part: state}, seal=True): pass
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -61,21 +62,31 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
-    wrapped = is_wrapper(model)
-    names, own = plain_keys(model.state_dict(), wrapped=wrapped), plain_state(model)
-    of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
-    given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
-    differing = {key: f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
-                 for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key])}
-    if strict:
-        lines = [*(f"{key}: only the model has it" for key in own if key not in given),
-                 *(f"{key}: only the file has it" for key in given if key not in own), *sorted(differing.values())]
-        if lines:
-            raise ValueError(f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  " + "\n  ".join(lines)
-                             + "\nBuild the same model, or take what fits with strict=False.")
-    fitting = {names[key]: value for key, value in given.items() if key in own and key not in differing}
+    if strict: check_model(model, state)
+    names, own, given = named(model, state)
+    fitting = {names[key]: value for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
     if not fitting: raise ValueError("nothing in the file fits the model: no name and shape agree.")
     model.load_state_dict(fitting, strict=False)
+
+
+def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise ValueError that lists every difference between a model and a state."""
+    _, own, given = named(model, state)
+    lines = [*(f"{key}: only the model has it" for key in own if key not in given),
+             *(f"{key}: only the file has it" for key in given if key not in own),
+             *sorted(f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
+                     for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key]))]
+    if lines:
+        raise ValueError(f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  " + "\n  ".join(lines)
+                         + "\nBuild the same model, or take what fits with strict=False.")
+
+
+def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+    """({plain name: the model's key}, the model's values, the state's), by plain names."""
+    own = plain_state(model)
+    of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
+    given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
+    return plain_keys(model.state_dict(), wrapped=is_wrapper(model)), own, given
 
 
 def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:

@@ -5,16 +5,17 @@ import copy
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from learnkit.batch import describe
+from learnkit.ahead import ahead
+from learnkit.batch import describe, to_device
+from learnkit.draws import BatchTransform, transform_batch
 from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
-
-BatchTransform = Callable[[Tensor], Tensor]
 
 
 def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -28,7 +29,10 @@ class TensorLoader:
     """Batches cut by index out of whole tensors: no worker, no per-sample Python, no copy where the order is plain.
 
     `tensors`: at least one, of equal length (samples, …), wherever they are to stay. `batch_tfms` are applied to the first
-    one of each batch. Yields tuples with as many tensors. Iterating it walks through the epochs, as EpochSampler does.
+    one of each batch: functions `x -> x`, or `SampleTransform`s, which get the draws of (seed, epoch, sample). Yields tuples
+    with as many tensors. Iterating it walks through the epochs, as EpochSampler does.
+    `n_ahead`: for tensors that lie in a file, or do not fit on `device`: so many batches are cut by a thread ahead of time,
+    and copied to `device` (None: where the tensors are) from pinned memory.
 
     >>> x, y = torch.arange(6.), torch.arange(6)
     >>> [len(yb) for xb, yb in TensorLoader((x, y), bs=4, drop_last=False)]
@@ -36,9 +40,12 @@ class TensorLoader:
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, bs: int = 64, shuffle: bool = False, drop_last: bool = False,
-                 batch_tfms: Sequence[BatchTransform] = (), seed: int | None = None) -> None:
+                 batch_tfms: Sequence[BatchTransform] = (), seed: int | None = None, n_ahead: int = 0,
+                 device: torch.device | None = None) -> None:
         check_batch_size("bs", bs)
+        if device is not None and not n_ahead: raise ValueError(f"device={device} needs n_ahead=1 or more; else move the tensors there.")
         self.tensors = check_tensors(tensors)
+        self.n_ahead, self.device = n_ahead, device
         self.batch_size, self.drop_last, self.batch_tfms = bs, drop_last, tuple(batch_tfms)
         self.rank, self.world_size, self.even = 0, 1, True      # see sharded
         self.n_left_out = 0                                     # see rest
@@ -53,7 +60,15 @@ class TensorLoader:
 
     def in_order(self) -> TensorLoader:
         """The same samples in dataset order, each once."""
-        return TensorLoader(self.tensors, bs=self.batch_size, batch_tfms=self.batch_tfms)
+        return TensorLoader(self.tensors, bs=self.batch_size, batch_tfms=self.batch_tfms, seed=self.sampler.seed, n_ahead=self.n_ahead,
+                            device=self.device)
+
+    def to(self, device: torch.device) -> TensorLoader:
+        """The same batches on `device`, and the tensors too, unless they are cut ahead of time where they are."""
+        loader = copy.copy(self)
+        if self.n_ahead: loader.device = device
+        else: loader.tensors = tuple(t.to(device) for t in self.tensors)
+        return loader
 
     def sharded(self, rank: int, world_size: int, *, even: bool) -> TensorLoader:
         """One rank's part of every global batch of `batch_size * world_size`; the k-th is the same at every world size.
@@ -84,10 +99,20 @@ class TensorLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         sampler, epoch, order = self.sampler, self.sampler.next_epoch(), None
         if sampler.shuffle: order = permutation(sampler.n, sampler.seed, epoch).to(self.tensors[0].device, non_blocking=True)
-        return self.batches(order)
+        return self.batches(order, sampler.seed, epoch)
 
-    def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        step = self.items_per_batch
+    def batches(self, order: Tensor | None, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        cuts = ahead(self.cuts(order, pin=True), self.n_ahead) if self.n_ahead else self.cuts(order)
+        for first, last, batch in cuts:
+            if self.device is not None: batch = to_device(batch, self.device)
+            if self.batch_tfms:
+                index = partial(numbers, order, first, last, batch[0].device)
+                batch = (transform_batch(batch[0], self.batch_tfms, seed, epoch, index), *batch[1:])
+            yield batch
+
+    def cuts(self, order: Tensor | None, *, pin: bool = False) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+        """(start, stop, tensors) of each batch, by its place in the order."""
+        step, pin = self.items_per_batch, pin and self.device is not None and self.device.type == "cuda"
         for first in range(self.n_left_out, self.n_left_out + len(self) * step, step):
             start, stop = share(min(step, self.n_samples - first), self.rank, self.world_size)
             start, stop = first + start, first + stop
@@ -95,11 +120,12 @@ class TensorLoader:
             else:
                 index = order[start:stop]
                 batch = tuple([t.index_select(0, index) for t in self.tensors])
-            if self.batch_tfms:
-                x = batch[0]
-                for transform in self.batch_tfms: x = transform(x)
-                batch = (x, *batch[1:])
-            yield batch
+            yield start, stop, tuple([t.pin_memory() for t in batch]) if pin else batch
+
+
+def numbers(order: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor:
+    """The samples' numbers in the data set: int64 (stop - start,)."""
+    return torch.arange(start, stop, device=device) if order is None else order[start:stop].to(device, non_blocking=True)
 
 
 class DataBunch:
@@ -154,8 +180,8 @@ class DataBunch:
                      classes: Sequence[str] | None = None) -> DataBunch:
         """Whole tensors `(x, …, y)`, moved to `device` once, batches cut by index.
 
-        `batch_tfms`: functions of a batch's first input, `x -> x`, applied in order to every batch; or a pair of such
-        sequences, one for training and one for the rest. `device=None`: the accelerator, else the CPU.
+        `batch_tfms`: functions of a batch's first input, `x -> x`, or `SampleTransform`s, applied in order to every batch; or a
+        pair of such sequences, one for training and one for the rest. `device=None`: the accelerator, else the CPU.
         """
         place = default_device() if device is None else torch.device(device)
         train_tfms, other_tfms = split_transforms(batch_tfms)
@@ -203,7 +229,7 @@ def in_order(loader: Any) -> Any:
 
     A loader with a sampler or batch sampler of the user's own, and any other iterable, is taken as it is.
     """
-    if isinstance(loader, TensorLoader): return loader.in_order()
+    if callable(own := getattr(loader, "in_order", None)): return own()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
     shuffled = isinstance(loader.sampler, RandomSampler) or (isinstance(loader.sampler, EpochSampler) and loader.sampler.shuffle)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,7 @@ def run_fit(learn: Learner, epochs: int, schedules: dict[str, Any], wd: float | 
     learn.n_epochs, learn.max_steps, learn.resume, learn.resumed = epochs, max_steps, resume, None
     learn.epoch, learn.step, learn.batch_index, learn.n_items_done, learn.n_held = 0, 0, -1, 0, 0
     learn.n_fits += 1
-    learn.zero_grad = optim.zero_grad_of(opt)
+    learn.zero_grad, learn.saved_weights = optim.zero_grad_of(opt), nullcontext     # an earlier fit's average is of other weights
     seed_by_rank(learn)
     seed, learn.order_seed = learn.order_seed, seed_of_order(learn)
     try:

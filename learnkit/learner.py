@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in, to_device
+from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
 from learnkit.data import DataBunch, default_device, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, n_planned_steps, optimizer_of, run_fit
@@ -24,6 +24,7 @@ from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
+from learnkit.transfer import mover
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
@@ -103,6 +104,8 @@ class Learner:
         self.epochs_trained = 0                 # in this learner's life: decides the order of samples
         self.training = False
         self.training_model = model             # what training batches go through: the model, or a wrapper for a fit's length
+        self.evaluated_model = model            # what validation batches go through
+        self.saved_weights: Callable[[], AbstractContextManager[Any]] = nullcontext     # in it, the model is what save writes
         self.zero_grad: Callable[[], None] = lambda: None
 
         # What callbacks that own the gradients put in the place of these, for a fit's length:
@@ -113,6 +116,7 @@ class Learner:
         self.n_held = 0                         # batches whose gradients wait for a later step
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext   # in it, gradients stay with this rank
         self.reduce_gradients: Callable[[], None] = lambda: None    # brings those that stayed together
+        self.n_of_all: Callable[[int, int], int] = lambda k, own: own   # samples of all ranks in the k-th batch, by this rank's
         self.dl: Any = None                     # the loader of the pass under way
         self.batch_index = -1                   # within the pass; -1 between passes
         self.inputs: Inputs = ()                # of the batch: by position (tuple) or by keyword (dict)
@@ -141,6 +145,7 @@ class Learner:
     def _epoch(self) -> None:
         self.values, self.batch_index = {}, -1
         self.dl, self.training = rest_of(self.data.train_dl, self.n_items_done), True
+        self.first_batch = self.n_items_done // items_per_batch(self.data.train_dl)
         self.model.train()
         self.stages.train()
         self.training, self.batch_index = False, -1
@@ -150,7 +155,6 @@ class Learner:
         set_epoch(self.dl, self.order_seed, self.epochs_trained)
         self.epochs_trained += 1                # also if a hook stops it early: the next epoch has the next order
         n_before, per_batch = self.n_items_done, items_per_batch(self.data.train_dl)
-        self.first_batch = n_before // per_batch
         seeded = with_seeded_workers(self.dl, mix(self.order_seed or 0, self.epochs_trained - 1, self.rank), self.first_batch)
         with closing(self._feed(seeded, self.first_batch)) as batches:
             for n, _ in enumerate(batches, 1):
@@ -174,7 +178,7 @@ class Learner:
         else: self.meter.update(self.inputs, self.target, self.pred, self.loss)
 
     def _forward(self) -> None:
-        inputs, model = self.inputs, self.training_model if self.training else self.model
+        inputs, model = self.inputs, self.training_model if self.training else self.evaluated_model
         self.pred = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         self.loss = self._loss_of(self.pred, self.target)
 
@@ -189,10 +193,10 @@ class Learner:
     def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
-        self.batch_index, moves = first - 1, False
+        self.batch_index, move = first - 1, None
         for self.batch_index, batch in enumerate(loader, first):
-            if self.batch_index == first: moves = self._see_first(batch)
-            if moves: batch = to_device(batch, self.device)
+            if self.batch_index == first and self._see_first(batch): move = mover(self.device)
+            if move is not None: batch = move(batch)
             self.inputs, self.target = split_batch(batch)
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
@@ -424,12 +428,20 @@ class Learner:
             for cb, name, value in kept: setattr(cb, name, value)
 
     # ------------------------------------------------------------------ more processes
-    def to_distributed(self, local_rank: int | str | None = None, *, sync_bn: bool = False, timeout: float | None = None,
-                       hang_timeout: float | None = 600., **ddp_options: Any) -> Learner:
+    def to_distributed(self, local_rank: int | str | None = None, *, algorithm: str | Callable[[Any, Any], Any] = "allreduce",
+                       period: int | None = None, warmup_steps: int | None = None, rank: int | None = None, sync_bn: bool = False,
+                       delay_allreduce: bool = False, timeout: float | None = None, hang_timeout: float | None = 600.,
+                       **ddp_options: Any) -> Learner:
         """Train on all the processes that a launcher started (torchrun, torch.distributed.launch, SLURM, `launch`); alone, nothing.
 
         local_rank      this process's number on its machine; None: from the environment, or --local-rank on the command line
+        algorithm       "allreduce", "fp16", "bf16", "powersgd", "bytegrad" (8 bits), "local_sgd", "hierarchical", "decentralized", or a
+                        communication hook of DDP, (state, bucket) -> future
+        period          steps between two averages of the weights, of the last three; None: 4
+        warmup_steps    of plain all-reduce before; None: 100 for local_sgd and hierarchical, 10 for powersgd, 0 for decentralized
+        rank            of powersgd's matrices; None: 1
         sync_bn         batch normalization over all ranks' samples while training
+        delay_allreduce one reduction of all gradients after the backward pass, instead of several during it
         timeout         seconds for joining the group and for each collective; None: PyTorch's. Of no use to a group that exists
         hang_timeout    seconds without any progress after which all processes end and say where they were; None: never
         ddp_options     DistributedDataParallel's own, such as find_unused_parameters=True
@@ -439,7 +451,72 @@ class Learner:
         variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown option.
         """
         from learnkit.callbacks.distributed import attach
-        return attach(self, local_rank, timeout=timeout, sync_bn=sync_bn, hang_timeout=hang_timeout, **ddp_options)
+        from learnkit.distributed.algorithms import as_algorithm
+        chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
+        return attach(self, local_rank, timeout=timeout, algorithm=chosen, sync_bn=sync_bn, delay_allreduce=delay_allreduce,
+                      hang_timeout=hang_timeout, **ddp_options)
+
+    # ------------------------------------------------------------------ precision and speed
+    def to_bf16(self, *, pure: bool = False) -> Learner:
+        """Compute in bfloat16, by autocast, with the weights kept in float32; on the CPU too.
+
+        `pure`: cast the weights and inputs whole, batch norm excepted, instead of operation by operation.
+        """
+        return self._to_half(torch.bfloat16, pure=pure)
+
+    def to_fp16(self, *, pure: bool = False, init_scale: float = 2. ** 16, growth_interval: int = 2000) -> Learner:
+        """Compute in float16, by autocast, with the weights kept in float32 and the loss scaled; a step whose gradients overflow is
+        skipped, and moves nothing. The options are those of torch.amp.GradScaler; `pure` as in `to_bf16`."""
+        return self._to_half(torch.float16, pure=pure, init_scale=init_scale, growth_interval=growth_interval)
+
+    def to_fp32(self, *, tf32: bool | None = None) -> Learner:
+        """Compute in float32 (again). `tf32`: whether matrix products and convolutions on CUDA devices may round their inputs to
+        TensorFloat-32, for the whole process; None leaves PyTorch's settings alone."""
+        from learnkit.callbacks.mixed_precision import MixedPrecision
+        self._replace(MixedPrecision)
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        return self
+
+    def _to_half(self, dtype: torch.dtype, **options: Any) -> Learner:
+        from learnkit.callbacks.mixed_precision import MixedPrecision
+        return self._replace(MixedPrecision, MixedPrecision(dtype, **options))
+
+    def to_channels_last(self, *, cudnn_benchmark: bool | None = None) -> Learner:
+        """Lay the weights of convolutions, and every batch of pictures, out with their channels last in memory.
+
+        `cudnn_benchmark`: whether cuDNN tries its algorithms out for each new shape and keeps the fastest, for the whole process;
+        None leaves PyTorch's setting (off) alone.
+        """
+        from learnkit.callbacks.channels_last import ChannelsLast
+        self._replace(ChannelsLast, ChannelsLast())
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if cudnn_benchmark is not None: torch.backends.cudnn.benchmark = cudnn_benchmark
+        return self
+
+    def compile(self, **options: Any) -> Learner:
+        """Compile the model in place, at its first batch; the names of its parameters stay as they are.
+
+        `options` are torch.compile's, such as mode="max-autotune". It is compiled once for training and once for evaluation: a
+        batch of another size than the first goes through the model as it was written, unless dynamic=True.
+        """
+        from learnkit.callbacks.compiled import Compiled
+        self._replace(Compiled, *([] if options.get("dynamic") else [Compiled()]))
+        self.model.compile(**options)
+        return self
+
+    def _replace(self, kind: type[Callback], *callbacks: Callback) -> Learner:
+        """Callbacks in the place of those of a kind."""
+        if self.is_running: raise RuntimeError("a to_* method was called while this Learner runs: call it before.")
+        self.callbacks = [cb for cb in self.callbacks if type(cb) is not kind]
+        for callback in callbacks: self.add_callback(callback)
+        return self
+
+    def batch_size_find(self, max_bs: int = 65536, *, n_steps: int = 2) -> int:
+        """The largest batch size, a power of two, with which `n_steps` optimizer steps fit into memory; `max_bs` at most. On several
+        ranks the largest that fits on all. Batches are copies of the first one's samples; the Learner is left bit-identical."""
+        from learnkit.batch_size import find
+        return find(self, check_count("max_bs", max_bs), check_count("n_steps", n_steps))
 
     # ------------------------------------------------------------------ layer groups
     def freeze(self) -> Learner:
@@ -470,6 +547,9 @@ class Learner:
 
         On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails.
         """
+        with self.saved_weights(): return self._save(name, with_opt)
+
+    def _save(self, name: str, with_opt: bool) -> Path:
         state: dict[str, Any] = {"model": checkpoint.plain_state(self.model)}
         if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
         path = self.path / self.model_dir / f"{name}.pt"

@@ -161,15 +161,15 @@ def check_rate(name: str, value: Any) -> float:
 
 
 def momentum_name(opt: Optimizer) -> str | None:
-    """What the optimizer's momentum is called: "momentum" (SGD), "betas" (Adam: the first of them), None: it has none."""
-    return next((name for name in ("momentum", "betas") if name in opt.param_groups[0]), None)
+    """What the momentum of the optimizer's last group that has one is called: "momentum" (SGD), "betas" (Adam: the first of them)."""
+    return next((name for group in reversed(opt.param_groups) for name in ("momentum", "betas") if name in group), None)
 
 
 def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
     """Set one hyper-parameter of an optimizer group; "mom" is its momentum, or the first of its betas."""
     if name == "mom":
         if "momentum" in group: group["momentum"] = value
-        else: group["betas"] = (value, *group["betas"][1:])
+        elif "betas" in group: group["betas"] = (value, *group["betas"][1:])
     else: group[name] = value
 
 

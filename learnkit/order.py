@@ -6,16 +6,19 @@ import copy
 import hashlib
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
 T = TypeVar("T")
+_lasting: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()     # the copies whose workers live on
 
 
 def mix(*numbers: int) -> int:
@@ -106,7 +109,7 @@ class RestSampler(EpochOrder, Sampler[Any]):
 
 
 class RestLoader:
-    """Any iterable's batches from the n-th on. What comes before is read, and left out."""
+    """Any iterable's batches from the n-th on. What comes before is read, and left out; what it draws meanwhile is not missed later."""
 
     def __init__(self, loader: Any, n: int) -> None: self.loader, self.n = loader, n
 
@@ -115,13 +118,18 @@ class RestLoader:
 
     def __len__(self) -> int: return max(0, len(self.loader) - self.n)
 
-    def __iter__(self) -> Iterator[Any]: return islice(iter(self.loader), self.n, None)
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        with swapped(private_state(0)):
+            for _ in islice(batches, self.n): pass
+        return batches
 
 
 def items_per_batch(loader: Any) -> int:
     """How many items of the order of an epoch a step of all ranks takes: samples, or batches where the loader deals out batches."""
     if isinstance(loader, DataLoader):
         batches = loader.batch_sampler
+        if isinstance(loader.dataset, IterableDataset): return 1    # torch gives it a sampler, which counts nothing
         if type(batches) is BatchSampler: return batches.batch_size
         return getattr(batches, "items_per_batch", 1)
     return getattr(loader, "items_per_batch", 1)
@@ -132,7 +140,7 @@ def rest_of(loader: Any, n: int) -> Any:
     if n == 0: return loader
     if callable(getattr(loader, "rest", None)): return loader.rest(n)
     if isinstance(loader, (list, tuple)): return loader[n:]
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset): return RestLoader(loader, n)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset): return read_again(loader, n)
     own = copy.copy(loader)
     own._iterator = None                # workers that live on belong to the original
     if loader.batch_sampler is None: object.__setattr__(own, "sampler", RestSampler(loader.sampler, n))
@@ -140,6 +148,13 @@ def rest_of(loader: Any, n: int) -> Any:
     elif callable(rest := getattr(loader.batch_sampler, "rest", None)): object.__setattr__(own, "batch_sampler", rest(n))
     else: object.__setattr__(own, "batch_sampler", RestSampler(loader.batch_sampler, n))
     return own
+
+
+def read_again(loader: Any, n: int) -> RestLoader:
+    what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+    warnings.warn(f"the first batches of this epoch, {n}, that were trained on before, are read again, and left out: {what} cannot be "
+                  "indexed. A dataset with __getitem__ and __len__ goes on at once.", stacklevel=2)
+    return RestLoader(loader, n)
 
 
 def with_rest(owner: Any, n: int, attribute: str = "sampler") -> Any:
@@ -197,19 +212,26 @@ def seed_process(seed: int) -> None:
 def with_seeded_workers(loader: Any, seed: int, first: int) -> Any:
     """A copy of a DataLoader whose workers draw anew for each batch, the first one of which has the number `first`.
 
-    Any other loader, and one whose workers live on from epoch to epoch, is taken as it is.
+    Any other loader is taken as it is. Of one whose workers live on from epoch to epoch it is the same copy each time.
     """
-    if not isinstance(loader, DataLoader) or not loader.num_workers or loader.persistent_workers: return loader
+    if not isinstance(loader, DataLoader) or not loader.num_workers: return loader
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None: return loader
-    own = copy.copy(loader)
-    object.__setattr__(own, "dataset", SeededDataset(loader.dataset))
-    object.__setattr__(own, "batch_sampler", SeededBatches(loader.batch_sampler, seed, first))
+    if (own := _lasting.get(loader)) is None:
+        own = copy.copy(loader)
+        own._iterator = None
+        object.__setattr__(own, "dataset", SeededDataset(loader.dataset))
+        object.__setattr__(own, "batch_sampler", SeededBatches(loader.batch_sampler, seed, first))
+        if loader.persistent_workers: _lasting[loader] = own
+    batches: Any = own.batch_sampler
+    batches.batches, batches.seed, batches.first = loader.batch_sampler, seed, first
+    own.generator = loader.generator
     return own
 
 
 # ---------------------------------------------------------------------- what a loader is made of
 def parts_of(loader: Any) -> list[Any]:
     """The loader and those of its samplers that exist: where an order, an epoch or a generator may live."""
+    if isinstance(loader, RestLoader): return parts_of(loader.loader)
     found, layer = [loader, getattr(loader, "sampler", None)], getattr(loader, "batch_sampler", None)
     while layer is not None and layer not in found:
         found.append(layer)

@@ -13,6 +13,7 @@ SMOOTH, RAW, VALID, SECOND = "#1f4e9c", "#b9cbe8", "#d1603d", "#3b8f5a"
 
 
 def import_pyplot() -> Any:
+    """matplotlib.pyplot; ImportError says what to install."""
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -4,8 +4,10 @@ Sums and counts travel, never means. All ranks must call the same of these in th
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -33,6 +35,10 @@ class Ranks(Protocol):
         """What `action` returns on rank 0, on all ranks: plain types and tensors; all raise if it fails."""
         ...
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Put rank 0's values in the place of these tensors' on every rank, in one broadcast."""
+        ...
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag is true."""
         ...
@@ -46,4 +52,5 @@ class Alone:
     def on_main(self, action: Callable[[], object], name: str) -> None: action()
     def gather(self, state: Any) -> list[Any]: return [state]
     def from_main(self, action: Callable[[], Any]) -> Any: return action()
+    def share(self, tensors: Sequence[Tensor]) -> None: pass
     def agree(self, flag: bool) -> bool: return flag

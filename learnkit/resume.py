@@ -38,6 +38,7 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
     in_epoch = not epoch_over and not over
     return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step,
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
+            "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
             "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
 
@@ -55,11 +56,15 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint is of a fit of {place['n_epochs']} epochs, this one is of {learn.n_epochs}: resume it with the "
                          "same arguments, or begin a new fit with resume=False or in another folder.")
     learn.epoch, learn.step, learn.n_items_done = place["epoch"], place["step"], place["items"]
+    held = place.get("n_held", 0)       # batches of a window whose gradients each rank has kept: of no use to other ranks
+    if place["world_size"] == learn.world_size: learn.n_held = held
+    else: learn.n_items_done -= held * place["items_per_batch"]
     learn.epochs_trained, learn.order_seed = place["epochs_trained"], place["order_seed"]
 
 
 def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -> None:
     """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    checkpoint.check_model(learn.model, parts["model"])
     if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
                          "with the same opt_func and splitter.")

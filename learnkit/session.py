@@ -22,7 +22,7 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     if learn.resume and not any(callback.restores for callback in everyone):
         raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
     modes = [(module, module.training) for module in learn.model.modules()]
-    learn.training_model = learn.model
+    learn.training_model = learn.evaluated_model = learn.model
     learn.running = tuple(everyone)
     learn.stages = Stages(learn, everyone, {stage: getattr(learn, f"_{stage}") for stage in STAGES})
     try:

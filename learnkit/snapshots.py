@@ -10,6 +10,7 @@ renames are not atomic.
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,32 +25,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.files import Damaged, explained, hash_file, read_state, size_of, sync_folder, write_bytes, write_state
+from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, writing
 
 FORMAT = 1
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
 FILE = re.compile(r"\w[\w-]*\.pt")
-PARTIAL = re.compile(r"\.\d{6,}-step-\d+\.\d+\.part")      # .000007-step-1200.<pid>.part
 
 
 # ---------------------------------------------------------------------- writing
 def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and space."""
-    final, partial = folder / name, folder / f".{name}.{os.getpid()}.part"
+    """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and space.
+
+    Where another process has taken the name meanwhile, it is the next free one. Returns its path.
+    """
+    final, hidden = folder / name, partial(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        files = {f"{part}.pt": write_state(partial / f"{part}.pt", state) for part, state in parts.items()}
-        manifest = {"format": FORMAT, "files": files, "about": dict(about)}
-        write_bytes(partial / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
-        sync_folder(partial)
-        os.rename(partial, final)
+        hidden.mkdir()
+        with writing({hidden / f"{part}.pt": state for part, state in parts.items()}) as files:
+            manifest = {"format": FORMAT, "files": {path.name: told for path, told in files.items()}, "about": dict(about)}
+            write_bytes(hidden / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
+            sync_folder(hidden)
+        final = put_in_place(hidden, final)
         sync_folder(folder)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         if isinstance(error, OSError): raise explained(error, final, size_of(parts)) from error
         raise
     return final
+
+
+def put_in_place(hidden: Path, final: Path) -> Path:
+    while True:
+        try: os.rename(hidden, final)       # over an empty folder too, but never over a snapshot
+        except OSError as error:
+            match = NAME.fullmatch(final.name)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or match is None: raise
+            final = final.with_name(next_name(final.parent, int(match[2])))
+        else: return final
 
 
 # ---------------------------------------------------------------------- reading
@@ -126,13 +139,17 @@ def newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict
     return None
 
 
-def of_run(folder: Path, run: str) -> list[Path]:
-    """Those whose manifest says that they are of this run, oldest first."""
-    found = []
+def of_run(folder: Path, run: str, whole: str = "") -> list[Path]:
+    """Those whose manifest says that they are of this run, oldest first; but before them those after `whole`, the newest whole one's name.
+
+    A damaged manifest does not say whose it is.
+    """
+    found: list[Path] = []
     for path in all_in(folder):
         with suppress(Damaged):
             if read_manifest(path)["about"].get("run") == run: found.append(path)
-    return found
+    n = next((i for i, path in enumerate(found, 1) if path.name == whole), len(found))
+    return found[n:] + found[:n]
 
 
 def next_name(folder: Path, step: int) -> str:
@@ -140,24 +157,13 @@ def next_name(folder: Path, step: int) -> str:
     return f"{max(serials, default=0) + 1:06d}-step-{step}"
 
 
-def clean(folder: Path) -> None:
-    """Remove what processes that were killed left unfinished."""
-    if not folder.is_dir(): return
-    for path in folder.iterdir():
-        if PARTIAL.fullmatch(path.name) and not is_running(int(path.name.split(".")[-2])): shutil.rmtree(path, ignore_errors=True)
-
-
-def is_running(pid: int) -> bool:
-    if pid == os.getpid(): return False         # a former process of this number
-    from learnkit.distributed.process import is_alive
-    return is_alive(pid)
-
-
 def remove(path: Path) -> None:
-    """Out of sight by one rename first, so that no half of it is ever taken for a snapshot."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.part")
-    os.rename(path, hidden)
-    shutil.rmtree(hidden)
+    """Out of sight by one rename first, so that no half of it is ever taken for a snapshot. Nothing happens if it is gone."""
+    hidden = partial(path)
+    try: os.rename(path, hidden)
+    except FileNotFoundError: return
+    if hidden.is_symlink(): hidden.unlink()     # what it leads to is not ours
+    else: shutil.rmtree(hidden)
 
 
 def in_memory(parts: Any) -> Any:

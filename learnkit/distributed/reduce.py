@@ -22,7 +22,8 @@ from learnkit.distributed.world import COMMAND, get_device, get_rank, get_store,
 
 HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
 _n_turns = 0  # of rank0_first, the same on every rank
-_n_done: dict[str, int] = {}  # turns of on_main, by name
+_n_collectives = 0  # of those below that this rank has come to: at one place of a program the same on every rank
+_turns: dict[str, tuple[int, int]] = {}  # of on_main, by name: (collectives before it, turns since the last of them)
 _machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> (rank, pid) of this machine's first
 
 
@@ -250,7 +251,8 @@ def collective_device(tensors: Sequence[Tensor] = ()) -> torch.device:
 
 def finish(work: Any, device: torch.device) -> None:
     """Waits for a collective; on the CPU by looking again and again: signal handlers do not run in a blocking one."""
-    n_looks = 0
+    global _n_collectives
+    n_looks, _n_collectives = 0, _n_collectives + 1
     while device.type == "cpu" and not work.is_completed():
         time.sleep(5e-5 if n_looks < 40 else 1e-3)
         n_looks += 1
@@ -317,15 +319,17 @@ def rank0_first() -> Iterator[None]:
 def on_main(action: Callable[[], object], name: str) -> None:
     """Does `action` on rank 0 only; the others wait for it, and raise RuntimeError where it fails.
 
-    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done; each name
-    counts its own turns.
+    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done. Its turns are
+    counted from the last collective of this module, which all ranks came to: what rank 0 did alone before a `barrier()`, an
+    epoch or a sum is not taken for what all do after it.
     """
     store = get_store()
     if store is None:
         action()
         return
-    _n_done[name] = _n_done.get(name, 0) + 1
-    key = f"on_main/{name}/{_n_done[name]}"
+    since, n_before = _turns.get(name, (_n_collectives, 0))
+    _turns[name] = _n_collectives, n_before + 1 if since == _n_collectives else 1
+    key = "/".join(map(str, ("on_main", name, *_turns[name])))
     if get_rank() == 0:
         outcome = "left without a word"
         try:

@@ -1,5 +1,6 @@
 """Checkpoints: a fit that was interrupted anywhere, any number of times, ends bit for bit as one that was not."""
 import math
+import os
 import random
 import shutil
 import signal
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from learnkit import Callback, DataBunch, Learner, StopFit, accuracy
 from learnkit.callbacks import Checkpoint, EarlyStopping
@@ -122,13 +132,46 @@ def test_a_chain_of_interruptions_also_in_one_epoch_changes_nothing():
     assert interrupted(make_data, 4) != uninterrupted(DATA["datasets"])       # a control that must differ
 
 
-def test_workers_draw_the_same_after_a_resume():
-    def make_data() -> Any: return DataBunch.create(Noisy(), None, bs=BS, num_workers=2)
+@pytest.mark.parametrize("lasting", [False, True], ids=["", "persistent workers"])
+def test_workers_draw_the_same_after_a_resume(lasting):
+    def make_data() -> Any: return DataLoader(Noisy(), BS, shuffle=True, num_workers=2, persistent_workers=lasting), None
 
     expected = uninterrupted(make_data)
     shutil.rmtree("kept", ignore_errors=True)
     assert interrupted(make_data, 4, 9) == expected
     assert expected[2] != uninterrupted(lambda: DataBunch.create(Noisy(), None, bs=BS, num_workers=0))[2]
+
+
+def test_persistent_workers_live_on_from_epoch_to_epoch():
+    class Pids(Dataset[Any]):
+        def __len__(self) -> int: return N
+        def __getitem__(self, i: int) -> Any: return torch.tensor([float(torch.utils.data.get_worker_info().id), os.getpid()]), i % 3
+
+    class Seen(Callback):
+        def __init__(self) -> None: self.pids: set[float] = set()
+        def after_batch(self, learn: Learner) -> None: self.pids.update(learn.inputs[0][:, 1].tolist())
+
+    seen = Seen()
+    learn = Learner((DataLoader(Pids(), BS, num_workers=2, persistent_workers=True), None), nn.Linear(2, 3), callbacks=[seen])
+    learn.fit(2).fit(1)
+    assert len(seen.pids) == 2
+
+
+class Stream(IterableDataset[Any]):
+    """Cannot be indexed; adds noise of torch's."""
+    def __len__(self) -> int: return N
+    def __iter__(self) -> Any: return ((x + torch.rand(4), y) for x, y in zip(*tensors(), strict=True))
+
+
+@pytest.mark.parametrize("make_data", [lambda: (DataLoader(Stream(), BS), None), lambda: (DataLoader(Stream(), BS, num_workers=1), None)],
+                         ids=["", "in a worker"])
+def test_an_iterable_dataset_is_read_again_which_is_said_once(make_data):
+    expected = uninterrupted(make_data)
+    with pytest.raises(ConnectionAbortedError): make(make_data, every_n_steps=3).fit_one_cycle(EPOCHS, 1e-2, callbacks=[Die(11)])
+    scramble()
+    with pytest.warns(UserWarning, match=r"the first batches of this epoch, 1, .* are read again, and left out: Stream cannot be indexed") as said:
+        again = make(make_data, every_n_steps=None).fit_one_cycle(EPOCHS, 1e-2, resume=True)
+    assert len(said) == 1 and state(again) == expected
 
 
 def test_samples_before_the_place_are_not_read():
@@ -257,13 +300,13 @@ def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypa
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_error_of_the_writer_comes_up_and_the_one_before_is_intact(asynchronous, monkeypatch):
     from learnkit import snapshots
-    real = snapshots.write_state
+    real = snapshots.writing
 
-    def fails(path: Path, content: Any) -> Any:
-        if "step-6" in str(path): raise OSError(28, "No space left on device")
-        return real(path, content)
+    def fails(states: dict[Path, Any]) -> Any:
+        if any("step-6" in str(path) for path in states): raise OSError(28, "No space left on device")
+        return real(states)
 
-    monkeypatch.setattr(snapshots, "write_state", fails)
+    monkeypatch.setattr(snapshots, "writing", fails)
     learn = make(DATA["tensors"], every_n_steps=3, async_write=asynchronous)
     with pytest.raises(OSError, match=r"could not write kept/000002-step-6: No space.*needs about .* MB; .* MB are free"):
         learn.fit(EPOCHS)
@@ -293,7 +336,7 @@ def test_other_arguments_are_refused_before_anything_is_changed():
     with pytest.raises(ValueError, match="fit of 2 epochs, this one is of 3"): learn.fit(3, resume=True)
     other = Learner(DATA["tensors"](), nn.Linear(4, 3), callbacks=[Checkpoint("kept")])
     before = other.model.weight.clone()
-    with pytest.raises(ValueError, match="optimizer"): other.fit(2, resume=True)
+    with pytest.raises(ValueError, match="another model; 11 differences"): other.fit(2, resume=True)
     assert torch.equal(other.model.weight, before)
     with pytest.raises(ValueError, match="has nothing to resume from"): Learner(DATA["tensors"](), nn.Linear(4, 3)).fit(1, resume=True)
 

@@ -190,7 +190,7 @@ def test_the_launcher_is_all_that_is_needed_and_a_second_call_replaces_the_first
         first = learn.callbacks[-1]
         learn.to_distributed(sync_bn=True)
         [second] = [cb for cb in learn.callbacks if isinstance(cb, Distributed)]
-        assert second is not first and second.sync_bn and not first.sync_bn  # type: ignore[attr-defined]
+        assert second is not first and second.replicas.sync_bn and not first.replicas.sync_bn  # type: ignore[attr-defined]
         return history(learn.fit(2)), dist.is_initialized()
 
     alone = history(distributed().fit(2))
@@ -310,7 +310,6 @@ def test_a_write_that_fails_on_rank_0_raises_on_all_that_called_it(ranks, tmp_pa
     assert other == "RuntimeError" and told == f"rank 0 failed to do this: write models/m.pt: FileExistsError: {text}"
 
 
-@pytest.mark.xfail(reason="on_main counts turns by rank: after one of rank 0 alone, the others take its outcome for the next one's", strict=True)
 def test_all_hear_of_a_failed_write_after_one_of_rank_0_alone(ranks, tmp_path):
     def fn():
         learn = distributed()
@@ -322,6 +321,20 @@ def test_all_hear_of_a_failed_write_after_one_of_rank_0_alone(ranks, tmp_path):
         with pytest.raises((OSError, RuntimeError)): learn.save("m")
 
     ranks(2, fn)
+
+
+def test_a_failed_write_of_rank_0_alone_is_not_taken_for_the_next_one_of_all(ranks, tmp_path):
+    def fn():
+        learn = distributed()
+        if is_main():
+            (tmp_path / "models").write_text("not a folder")
+            with pytest.raises(FileExistsError): learn.save("m")
+            (tmp_path / "models").unlink()
+        learn.fit(1)
+        learn.save("m")
+        return (tmp_path / "models" / "m.pt").exists()
+
+    assert ranks(2, fn) == [True, True]
 
 
 # --------------------------------------------------------------------------------------------------------- who does what

@@ -157,6 +157,18 @@ def test_a_newer_format_is_refused_with_what_to_do(whole):
     with pytest.raises(Damaged, match="has format 2, this version of learnkit reads up to 1: install a newer one"): snapshots.read(whole)
 
 
+@pytest.mark.parametrize("n", [0, -1, 10**30, 1e300, "12", None, [1]])
+def test_a_declared_size_that_is_not_the_files_is_refused_and_allocates_nothing(whole, n):
+    with_manifest(whole, lambda manifest: manifest["files"]["model.pt"].update(bytes=n))
+    assert_refused(whole, "model.pt")
+
+
+def test_a_manifest_that_says_a_key_twice_is_refused(whole):
+    manifest = whole / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format"', '"format": 0, "format"', 1))
+    assert_refused(whole, "manifest.json")
+
+
 @pytest.mark.parametrize("text", [b"[]", b"null", b"{}", b"7", b"\xff\xfe", b"[" * 100_000, b'{"manifest": 1, "sha256": 2}', b"9" * 10_000])
 def test_a_manifest_that_is_any_other_json_or_none_is_refused(whole, text):
     (whole / "manifest.json").write_bytes(text)

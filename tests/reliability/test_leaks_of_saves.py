@@ -30,14 +30,15 @@ class Watches(Callback):
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["", "asynchronous"])
 def test_saving_leaves_nothing_behind(asynchronous):
+    gc.collect()
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     n = times(50, 500)
     watch = Watches()
     learn = make_learner(Checkpoint("kept", every_n_steps=1, async_write=asynchronous), width=8_000)     # 0.7 MB each
     with learn.no_logging(): learn.fit(-(-n // N_STEPS), 1e-3, callbacks=[watch])
     files, threads, memory = zip(*watch.seen, strict=True)
-    assert max(threads) - before[1] <= 2 * asynchronous         # the writer, and the one that hashes for it
-    assert max(files) - before[0] <= 3 * asynchronous           # those that it is writing
+    assert max(threads) - before[1] <= 7 * asynchronous         # the writer, and for each of three files one that hashes and one that flushes
+    assert max(files) - before[0] <= 7 * asynchronous           # each of them open for writing and for reading, and the folder
     assert max(memory[n // 2:]) - memory[n // 5] < 20e6, [round(m / 1e6) for m in memory]
     gc.collect()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

@@ -18,6 +18,7 @@ from torch import nn
 from learnkit import Callback, Learner, snapshots
 from learnkit.callbacks import Checkpoint
 from learnkit.distributed import launch
+from learnkit.files import clean
 from tests.reliability.conftest import FULL, Child, litter, make_learner, newest, outcome, times
 
 EPOCHS = 4
@@ -78,27 +79,53 @@ def newest_place(folder: Path) -> dict[str, Any]: return newest(folder / "kept")
 
 @pytest.mark.parametrize("script, ranks, asynchronous", [
     (train, 1, True), (train_on_two, 2, False), pytest.param(train, 1, False, marks=full), pytest.param(train_on_two, 2, True, marks=full)])
-def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(start, script, ranks, asynchronous):
-    begun = time.monotonic()
+@pytest.mark.parametrize("part", range(times(1, 5)))
+def test_a_training_that_is_killed_again_and_again_ends_as_one_that_is_not(start, script, ranks, asynchronous, part):
+    script = functools.partial(script, every_n_steps=2)
     assert start(script, Path("alone")).end() == 0
-    duration, expected, draw = time.monotonic() - begun, outcome_of(Path("alone")), random.Random(ranks)
+    expected, draw = outcome_of(Path("alone")), random.Random(ranks + 10 * part)
     n_kills = n_resumed_amid_an_epoch = 0
-    for run in range(times(1, 25)):
+    for run in range(times(1, 5)):
         folder = Path(f"killed-{run}")
         for attempt in range(100):
-            child = start(functools.partial(script, async_write=asynchronous), folder)
-            if attempt < times(4, 6):
-                time.sleep(draw.uniform(.1, 1) * duration)
+            child, n_done = start(functools.partial(script, async_write=asynchronous), folder), len(notes_of(folder))
+            if attempt < times(2, 6):
+                more = draw.randrange(4, 14)        # of 48 batches, on one rank or two together
+                while child.is_running() and len(notes_of(folder)) < n_done + more: time.sleep(.002)
+                time.sleep(draw.uniform(0, .01))
                 victim = draw.choice([child.pid, *(int(file.read_text() or 0) for file in folder.glob("pid-*"))])
-                killed = kill(victim if victim in family(child) else child.pid)
-                n_kills += killed
+                n_kills += kill(victim if victim in family(child) else child.pid)
             child.end()
             if (folder / "outcome.json").exists(): break
-            n_resumed_amid_an_epoch += (folder / "kept").exists() and bool(snapshots.all_in(folder / "kept")) and newest_place(folder)["items"] > 0
+            n_resumed_amid_an_epoch += bool(snapshots.all_in(folder / "kept")) and newest_place(folder)["items"] > 0
         assert outcome_of(folder) == expected, f"run {run}"
         assert litter(folder / "kept") == []
     print(f"{n_kills} kills, {n_resumed_amid_an_epoch} resumed amid an epoch")
-    assert n_kills >= times(1, 40)
+    assert n_kills >= times(1, 10) and n_resumed_amid_an_epoch >= times(0, 6)
+
+
+class KilledInValidation(Callback):
+    """Rank 0 is, after one of an epoch's batches of the validation set."""
+    order = Checkpoint.order - 10
+
+    def __init__(self, epoch: int, batch: int) -> None: self.epoch, self.batch = epoch, batch
+
+    def after_batch(self, learn: Learner) -> None:
+        if not learn.training and (learn.epoch, learn.batch_index, learn.rank) == (self.epoch, self.batch, 0): os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script", [train, pytest.param(train_on_two, marks=full)])
+@pytest.mark.parametrize("every_n_steps", [5, pytest.param(1, marks=full), pytest.param(None, marks=full)])
+def test_a_training_that_is_killed_within_validation_ends_as_one_that_is_not(start, script, every_n_steps):
+    assert start(script, Path("alone")).end() == 0
+    for epoch, batch in [(0, 0), (EPOCHS - 1, 3)] if not FULL else [(epoch, batch) for epoch in range(EPOCHS) for batch in (0, 3)]:
+        folder = Path(f"killed-{epoch}-{batch}")
+        killed = functools.partial(script, every_n_steps=every_n_steps, callbacks=(KilledInValidation(epoch, batch),))
+        assert start(killed, folder).end() != 0
+        assert not (folder / "outcome.json").exists()
+        child = start(functools.partial(script, every_n_steps=every_n_steps), folder)
+        assert child.end() == 0, child.said()
+        assert outcome_of(folder) == outcome_of(Path("alone"))
 
 
 def family(child: Child) -> list[int]:
@@ -216,7 +243,7 @@ def test_a_second_signal_ends_at_once_and_leaves_no_half_written_checkpoint(star
         assert code in (-signal.SIGTERM, 143)
         for path in snapshots.all_in(folder / "kept"): snapshots.read(path)
         assert snapshots.newest(folder / "kept") is not None
-        snapshots.clean(folder / "kept")
+        clean(folder / "kept")
         assert litter(folder / "kept") == []
     print(f"{n_at_once} ended by the second signal")
     assert n_at_once

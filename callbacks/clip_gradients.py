@@ -1,0 +1,75 @@
+"""Gradients clipped once a step: by their norm, by value, or by the norms of the weights."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+from learnkit.callbacks.mixed_precision import MixedPrecision
+from learnkit.callbacks.recorder import Trace
+from learnkit.hooks import Callback
+from learnkit.learner import Learner
+
+
+class ClipGradients(Callback):
+    """Clip the gradients of every optimizer step: after accumulation and reduction, unscaled.
+
+    max_norm    all gradients together are scaled down to this norm, where theirs is larger
+    value       each number is brought between -value and value
+    adaptive    each unit's gradient (a row of a matrix, a filter) is scaled down to this multiple of the norm of its weights
+                (Brock et al., 2021: 0.01); of the last layer, and of what has one dimension, too
+    norm_type   of the norm that max_norm is about: 2, 1, inf, …
+
+    One of them; without any, max_norm=1. `norms` are those of each step before clipping, with max_norm; reading them is what
+    reads the device.
+
+    >>> learn.fit(5, callbacks=[ClipGradients(max_norm=1.0)])  # doctest: +SKIP
+    """
+    order = MixedPrecision.order + 10
+    unique = True
+
+    def __init__(self, max_norm: float | None = None, *, value: float | None = None, adaptive: float | None = None,
+                 norm_type: float = 2.) -> None:
+        given = {"max_norm": max_norm, "value": value, "adaptive": adaptive}
+        chosen = {name: limit for name, limit in given.items() if limit is not None}
+        if len(chosen) > 1: raise ValueError(f"clipping by {' and '.join(chosen)} at once: choose one of {', '.join(given)}.")
+        for name, limit in chosen.items():
+            if not limit > 0: raise ValueError(f"{name}={limit}: expected a number above 0.")
+        self.max_norm, self.value, self.adaptive, self.norm_type = max_norm, value, adaptive, norm_type
+        if not chosen: self.max_norm = 1.
+        self.trace = Trace()
+        self.parameters: list[Any] = []
+
+    @property
+    def norms(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
+
+    def before_fit(self, learn: Learner) -> None:
+        self.trace, self.parameters = Trace(), list(learn.model.parameters())
+
+    def before_step(self, learn: Learner) -> None:
+        if self.value is not None: clip_grad_value_(self.parameters, self.value)
+        elif self.adaptive is not None: self.clip_units(self.adaptive)
+        elif gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            norm = get_total_norm(gradients, self.norm_type)
+            assert self.max_norm is not None
+            clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+            self.trace.append(norm)
+
+    @torch.no_grad()
+    def clip_units(self, limit: float) -> None:
+        for p in self.parameters:
+            if p.grad is None: continue
+            largest = unit_norms(p).clamp(min=1e-3) * limit
+            p.grad.mul_((largest / unit_norms(p.grad).clamp(min=1e-6)).clamp(max=1.))
+
+    def state_dict(self) -> dict[str, Any]: return {"norms": self.trace.since(0)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: self.trace.folded, self.trace.recent = [state["norms"]], []
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """The norm of each slice along the first dimension, of a vector as a whole; shaped to be multiplied with it."""
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)

@@ -1,0 +1,61 @@
+"""Sharpness-aware minimization."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from learnkit.callbacks.auto_microbatch import AutoMicrobatch
+from learnkit.callbacks.clip_gradients import ClipGradients
+from learnkit.callbacks.mixed_precision import MixedPrecision
+from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
+from learnkit.hooks import Callback, Run
+from learnkit.learner import Learner
+
+
+class SAM(Callback):
+    """Step with the gradient that the batch has a distance `rho` uphill (Foret et al., 2021): two passes a step.
+
+    On several ranks uphill is where the gradient of all of them points. The recorded loss is that of the weights themselves; batch
+    norm's statistics are too. Raises ValueError at the fit's start beside Accumulate and AutoMicrobatch, which split the batch of a
+    step, beside delay_allreduce, and beside float16.
+
+    >>> learn.fit(5, callbacks=[SAM(rho=0.05)])  # doctest: +SKIP
+    """
+    order = ClipGradients.order - 5
+    unique = True
+
+    def __init__(self, rho: float = 0.05) -> None:
+        if not rho > 0: raise ValueError(f"rho={rho}: expected a distance above 0, such as 0.05.")
+        self.rho = rho
+
+    def before_fit(self, learn: Learner) -> None:
+        for callback in learn.running:
+            if isinstance(callback, (AutoMicrobatch, ReduceAfterwards)) or callback.batches_per_step > 1:
+                raise ValueError(f"SAM beside {type(callback).__name__}: its second pass needs the whole batch of a step at once, and its "
+                                 "gradients with all ranks. Take one of them.")
+            if isinstance(callback, MixedPrecision) and callback.dtype == torch.float16:
+                raise ValueError("SAM beside float16: it climbs along gradients that overflow at times. Take to_bf16() or to_fp32().")
+
+    def around_step(self, learn: Learner, run: Run) -> None:
+        moved = [p for p in learn.model.parameters() if p.grad is not None]
+        kept: dict[str, Any] = {name: getattr(learn, name) for name in ("pred", "loss")}
+        weights, buffers = [p.detach().clone() for p in moved], [(b, b.clone()) for b in learn.model.buffers()]
+        try:
+            self.climb(moved)
+            learn.zero_grad()
+            learn.stages.forward()
+            learn.stages.backward()
+        finally:
+            with torch.no_grad():
+                for p, value in (*zip(moved, weights, strict=True), *buffers): p.copy_(value)
+            for name, value in kept.items(): setattr(learn, name, value)
+        run()
+
+    @torch.no_grad()
+    def climb(self, parameters: list[Any]) -> None:
+        gradients = [p.grad for p in parameters]
+        if not gradients: return
+        scale = self.rho / (get_total_norm(gradients) + 1e-12)
+        torch._foreach_add_(parameters, torch._foreach_mul(gradients, scale))  # type: ignore[reportPrivateImportUsage]

@@ -1,0 +1,69 @@
+"""An average of a model's weights and buffers, in storage of its own, and the exchange of the two."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from learnkit.checkpoint import is_wrapper, plain_keys
+
+
+class Average:
+    """Starts as a copy of the model's state; `update` moves it towards what the model is now.
+
+    Half-precision weights are averaged in float32; integer buffers follow the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = model.state_dict(keep_vars=True)
+        names = {id(own[key]): name for name, key in plain_keys(own, wrapped=is_wrapper(model)).items()}    # shared ones once
+        tensors = [t for t in own.values() if isinstance(t, Tensor)]
+        self.tensors: dict[str, Tensor] = {names[id(t)]: t for t in tensors}        # the model's own
+        self.values = {name: t.detach().to(kept_as(t), copy=True) for name, t in self.tensors.items()}
+        self.floats = [name for name, t in self.tensors.items() if t.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, weight: float) -> None:
+        """average += weight × (model − average)."""
+        averages = [self.values[name] for name in self.floats]
+        now = [self.tensors[name] for name in self.floats]
+        if any(a.dtype != t.dtype for a, t in zip(averages, now, strict=True)):
+            now = [t.to(a.dtype) for a, t in zip(averages, now, strict=True)]
+        torch._foreach_lerp_(averages, now, weight)  # type: ignore[reportPrivateImportUsage]
+        for name, value in self.values.items():
+            if not value.is_floating_point(): value.copy_(self.tensors[name])
+
+    def buffers(self) -> list[Tensor]:
+        """The averages of what is no parameter."""
+        return [value for name, value in self.values.items() if not isinstance(self.tensors[name], nn.Parameter)]
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the block the model is the average; its own weights are back afterwards, whatever is raised.
+
+        Storage changes places, nothing is copied: a checkpoint that is being written reads the same numbers on.
+        """
+        own = {name: t.data for name, t in self.tensors.items()}
+        try:
+            for name, t in self.tensors.items(): t.data = self.values[name].to(t.dtype)
+            yield
+        finally:
+            for name, t in self.tensors.items(): t.data = own[name]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Make the model's own weights equal to the average."""
+        for name, t in self.tensors.items(): t.copy_(self.values[name])
+
+    def state_dict(self) -> dict[str, Tensor]: return dict(self.values)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        differing = sorted(state.keys() ^ self.values.keys())
+        if differing: raise ValueError(f"the average is one of another model: {', '.join(differing[:5])} in one of them only.")
+        for name, value in self.values.items(): value.copy_(state[name])
+
+
+def kept_as(t: Tensor) -> torch.dtype: return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype

@@ -1,0 +1,45 @@
+"""Between the host and a device, without either waiting for the other."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnkit.batch import tensors_in, to_device
+
+
+def mover(device: torch.device) -> Callable[[Any], Any]:
+    """A function that brings batches to the device.
+
+    To a CUDA device they come on a stream of their own: as the host is ahead of the device, the copy of the next batch, from pinned
+    memory, runs beside the work on this one.
+    """
+    if device.type != "cuda": return lambda batch: to_device(batch, device)
+    copies = torch.cuda.Stream(device)
+
+    def move(batch: Any) -> Any:
+        with torch.cuda.stream(copies): moved = to_device(batch, device)
+        work = torch.cuda.current_stream(device)
+        work.wait_stream(copies)
+        for tensor in tensors_in(moved): tensor.record_stream(work)     # its memory is not free before this stream is done with it
+        return moved
+    return move
+
+
+class Reading:
+    """Numbers on their way from a device to the host: look whether they have arrived before you read them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.event = None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(values.device))
+        else: self.values = values.detach().cpu()       # a device without pinned memory waits here
+
+    @property
+    def has_arrived(self) -> bool: return self.event is None or self.event.query()
+
+    def tolist(self) -> list[float]: return self.values.tolist()

@@ -1,0 +1,102 @@
+"""Downloads that go on where they were interrupted, and are what they should be, or are refused."""
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO
+
+from learnkit.files import Damaged, explained
+from learnkit.vision.archives import Remote
+from learnkit.vision.pictures import bar
+
+PIECE = 1 << 18
+TIMEOUT = 30        # seconds without a byte
+N_TRIES = 5         # of one address, each where the last one ended
+
+
+class NotFound(OSError):
+    """No address of a file gave it."""
+
+
+def download(remote: Remote, path: Path) -> Path:
+    """Fetch a file to `path`, by its first address that works, and verify it. Raises NotFound, Damaged; OSError on a full disk.
+
+    What came before an interruption is in `path` + ".part", and is not fetched again, if a checksum can tell whether the whole is right.
+    """
+    part = path.with_name(f"{path.name}.part")
+    if remote.checksum is None: part.unlink(missing_ok=True)
+    reasons = []
+    for address in remote.addresses:
+        try: fetch(address, part)
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reasons.append(f"{address}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+            continue
+        try: verify(part, remote.checksum, address)
+        except Damaged as error:
+            part.unlink()
+            reasons.append(str(error))
+            continue
+        part.replace(path)
+        return path
+    raise NotFound("; ".join(reasons))
+
+
+def fetch(address: str, part: Path) -> None:
+    """Bring `part` up to the whole file; what was fetched before an error stays."""
+    if not address.startswith(("http://", "https://")): raise ValueError(f"{address} is no http or https address. A file: give archive=….")
+    for k in range(N_TRIES):
+        n_before = part.stat().st_size if part.exists() else 0
+        try:
+            if fetch_rest(address, part, n_before): return
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not n_before: raise     # 416: there is nothing more than what we have
+            error.close()
+            if str(n_before) == (error.headers.get("Content-Range") or "").rpartition("/")[2]: return
+            part.unlink()
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
+            grew = part.exists() and part.stat().st_size > n_before
+            if k == N_TRIES - 1 or not grew: raise
+    raise ConnectionError(f"the connection ended {N_TRIES} times before the file did")
+
+
+def fetch_rest(address: str, part: Path, n_before: int) -> bool:
+    """One connection; whether it came to the file's end."""
+    request = urllib.request.Request(address, headers={"User-Agent": "learnkit", **({"Range": f"bytes={n_before}-"} if n_before else {})})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        goes_on = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {n_before}-")
+        if not goes_on: n_before = 0
+        length = response.headers.get("Content-Length")
+        n_whole = None if length is None else n_before + int(length)
+        try:
+            with part.open("ab" if goes_on else "wb") as file: n = copy(response, file, n_before, n_whole, address)
+        except OSError as error:
+            if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None: raise
+            raise explained(error, part, n_whole or 0) from None
+    return n_whole is None or n >= n_whole
+
+
+def copy(response: http.client.HTTPResponse, file: BinaryIO, n: int, n_whole: int | None, address: str) -> int:
+    """Returns how many bytes the file has."""
+    with bar(n_whole or 0, address.rpartition("/")[2]) as progress:
+        while piece := response.read(PIECE):
+            file.write(piece)
+            n += len(piece)
+            if progress is not None and n_whole: progress(n)
+    return n
+
+
+def verify(path: Path, checksum: str | None, source: object) -> None:
+    """Raise Damaged where the file is not the one that "md5:…" or "sha256:…" was pinned for."""
+    if checksum is None: return
+    kind, _, wanted = checksum.partition(":")
+    digest = {"md5": lambda: hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256}.get(kind)
+    if digest is None: raise ValueError(f"checksum={checksum!r}: expected 'sha256:…' or 'md5:…'.")
+    found = digest()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE): found.update(piece)
+    if found.hexdigest() != wanted.lower():
+        raise Damaged(f"{source}: the {kind} of {os.path.getsize(path):,} bytes is {found.hexdigest()}, expected {wanted}")

@@ -1,0 +1,139 @@
+"""What a model takes pictures for: confusions, the worst losses, accuracy by class; as numbers and as pictures."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnkit.data import TensorLoader, in_order
+from learnkit.learner import Learner
+from learnkit.plots import import_pyplot
+from learnkit.vision.data import ImageDataBunch
+from learnkit.vision.show import show_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG = "#2a7d4f", "#b3261e"
+
+
+class TopLoss(NamedTuple):
+    """One sample: its number in the data set, its loss, what it was taken for, how probably, and what it is; its file, if known."""
+    index: int
+    loss: float
+    predicted: str
+    probability: float
+    actual: str
+    file: str | None
+
+
+def interpret(learn: Learner, dl: Any = None) -> Interpretation:
+    """Predict all of `dl` (None: valid_dl), on any number of ranks, all of which have to call it; see `Interpretation`."""
+    preds, targets, losses = learn.get_preds(dl, with_loss=True)
+    if not isinstance(preds, Tensor) or preds.ndim != 2 or targets.is_floating_point() or targets.ndim != 1:
+        raise TypeError("interpret is for classification: expected predictions (samples, classes) and a class number for each sample, got "
+                        f"{tuple(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__} and {tuple(targets.shape)}.")
+    return Interpretation(learn.data, learn.data.valid_dl if dl is None else dl, preds.float(), targets, losses)
+
+
+class Interpretation:
+    """Predictions of a classifier beside what is true; the same on every rank. Made by `interpret`.
+
+    preds       scores, float (samples, classes), in the order of the data set, as targets and losses are
+    predicted   the class with the highest one, int64 (samples,)
+
+    >>> print(interpret(learn).accuracy_per_class())  # doctest: +SKIP
+    {'cat': 0.71, 'dog': 0.83}
+    """
+
+    def __init__(self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor) -> None:
+        self.data, self.dl, self.preds, self.targets, self.losses = data, dl, preds, targets, losses
+        self.predicted = preds.argmax(1)
+        self.classes = [str(name) for name in data.classes] if data.classes is not None else [str(k) for k in range(preds.shape[1])]
+
+    def confusion_matrix(self) -> Tensor:
+        """How many samples of each class (row) were taken for each class (column): int64 (classes, classes)."""
+        n = self.preds.shape[1]
+        return torch.bincount(self.targets * n + self.predicted, minlength=n * n).view(n, n)
+
+    def most_confused(self, least: int = 1) -> list[tuple[str, str, int]]:
+        """(class, taken for, how often), most often first, down to `least` times."""
+        matrix = self.confusion_matrix().fill_diagonal_(0)
+        pairs = [(int(matrix[i, j]), int(i), int(j)) for i, j in (matrix >= max(1, least)).nonzero().tolist()]
+        return [(self.classes[i], self.classes[j], n) for n, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))]
+
+    def accuracy_per_class(self) -> dict[str, float]:
+        """The share of each class's samples that were recognized; nan for a class without samples."""
+        matrix = self.confusion_matrix().double()
+        shares = matrix.diagonal() / matrix.sum(1)
+        return dict(zip(self.classes, shares.tolist(), strict=False))
+
+    def top_losses(self, k: int = 9) -> list[TopLoss]:
+        """The samples with the largest losses, worst first."""
+        losses, indices = self.losses.topk(min(k, len(self.losses)))
+        return [self.sample(int(i), float(loss)) for loss, i in zip(losses, indices, strict=True)]
+
+    def sample(self, index: int, loss: float) -> TopLoss:
+        predicted, actual = int(self.predicted[index]), int(self.targets[index])
+        probability = float(self.preds[index].softmax(0)[predicted])
+        return TopLoss(index, loss, self.classes[predicted], probability, self.classes[actual], self.file_of(index))
+
+    def file_of(self, index: int) -> str | None:
+        if not isinstance(self.data, ImageDataBunch): return None
+        uses = {"train": self.data.train_dl, "valid": self.data.valid_dl, "test": self.data.test_dl}
+        files = next((self.data.pictures[use].files for use, loader in uses.items() if loader is self.dl and use in self.data.pictures), [])
+        return files[index] if index < len(files) else None
+
+    # ------------------------------------------------------------------ as pictures
+    def plot_confusion_matrix(self, *, normalize: bool = False) -> Figure:
+        """The matrix as a picture; `normalize`: shares of each row."""
+        matrix = self.confusion_matrix().double()
+        shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+        n = len(matrix)
+        side = max(4., .42 * n + 1.6)
+        figure, ax = import_pyplot().subplots(figsize=(side, side), layout="constrained")
+        ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        names = [name[:18] for name in self.classes[:n]]
+        ax.set_xticks(range(n), names, rotation=90, fontsize=8)
+        ax.set_yticks(range(n), names, fontsize=8)
+        ax.set(xlabel="taken for", ylabel="is")
+        for i in range(n if n <= 40 else 0):        # more cells could not be read
+            for j in range(n):
+                text = f"{shares[i, j]:.2f}" if normalize else f"{int(matrix[i, j])}"
+                if matrix[i, j]: ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if shares[i, j] > .5 else "black")
+        return figure
+
+    def plot_top_losses(self, k: int = 12, columns: int = 4) -> Figure:
+        """The pictures with the largest losses: what each was taken for, what it is, and its loss."""
+        worst = self.top_losses(k)
+        titles = [f"{t.predicted} {t.probability:.0%}\nis {t.actual}, loss {t.loss:.2f}" for t in worst]
+        colours = [RIGHT if t.predicted == t.actual else WRONG for t in worst]
+        return show_grid(self.pictures([t.index for t in worst]), titles, columns, colours=colours)
+
+    def show_results(self, rows: int = 3, columns: int = 6) -> Figure:
+        """Pictures from all over the data set: what each was taken for, and what it is where that is something else."""
+        n = len(self.targets)
+        indices = torch.linspace(0, n - 1, min(rows * columns, n)).round().long()
+        right = self.predicted == self.targets
+        titles = [self.classes[self.predicted[i]] + ("" if right[i] else f"\nis {self.classes[self.targets[i]]}") for i in indices]
+        return show_grid(self.pictures(indices.tolist()), titles, columns, colours=[RIGHT if right[i] else WRONG for i in indices])
+
+    def pictures(self, indices: list[int]) -> Tensor:
+        """As the model saw them, without normalization: float (n, channels, height, width) in [0, 1]."""
+        loader = in_order(self.dl)
+        if isinstance(loader, TensorLoader):
+            own = TensorLoader([t[indices] for t in loader.tensors], bs=len(indices), batch_tfms=loader.batch_tfms)
+            x = next(iter(own))[0]
+        else: x = torch.stack([next_of(loader, index) for index in indices])
+        return self.data.denormalize(x) if isinstance(self.data, ImageDataBunch) else x.float().cpu().clamp(0, 1)
+
+
+def next_of(loader: Any, index: int) -> Tensor:
+    """The index-th picture of a loader of batches in order, by reading those before it."""
+    n_before = 0
+    for batch in loader:
+        x = batch[0]
+        if index < n_before + len(x): return x[index - n_before]
+        n_before += len(x)
+    raise IndexError(f"there is no sample {index}: the loader has {n_before}.")

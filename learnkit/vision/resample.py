@@ -1,0 +1,37 @@
+"""Resampling of batches, each picture in its own way: affine maps, and crops resized with antialiasing."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:
+    """Pictures turned counter-clockwise by `angle` (radians) and enlarged by `scale`, (n,) each, about their centres."""
+    height, width = x.shape[2:]
+    cos, sin, zero = angle.cos() / scale, angle.sin() / scale, torch.zeros_like(angle)
+    rows = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1)      # output -> input, in [-1, 1]
+    grid = F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode=mode, align_corners=False)
+
+
+def crop_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, *, antialias: bool) -> Tensor:
+    """How much each input row counts in each output row, when input rows start … start + length - 1 become n_out: (n, n_out, n_in).
+
+    A triangle about the place of the output row, as wide as the larger one of an input and an output row; nothing outside of the
+    crop counts. So do torch's interpolate and Pillow.
+    """
+    scale = length.double() / n_out
+    support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
+    out = torch.arange(n_out, device=start.device, dtype=torch.float64)
+    centre = scale[:, None] * (out + .5)
+    if not antialias: centre = centre.clamp(min=.5).minimum(length[:, None] - .5)
+    at = torch.arange(n_in, device=start.device) - start[:, None]           # of the input rows, within the crop
+    distance = (at[:, None, :] + .5 - centre[:, :, None]) / support[:, None, None]
+    weights = (1 - distance.abs()).clamp(min=0) * ((at >= 0) & (at < length[:, None]))[:, None, :]
+    return (weights / weights.sum(2, keepdim=True)).float()
+
+
+def resize_batch(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(n, channels, height, width) float by weights (n, out_height, height) and (n, out_width, width)."""
+    return torch.matmul(rows.unsqueeze(1), torch.matmul(x, columns.transpose(1, 2).unsqueeze(1)))

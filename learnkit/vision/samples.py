@@ -1,0 +1,69 @@
+"""Pictures that a dataset makes one by one, in worker processes, with random numbers of their own; batches transformed on the device."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from learnkit.batch import to_device
+from learnkit.data import default_workers
+from learnkit.draws import BatchTransform, transform_batch
+from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, mix, parts_of, private_state, seed_process, swapped
+
+
+class SampleLoader(DataLoader[Any]):
+    """A DataLoader over a dataset of (picture, …, target), whose pictures are a pure function of (seed, epoch, sample).
+
+    Torch's, Python's and numpy's generators are seeded for each sample while the dataset makes it, in workers and without.
+    `batch_tfms` are applied to the batch of pictures, on `device`.
+    """
+
+    def __init__(self, dataset: Any, *, bs: int, shuffle: bool, drop_last: bool, batch_tfms: Sequence[BatchTransform],
+                 device: torch.device, seed: int | None = None, num_workers: int | None = None) -> None:
+        super().__init__(dataset, batch_size=bs, sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed), drop_last=drop_last,
+                         num_workers=default_workers(dataset) if num_workers is None else num_workers,
+                         pin_memory=device.type == "cuda", generator=PrivateGenerator())
+        self.batch_tfms, self.device = tuple(batch_tfms), device
+
+    def in_order(self) -> SampleLoader:
+        """The same samples in dataset order, each once."""
+        seed = self.sampler.seed if isinstance(self.sampler, EpochOrder) else None
+        return SampleLoader(self.dataset, bs=self.batch_size or 1, shuffle=False, drop_last=False, batch_tfms=self.batch_tfms,
+                            device=self.device, seed=seed, num_workers=self.num_workers)
+
+    def __iter__(self) -> Iterator[Any]:        # type: ignore[override]
+        order = next(part for part in parts_of(self) if isinstance(part, EpochOrder))
+        seed, epoch = order.seed, order.epoch
+        own = copy.copy(self)
+        object.__setattr__(own, "dataset", Numbered(self.dataset, seed, epoch))     # DataLoader refuses a plain assignment
+        for x, *others, index in DataLoader.__iter__(own):
+            x, index = to_device((x, index), self.device)
+            yield (transform_batch(x, self.batch_tfms, seed, epoch, lambda index=index: index), *others)
+
+
+class Numbered:
+    """A dataset's samples with their numbers, each made with generators that are seeded for it."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: int) -> None: self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int: return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        seed = mix(self.seed, self.epoch, index)
+        if get_worker_info() is not None:
+            seed_process(seed)
+            sample = self.dataset[index]
+        else:
+            with swapped(private_state(seed)): sample = self.dataset[index]
+        return (as_tensor(sample[0]), *sample[1:], index)
+
+
+def as_tensor(picture: Any) -> Tensor:
+    """A picture of Pillow's as uint8 (channels, height, width); a tensor as it is."""
+    if isinstance(picture, Tensor): return picture
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    return pil_to_tensor(picture)

@@ -1,0 +1,190 @@
+"""`to_distributed(algorithm=…)`: PyTorch's communication hooks and averages of weights, as one word each."""
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from learnkit import Callback, DataBunch, Learner
+from learnkit.callbacks import Accumulate, Checkpoint
+from learnkit.distributed.algorithms import NAMES, as_algorithm
+
+ALL = [("fp16", {}), ("bf16", {}), ("powersgd", dict(warmup_steps=2)), ("bytegrad", {}), ("local_sgd", dict(period=3, warmup_steps=2)),
+       ("hierarchical", dict(period=2, warmup_steps=0)), ("decentralized", dict(period=2))]
+N, BATCH = 48, 4        # 6 steps an epoch on two ranks
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3))
+
+
+def samples():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(N, 16, generator=g)
+    return x, x[:, :3].argmax(1)
+
+
+def learner(algorithm="allreduce", callbacks=(), **options):
+    data = DataBunch.from_tensors(samples(), samples(), bs=BATCH, seed=3)
+    learn = Learner(data, net(), opt_func=partial(torch.optim.SGD, momentum=.9), wd=0., callbacks=callbacks)
+    return learn.to_distributed(algorithm=algorithm, bucket_cap_mb=.001, **options)      # several buckets: what hangs where it hangs
+
+
+def fitted(*args, epochs=2, **options):
+    learn = learner(*args, **options)
+    with learn.no_logging(): learn.fit(epochs, .1)
+    return learn
+
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+def batches_of(learn):
+    """This rank's, in the order of two epochs."""
+    seen = []
+
+    class See(Callback):
+        def before_batch(self, learn):
+            if learn.training: seen.append((learn.inputs[0].clone(), learn.target.clone()))
+    with learn.no_logging(): learn.fit(2, .1, callbacks=[See()])
+    return seen
+
+
+def test_every_algorithm_ends_with_one_model_on_all_ranks_near_that_of_allreduce(ranks):
+    def fn():
+        plain = fitted()
+        found = {}
+        for name, options in ALL:
+            learn = fitted(name, **options)
+            found[name] = weights(learn), learn.values["valid_loss"]
+        return weights(plain), plain.values["valid_loss"], found
+
+    (plain, loss, first), (_, _, second) = ranks(2, fn, timeout=60)
+    for name, _ in ALL:
+        assert torch.equal(first[name][0], second[name][0]), name
+        assert first[name][1] == second[name][1]
+        assert 0 < (first[name][0] - plain).abs().max() < {"fp16": 1e-3, "bf16": 1e-2, "bytegrad": .02}.get(name, .3), name
+        assert abs(first[name][1] - loss) < {"fp16": 1e-3, "bf16": 3e-3, "bytegrad": .01}.get(name, .1), name
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_hook_of_torch_and_its_name_are_the_same(name, ranks):
+    def fn():
+        hook = getattr(default_hooks, f"{name}_compress_hook")
+        return torch.equal(weights(fitted(name)), weights(fitted(lambda state, bucket: hook(dist.group.WORLD, bucket))))
+
+    assert ranks(2, fn) == [True, True]
+
+
+def test_decentralized_is_a_loop_by_hand_that_averages_weights_every_so_many_steps_and_at_the_end_of_an_epoch(ranks):
+    def fn():
+        own = batches_of(learner("decentralized", period=4))
+        model = net()
+        opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+        for k, (x, y) in enumerate(own):
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            if k % 4 == 0 or k + 1 in (len(own) // 2, len(own)):
+                for p in model.parameters():
+                    dist.all_reduce(p.data)
+                    p.data /= 2
+        by_hand = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return float((weights(fitted("decentralized", period=4)) - by_hand).abs().max())
+
+    assert max(ranks(2, fn)) < 1e-6
+
+
+def test_local_sgd_is_ddp_until_its_warm_up_is_over(ranks):
+    def fn():
+        return [torch.equal(weights(fitted("local_sgd", warmup_steps=n, period=3, epochs=1)), weights(fitted(epochs=1))) for n in (100, 2)]
+
+    assert ranks(2, fn) == [[True, False]] * 2
+
+
+def test_powersgd_is_torchs_hook_by_hand(ranks):
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    def fn():
+        own = batches_of(learner())
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=3, orthogonalization_epsilon=1e-8)  # type: ignore[arg-type]
+
+        def hook(state, bucket):
+            future = powerSGD_hook.powerSGD_hook(state, bucket)
+            future.wait()
+            return future
+        model = net()
+        ddp = DistributedDataParallel(model, bucket_cap_mb=.001, gradient_as_bucket_view=True)
+        ddp.register_comm_hook(state, hook)
+        opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+        for x, y in own:
+            F.cross_entropy(ddp(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+        by_hand = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return float((weights(fitted("powersgd", rank=2, warmup_steps=3)) - by_hand).abs().max())
+
+    assert max(ranks(2, fn)) < 1e-6
+
+
+class Killed(Exception): pass
+
+
+class Kill(Callback):
+    """Saves after the fourth batch of the second epoch, and dies in the next."""
+    order = -200
+
+    def before_batch(self, learn):
+        if learn.training and learn.epoch == 1 and learn.batch_index == 3: learn.wanted = "save"
+        if learn.training and learn.epoch == 1 and learn.batch_index == 4: raise Killed
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_fit_that_was_resumed_within_an_epoch_equals_the_one_that_never_stopped_with_every_algorithm(accumulate, ranks, tmp_path):
+    def fn():
+        differing = []
+        for name, options in ALL:
+            callbacks = [Accumulate(accumulate)] if accumulate > 1 else []
+            whole = fitted(name, [*callbacks], epochs=3, **options)
+            folder = tmp_path / name
+            learn = learner(name, [*([Accumulate(2)] if accumulate > 1 else []), Checkpoint(folder)], **options)
+            with learn.no_logging(), pytest.raises(Killed): learn.fit(3, .1, callbacks=[Kill()])
+            again = learner(name, [*([Accumulate(2)] if accumulate > 1 else []), Checkpoint(folder)], **options)
+            with again.no_logging(): again.fit(3, .1, resume=True)
+            assert again.resumed is not None and again.resumed["items"]
+            if not torch.equal(weights(whole), weights(again)): differing.append((name, float((weights(whole) - weights(again)).abs().max())))
+        return differing
+
+    assert ranks(2, fn, timeout=90) == [[], []]
+
+
+@pytest.mark.parametrize("given, error, message", [
+    (dict(algorithm="powersdg"), ValueError, "is not there: expected one of allreduce, fp16"),
+    (dict(algorithm="qadam"), ValueError, "PyTorch has no engine for quantized Adam"),
+    (dict(algorithm="async"), ValueError, "no engine for asynchronous"),
+    (dict(algorithm="low_precision_decentralized"), ValueError, "no engine for decentralized averaging in low precision"),
+    (dict(algorithm=3), TypeError, "expected one of allreduce"),
+    (dict(algorithm="fp16", period=3), ValueError, "it is an option of local_sgd, hierarchical, decentralized"),
+    (dict(algorithm="decentralized", period=0), ValueError, "period=0: expected a whole number, 1 or more"),
+    (dict(algorithm="powersgd", rank=True), ValueError, "rank=True: expected a whole number")])
+def test_what_is_not_there_is_refused_with_what_is(given, error, message):
+    with pytest.raises(error, match=message): Learner(DataBunch.from_tensors(samples(), bs=4), net()).to_distributed(**given)
+
+
+def test_one_reduction_afterwards_and_another_algorithm_exclude_each_other(ranks):
+    def fn():
+        try: learner("fp16", delay_allreduce=True)
+        except ValueError as error: return str(error)
+
+    assert all("take one" in text for text in ranks(2, fn))
+
+
+def test_alone_every_name_is_accepted_and_does_nothing():
+    plain = fitted()
+    for name in NAMES: assert torch.equal(weights(fitted(name)), weights(plain))
+    assert as_algorithm("powersgd").warmup_steps == 10
