@@ -58,8 +58,8 @@ class Growing:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with path.open("rb", buffering=0) as file:
             while True:
-                last = self.ended.is_set()      # asked before it is read: then nothing follows
-                self.grown.clear()
+                self.grown.clear()              # before the looks, so that whatever comes after them sets it again
+                last = self.ended.is_set()      # before it is read: then nothing follows
                 while n := file.readinto(buffer): digest.update(buffer[:n])
                 if last: return digest.hexdigest()
                 self.grown.wait()

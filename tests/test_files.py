@@ -3,7 +3,10 @@ import errno
 import os
 import pickle
 import random
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import nn
 from torch.optim import SGD
 
 from learnkit import Callback, DataBunch, Learner
+from learnkit.files import Growing, hash_file, writing
 
 
 def make_model(n_out: int = 2) -> nn.Sequential: return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, n_out))
@@ -365,3 +369,32 @@ def test_a_file_of_plain_torch_is_checked_too():
     data[data.index(learn.model.state_dict()["0.weight"].numpy().tobytes()) + 5] ^= 1
     Path("models/plain.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"plain.pt was changed after it was written.*Nothing was loaded"): learn.load("plain")
+
+
+def test_the_hash_is_complete_however_threads_take_turns(tmp_path: Path):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for i in range(100):
+            with writing({tmp_path / f"{i}-{part}": {"w": torch.full((20_000,), float(i))} for part in "ab"}) as told: pass
+            for path, found in told.items(): assert (found["sha256"], found["bytes"]) == hash_file(path)
+    finally: sys.setswitchinterval(before)
+
+
+def test_an_end_that_comes_between_two_looks_of_the_hash_is_not_missed(tmp_path: Path):
+    class Ends(threading.Event):
+        """Comes right after it was seen that it had not."""
+        def is_set(self) -> bool:
+            was = super().is_set()
+            file.end()
+            return was
+
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as helper:
+        helper.submit(gate.wait)
+        file = Growing(tmp_path / "a", helper)
+        file.ended = Ends()
+        file.file.close()
+        gate.set()
+        try: assert file.digest.result(timeout=10) == hash_file(tmp_path / "a")[0]
+        finally: file.end()

@@ -4,15 +4,11 @@ A text block after a python block, with no more than a line between them, is wha
 point, for clock times, for where lines are broken, and for the plain lines of epochs.
 """
 import inspect
-import io
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from matplotlib import pyplot
@@ -20,62 +16,30 @@ from matplotlib import pyplot
 import learnkit
 import learnkit.callbacks
 from learnkit import Callback, DataBunch, Learner, hooks
+from tests.pages import ROOT, Block, Page, form
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-class Block(NamedTuple):
-    language: str
-    code: str
-    line: int           # of README.md, of the block's first line of code
-    end: int            # the place in README.md's text
+PAGE = Page("README.md")
+README = PAGE.text
 
 
-def blocks() -> list[Block]:
-    return [Block(match[1], match[2], README.count("\n", 0, match.start(2)) + 1, match.end())
-            for match in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
-
-
-def form(text: str) -> str:
-    """What must agree of two outputs whose numbers may differ from machine to machine."""
-    text = re.sub(r"\d+(\.\d+)(e-?\d+)?", lambda m: "0." + "0" * (6 if len(m[1]) == 7 else 1), text)
-    return re.sub(r"\b\d\d:\d\d\b", "00:00", text)
-
-
-def words(text: str) -> str: return " ".join(form(text).split())
-
-
-def outputs() -> dict[int, Block]:
-    """The text blocks that stand right after a python block, by that one's first line."""
-    found = blocks()
-    return {block.line: after for block, after in pairwise(found)
-            if (block.language, after.language) == ("python", "text") and is_right_after(block, after)}
-
-
-def is_right_after(block: Block, after: Block) -> bool:
-    """Whether one line or none stands between them."""
-    between = README[block.end:README.index(f"```text\n{after.code}", block.end)].strip()
-    return "\n" not in between
+def blocks() -> list[Block]: return PAGE.blocks
 
 
 def test_every_python_block_runs_and_prints_what_the_page_shows():
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    expected = outputs()
-    for block in (b for b in blocks() if b.language == "python"):
-        source = "\n" * (block.line - 1) + block.code       # so that a traceback names README.md's own line
-        printed = io.StringIO()
-        with redirect_stdout(printed): exec(compile(source, str(ROOT / "README.md"), "exec"), namespace)
-        if block.line in expected and block.line != first().line:
-            ours, shown = words(without_epochs(printed.getvalue())), words(expected[block.line].code)
-            assert ours == shown, f"the block at README.md:{block.line}"
+    PAGE.run(but=first().line)
     assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models", "checkpoints"}
     pyplot.close("all")
 
 
-def without_epochs(text: str) -> str:
-    """An output without the plain lines of the epochs, which most blocks print too."""
-    return re.sub(r"^epoch \d+/\d+  .*\n", "", text, flags=re.MULTILINE)
+@pytest.mark.parametrize("name", ["docs/distributed.md", "docs/pictures.md"])
+def test_the_blocks_of_other_pages_run_and_print_what_they_show(name):
+    Page(name).run()
+    pyplot.close("all")
+
+
+def test_the_script_that_learnkit_exists_for_is_the_example():
+    [script] = [block.code for block in blocks() if block.language == "py"]
+    assert (ROOT / "examples" / "04_cifar.py").read_text(encoding="utf-8").endswith(script)
 
 
 # ---------------------------------------------------------------------- the first block, as a user runs it
@@ -113,7 +77,7 @@ def test_the_first_block_alone_shows_its_table_in_a_terminal():
         output += part
     os.close(ours)
     assert process.wait() == 0, output.decode()
-    table = outputs()[first().line].code.splitlines()
+    table = PAGE.outputs()[first().line].code.splitlines()
     assert [form(line) for line in screen(output.decode())] == [form(line) for line in table]
     assert b"Epoch 1/5" in output and b"%" in output, "no bar was drawn"
 
@@ -150,7 +114,9 @@ def test_nobody_is_told_to_install_the_name_from_the_package_index():
 
 
 def test_links_lead_to_files():
-    for target in re.findall(r"\]\(([^)]+)\)", README): assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def rows(head: str) -> list[list[str]]:

@@ -211,3 +211,28 @@ def test_learn_save_on_a_full_disk_leaves_the_old_file_and_says_so():
         (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - 300_000))
         with pytest.raises(OSError, match=r"could not write .*a\.pt: No space left.*needs about .* MB are free"): learn.save("a", with_opt=False)
         assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_everything_is_flushed_before_the_rename_and_the_folder_after_it(monkeypatch):
+    """In whatever order threads get to it: this is what a power cut cannot undo."""
+    done: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(handle: int) -> None:
+        real_fsync(handle)
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    def rename(source: Any, target: Any) -> None:
+        done.append("rename")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    for i in range(1, 20):
+        done.clear()
+        path = snapshots.write(Path("kept"), f"{i:06d}-step-{i}", parts(), {"run": "a"})
+        before, after = done[:done.index("rename")], done[done.index("rename") + 1:]
+        hidden = next(name for name in before if name.startswith("."))
+        assert sorted(before) == sorted(["model.pt", "run.pt", "manifest.json", hidden]) and before.index("manifest.json") < before.index(hidden)
+        assert after == ["kept"] and path.name in hidden
