@@ -55,7 +55,7 @@ def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
 
 
 def write(learn: Learner, path: Path, stats: Any) -> None:
-    model = copy.deepcopy(learn.model).cpu().eval()
+    with learn.saved_weights(): model = copy.deepcopy(learn.model).cpu().eval()
     names, example = example_of(split_batch(first_batch(learn.data.train_dl))[0])
     said = about(learn, names, example, stats if stats is not None else vars(learn.data).get("stats"))
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")

@@ -29,6 +29,7 @@ from learnkit.transfer import mover
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
     from learnkit.finder import RateFinder
+    from learnkit.on import Handle
 
 Rate = float | slice
 
@@ -377,6 +378,16 @@ class Learner:
             raise ValueError(f"there is no {name} to remove; this Learner has {', '.join(type(cb).__name__ for cb in self.callbacks)}.")
         self.callbacks = [cb for cb in self.callbacks if cb not in gone]
         return self
+
+    def on(self, hook: str, *, every: int = 1, order: int = 0, in_trials: bool = True) -> Callable[[Callable[..., Any]], Handle]:
+        """Make a function a callback: `@learn.on("after_step", every=100)` above `def show(learn): …`, and `show.remove()` later.
+
+        every       call it at each so-manieth step of the fit, batch of the pass, or epoch, whichever the hook is of
+        order, in_trials    as a Callback's: low is first; whether it takes part in lr_find and the like
+        """
+        from learnkit.on import attach, check
+        check(hook, every)
+        return lambda function: attach(self, hook, function, every=every, order=order, in_trials=in_trials)
 
     def hooks(self) -> HookTable:
         """Who runs when: print it."""

@@ -45,8 +45,8 @@ class Predictor:
 
     def predict_image(self, path: str | Path) -> dict[str, float]:
         """{class: probability} of a picture in a file, the likeliest first; needs a model of one picture that gives a score a class."""
-        from learnkit.pictures import read_picture
-        scores = self.predict(read_picture(Path(path), self.info))
+        from learnkit.pictures import load_picture
+        scores = self.predict(load_picture(Path(path), self.info))
         if not isinstance(scores, Tensor) or scores.ndim != 1:
             raise ValueError("the model does not give one score a class, so there is no likeliest one.")
         shares, order = scores.float().softmax(0).sort(descending=True)

@@ -310,3 +310,26 @@ def test_what_cannot_be_used_is_told_on_stderr_with_exit_code_1(folder, capsys):
     err = capsys.readouterr().err
     assert "no.png is no picture" in err and "there is no nowhere.pt2" in err
     with pytest.raises(SystemExit): main([])
+
+
+def test_a_picture_is_prepared_as_the_folder_was_that_the_model_was_trained_on(capsys):
+    from PIL import Image
+
+    from learnkit.vision import ImageDataBunch
+    generator = torch.Generator().manual_seed(0)
+    for use in ("train", "valid"):
+        for i, name in enumerate(("dark", "light")):
+            Path(use, name).mkdir(parents=True)
+            for k in range(4):
+                pixels = torch.randint(100 * i, 100 + 100 * i, (12, 20, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(Path(use, name, f"{k}.png"))
+    data = ImageDataBunch.from_folder(".", size=8, bs=4).normalize()
+    learn = Learner(data, nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), metrics=accuracy).fit(20, 1e-2)
+    learn.export("m.pt2")
+    predictor, (preds, _) = load_learner("m.pt2"), learn.get_preds()
+    files = [f"valid/{name}/{k}.png" for name in ("dark", "light") for k in range(4)]
+    for file, pred in zip(files, preds.softmax(1).tolist(), strict=True):
+        assert predictor.predict_image(file) == pytest.approx(dict(zip(["dark", "light"], pred, strict=True)), abs=1e-5)
+    capsys.readouterr()
+    assert main(["predict", "m.pt2", files[0], files[4]]) == 0
+    assert [line.split("\t")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == ["dark", "light"]

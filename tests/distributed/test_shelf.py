@@ -1,4 +1,5 @@
 """Finders, trackers, loggers and statistics on two ranks: what one process of the whole batch gives, and the same on both."""
+import copy
 import json
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ import torch._dynamo  # optimizers import it; ranks are forked from here, and ne
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from learnkit import Callback, DataBunch, Learner, accuracy
+from learnkit import Callback, DataBunch, Learner, accuracy, load_learner
 from learnkit.callbacks import (
     ActivationStats,
     BnFreeze,
@@ -139,3 +140,15 @@ def test_groups_join_on_two_ranks_as_on_one(ranks):
     alone = unfreeze()
     first, second = ranks(2, unfreeze)
     assert first == second and first == pytest.approx(alone, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- export
+def exported(folder: str) -> Any:
+    learn = learner().fit(1)
+    path = learn.export(Path(folder) / "m.safetensors")
+    found = load_learner(path, model=copy.deepcopy(learn.model)).predict(tensors()[0])
+    return torch.equal(found, learn.predict(tensors()[0])), sorted(p.name for p in Path(folder).iterdir())
+
+
+def test_rank_0_exports_and_all_ranks_can_load_it(ranks, tmp_path):
+    assert ranks(2, exported, str(tmp_path)) == [(True, ["m.safetensors"])] * 2
