@@ -9,6 +9,7 @@ from learnkit.callbacks.compiled import Compiled as Compiled
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.ema import EMA as EMA
+from learnkit.callbacks.fully_shard import FullyShard as FullyShard
 from learnkit.callbacks.lookahead import Lookahead as Lookahead
 from learnkit.callbacks.mixed_precision import MixedPrecision as MixedPrecision
 from learnkit.callbacks.param_scheduler import ParamScheduler as ParamScheduler
