@@ -38,7 +38,8 @@ class AutoMicrobatch(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         self.size, self.proven = self.initial_size, 0
-        if any(isinstance(callback, Distributed) and callback.sync_bn for callback in learn.running):
+        replicas = next((callback.replicas for callback in learn.running if isinstance(callback, Distributed)), None)
+        if replicas is not None and replicas.sync_bn:
             raise ValueError("AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave the others waiting in a layer "
                              "of batch norm. Take one of them; batch_size_find() tells what fits.")
 

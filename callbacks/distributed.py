@@ -52,7 +52,8 @@ class Distributed(Callback):
     For the length of a fit the training batches go through DistributedDataParallel, and each rank's training loader is its
     part of the whole one; validate and get_preds shard theirs too, unpadded, and leave DDP out. Losses, metrics and
     predictions are those of all ranks. What one rank stops, all stop, after the same step. A guard ends all processes when
-    one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`.
+    one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`; `replicas=False` leaves the
+    model to another callback.
 
     >>> learn.to_distributed(sync_bn=True)  # doctest: +SKIP
     """
@@ -141,6 +142,9 @@ class Distributed(Callback):
 
     def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch."""
+        if self.replicas is None and learn.n_held and agreed not in STOPS_OF_ALL:
+            learn.wanted = agreed       # gradients that wait are in no checkpoint: all ask again after the next batch
+            return
         if agreed == learn.wanted: learn.wanted = None
         if agreed not in STOPS_OF_ALL: learn.agreed = agreed
         if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
@@ -298,7 +302,7 @@ def share_weights(learn: Learner) -> None:
     """Rank 0's weights and buffers on every rank, so that an evaluation before the first fit agrees too."""
     check_same({"the torch version": torch.__version__, "the model": type(learn.model).__name__,
                 "the model's parameters": model_in_words(learn)})
-    share(list(learn.model.state_dict().values()))
+    share([t for t in learn.model.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_meta])
 
 
 def share_buffers(learn: Learner) -> None:
