@@ -1,11 +1,8 @@
 """docs/callbacks.md shows nothing that is not run: blocks in order, what they print, and what each callback costs."""
-import io
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +53,26 @@ from learnkit.callbacks import (
     WandbLogger,
 )
 from learnkit.schedule import constant
+from tests.pages import Page
 from tests.test_step_cost import BATCH, learner, per_step
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
-MATCHES = list(re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+PAGE = Page("docs/callbacks.md")
 
 
 def test_every_block_runs_and_prints_what_the_page_shows():
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    shown = {code.start(): text[2] for code, text in pairwise(MATCHES)
-             if (code[1], text[1]) == ("python", "text") and not PAGE[code.end():text.start()].strip()}
-    for block in (match for match in MATCHES if match[1] == "python"):
-        source = "\n" * PAGE.count("\n", 0, block.start(2)) + block[2]      # so that a traceback names the page's own line
-        printed = io.StringIO()
-        with redirect_stdout(printed): exec(compile(source, "docs/callbacks.md", "exec"), namespace)
-        assert printed.getvalue() == shown.get(block.start(), ""), f"the block at line {PAGE.count(chr(10), 0, block.start(2)) + 1}"
+    PAGE.run()
     assert list(Path().iterdir()) == []
 
 
 def test_the_page_has_ten_examples_and_the_tree_of_stages():
-    assert re.findall(r"^\*\*(\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 11)]
+    assert re.findall(r"^\*\*(\d+)\. ", PAGE.text, re.MULTILINE) == [str(i) for i in range(1, 11)]
     own = [line.strip() for line in (hooks.__doc__ or "").splitlines()]
-    assert all(line.strip() in own for line in MATCHES[0][2].splitlines())
+    assert all(line.strip() in own for line in PAGE.blocks[0].code.splitlines())
 
 
 # ---------------------------------------------------------------------- costs
 def rows() -> dict[str, str]:
-    table = PAGE[PAGE.index("| callback | calls a step"):].splitlines()[2:]
+    table = PAGE.text[PAGE.text.index("| callback | calls a step"):].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
     return {name.strip("`"): cost for name, cost, *_ in cells}
 

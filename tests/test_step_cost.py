@@ -3,7 +3,7 @@ import io
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,17 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool: return True
 
 
+@cache
+def is_ours(file: str) -> bool: return any(str(Path(file).resolve()).startswith(home) for home in HOME)
+
+
 def calls(work) -> Counter[str]:
     """The Python functions that are called (generators resumed included), those of torch and of learnkit alike."""
     names: Counter[str] = Counter()
 
     def see(frame, event, arg):
         if event == "call":
-            ours = any(str(Path(frame.f_code.co_filename).resolve()).startswith(home) for home in HOME)
-            names[frame.f_code.co_name if ours else "others"] += 1
+            names[frame.f_code.co_name if is_ours(frame.f_code.co_filename) else "others"] += 1
     sys.setprofile(see)
     try: work()
     finally: sys.setprofile(None)
