@@ -36,6 +36,7 @@ from learnkit.distributed.world import (
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
 from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
+from learnkit.shards import is_shard
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
@@ -257,6 +258,8 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     callback = Distributed(**options)           # its errors before anything else
     if delay_allreduce and algorithm.name != "allreduce":
         raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
+    if any(map(is_shard, learn.model.parameters())):
+        raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
     if not join(learn, local_rank, timeout): return learn
     learn.model.to(learn.device)
     share_weights(learn)

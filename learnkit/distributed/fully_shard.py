@@ -128,7 +128,7 @@ def those_of(model: nn.Module, block: Any) -> list[nn.Module]:
     if not isinstance(block, type): raise TypeError(f"blocks: {block!r} is {type(block).__name__}, expected a class or a module's name.")
     modules = [module for module in named.values() if isinstance(module, block)]
     if not modules:
-        kinds = sorted({type(module).__name__ for module in named.values() if any(module.parameters())})
+        kinds = sorted({type(module).__name__ for module in named.values() if next(module.parameters(), None) is not None})
         raise ValueError(f"blocks={block.__name__}: the model has no such module. Of those with weights it has {', '.join(kinds[:12])}.")
     return modules
 
