@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
     from learnkit.finder import RateFinder
     from learnkit.on import Handle
+    from learnkit.vision.interpretation import Interpretation
 
 Rate = float | slice
 
@@ -320,6 +321,17 @@ class Learner:
         collect = Collect(partial(each_loss, self.loss_func) if with_loss else None)
         evaluate(self, dl, collect)
         return collect.joined()
+
+    def interpret(self, dl: Any = None) -> Interpretation:
+        """What a classifier of pictures gets wrong in `dl` (None: valid_dl), and its pictures; all ranks have the whole."""
+        from learnkit.vision.interpretation import interpret
+        return interpret(self, dl)
+
+    def tta(self, dl: Any = None, *, n: int = 4, beta: float = .5) -> tuple[Tensor, Any]:
+        """(probabilities, targets) of `dl` (None: valid_dl): `beta` of them of the pictures as they are, the rest the mean over `n`
+        versions with the training transforms (test-time augmentation)."""
+        from learnkit.vision.augmented import tta
+        return tta(self, dl, n=n, beta=beta)
 
     def predict(self, x: Any) -> Any:
         """The prediction for one sample or for one batch of them, on the CPU; the model is in evaluation mode, without gradients.
