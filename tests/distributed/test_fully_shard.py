@@ -211,6 +211,18 @@ def test_batch_norm_and_weights_that_do_not_divide_train_as_under_ddp(ranks, wor
     for ddp, fsdp in ranks(world_size, run): assert all(map(close, ddp, fsdp))
 
 
+def test_in_bfloat16_batch_norm_stays_in_float32(ranks):
+    def run() -> Any:
+        learn = Learner(data(48), net(norm=True), lr=.02)
+        seen: list[torch.dtype] = []
+        learn.model.norm.register_forward_hook(lambda module, args, output: seen.extend((module.weight.dtype, args[0].dtype)))  # type: ignore[union-attr]
+        fitted(learn.to_fsdp(blocks=Block, mixed_precision=torch.bfloat16))
+        ddp = fitted(KINDS["ddp"](Learner(data(48), net(norm=True), lr=.02)))
+        return history(learn)[0], history(ddp)[0], {*seen}, learn.model.norm.running_mean.dtype     # type: ignore[union-attr]
+    for losses, ddp, dtypes, running in ranks(2, run):
+        assert close(losses, ddp, within=.02) and losses != ddp and dtypes == {torch.float32, torch.bfloat16} and running == torch.float32
+
+
 def test_frozen_layers_stay_and_train_again_when_they_are_unfrozen(ranks):
     def run(kind: str) -> Any:
         learn = learner(kind, splitter=lambda model: [[model.first, model.blocks], [model.norm, model.last]])
@@ -551,6 +563,8 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
         refused(r"blocks='block': the model has no module of this name\. Near it.* blocks", lambda: Learner(data(), net()).to_fsdp(blocks="block"))
         refused("blocks: 3 is int, expected a class or", lambda: Learner(data(), net()).to_fsdp(blocks=[3]))
         refused("activation_checkpointing=True has no blocks", lambda: Learner(data(), net()).to_fsdp(activation_checkpointing=True))
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)     # type: ignore[call-overload]
+        refused(r"not contiguous cannot be spread over ranks: weight\. to_channels_last", lambda: Learner(data(), conv).to_fsdp())
         scalar = net()
         scalar.register_parameter("scale", nn.Parameter(torch.tensor(1.)))
         refused("parameters of no dimension cannot be spread over ranks: scale", lambda: Learner(data(), scalar).to_fsdp())
