@@ -1,6 +1,7 @@
 """`learn.to_fsdp()`: a model spread over two ranks trains, measures, saves and resumes as one that is not."""
 import os
 import signal
+import time
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -480,6 +481,14 @@ def test_gradients_of_one_rank_that_are_no_numbers_stop_all_before_the_step(rank
     (step, finite, told), (other_step, other_finite, _) = ranks(2, run)
     assert (step, finite) == (other_step, other_finite) == (2, True)
     assert any("gradients of 16 parameters are not finite" in message and "losses by rank" in message for message in told)
+
+
+def test_a_prediction_of_one_rank_alone_ends_and_names_those_that_did_not_come(ranks):
+    def run() -> None:
+        learn = Learner(data(), net()).to_fsdp(hang_timeout=1.)
+        if get_rank() == 0: learn.predict(tensors(4)[0])
+        else: time.sleep(15)
+    with pytest.raises(RankFailed, match=r"rank 0 of 2 failed: ranks \[1\] did not come within 1 s"): ranks(2, run)
 
 
 def test_a_trial_leaves_the_parts_as_they_were(ranks):
