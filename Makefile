@@ -19,7 +19,7 @@ install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
 benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py \
-	benchmarks/compiled.py
+	benchmarks/compiled.py benchmarks/vision.py benchmarks/callbacks.py benchmarks/algorithms.py
 PEERS ?= raw learnkit fastai lightning accelerate ignite
 
 .PHONY: help train test reliability lint bench bench-peers clean
@@ -40,7 +40,7 @@ test: $(VENV)/.installed-dev
 	$(python) -m pytest $(ARGS)
 
 reliability: $(VENV)/.installed-dev
-	RELIABILITY=full $(python) -m pytest tests/reliability -s $(ARGS)
+	RELIABILITY=full $(python) -m pytest tests/reliability tests/distributed/test_composition.py -s -o faulthandler_timeout=1800 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check

@@ -13,6 +13,7 @@ from learnkit.callbacks.cutmix import CutMix as CutMix
 from learnkit.callbacks.distributed import Distributed as Distributed
 from learnkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from learnkit.callbacks.ema import EMA as EMA
+from learnkit.callbacks.fully_shard import FullyShard as FullyShard
 from learnkit.callbacks.gradient_stats import GradientStats as GradientStats
 from learnkit.callbacks.gradual_unfreezing import GradualUnfreezing as GradualUnfreezing
 from learnkit.callbacks.json_logger import JSONLogger as JSONLogger

@@ -11,6 +11,7 @@ from learnkit.callbacks.distributed import Distributed
 from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run, SkipStep, StopFit
 from learnkit.learner import Learner
+from learnkit.loss import not_zero, weighted
 
 
 class Accumulate(Callback):
@@ -101,9 +102,7 @@ class Accumulate(Callback):
         own = learn.count(learn.inputs, learn.target)
         self.total = self.total + own
         if self.count is None: self.total_of_all += learn.n_of_all(learn.batch_index, own)
-        # A mean over nothing is NaN.
-        if isinstance(own, Tensor): self.loss = self.loss + torch.where(own != 0, learn.loss.detach() * own, 0.)
-        elif own: self.loss = self.loss + learn.loss.detach() * own
+        self.loss = self.loss + weighted(learn.loss, own)
 
     def weigh(self, learn: Learner) -> Any:
         """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's share of
@@ -143,11 +142,6 @@ class Accumulate(Callback):
         self.total, self.total_of_all, self.loss = (to_device_of(learn, window[name]) for name in ("total", "total_of_all", "loss"))
         for p, gradient in zip(self.parameters, window["gradients"], strict=True):
             p.grad = None if gradient is None else gradient.to(p.device, copy=True)
-
-
-def not_zero(total: Any) -> Any:
-    """A divisor for sums over nothing, which are 0; a device is not read."""
-    return total + (total == 0)
 
 
 def to_device_of(learn: Learner, value: Any) -> Any: return value.to(learn.device) if isinstance(value, Tensor) else value

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
+from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.loss import not_zero, weighted
 from learnkit.session import is_out_of_memory
 
 
@@ -34,7 +36,12 @@ class AutoMicrobatch(Callback):
         self.initial_size = self.size = size    # samples of a part; None: a whole batch
         self.proven = 0                         # samples of the largest part that has fitted in this fit
 
-    def before_fit(self, learn: Learner) -> None: self.size, self.proven = self.initial_size, 0
+    def before_fit(self, learn: Learner) -> None:
+        self.size, self.proven = self.initial_size, 0
+        replicas = next((callback.replicas for callback in learn.running if isinstance(callback, Distributed)), None)
+        if replicas is not None and replicas.sync_bn:
+            raise ValueError("AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave the others waiting in a layer "
+                             "of batch norm. Take one of them; batch_size_find() tells what fits.")
 
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training: return run()
@@ -83,10 +90,10 @@ class AutoMicrobatch(Callback):
                 learn.pred = learn.loss = None
                 with nullcontext() if first + part >= n and not alone else learn.no_sync():
                     if not learn.stages.forward() or learn.pred is None: continue
-                    loss = loss + learn.loss.detach() * (learn.count(learn.inputs, learn.target) / count)
+                    loss = loss + weighted(learn.loss, learn.count(learn.inputs, learn.target))
                     learn.stages.backward()
         finally: learn.inputs, learn.target, learn.whole = inputs, target, whole
-        if isinstance(loss, Tensor): learn.loss = loss
+        if isinstance(loss, Tensor): learn.loss = loss / not_zero(count)
 
     def state_dict(self) -> dict[str, Any]: return {"size": self.size}
 

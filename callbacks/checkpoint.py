@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from learnkit import resume, snapshots
+from learnkit import checkpoint, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
@@ -91,7 +91,7 @@ class Checkpoint(Callback):
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
-        found = learn.ranks.from_main(self.read)
+        found = checkpoint.from_main(learn, self.read)
         if found is None: return
         name, parts, about = found
         place = parts["run"]["place"]

@@ -11,6 +11,7 @@ from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.callbacks.recorder import Trace
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.shards import whole
 
 
 class ClipGradients(Callback):
@@ -52,7 +53,7 @@ class ClipGradients(Callback):
         if self.value is not None: clip_grad_value_(self.parameters, self.value)
         elif self.adaptive is not None: self.clip_units(self.adaptive)
         elif gradients := [p.grad for p in self.parameters if p.grad is not None]:
-            norm = get_total_norm(gradients, self.norm_type)
+            norm = whole(get_total_norm(gradients, self.norm_type))
             assert self.max_norm is not None
             clip_grads_with_norm_(self.parameters, self.max_norm, norm)
             self.trace.append(norm)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,16 @@ from learnkit.distributed.world import (
     init_process_group,
     seed_everything,
 )
-from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain
+from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
 from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
+from learnkit.shards import is_shard
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
              "Raise it in after_step or after_batch, or on all ranks.")
+SEVERAL_BACKWARDS = ("learnkit: DDP takes one backward pass a step through each parameter. For several, as with a loss after the other, "
+                     "use learn.to_distributed(delay_allreduce=True).")
 WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was left out there)"
 STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
@@ -50,7 +53,8 @@ class Distributed(Callback):
     For the length of a fit the training batches go through DistributedDataParallel, and each rank's training loader is its
     part of the whole one; validate and get_preds shard theirs too, unpadded, and leave DDP out. Losses, metrics and
     predictions are those of all ranks. What one rank stops, all stop, after the same step. A guard ends all processes when
-    one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`.
+    one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`; `replicas=False` leaves the
+    model to another callback.
 
     >>> learn.to_distributed(sync_bn=True)  # doctest: +SKIP
     """
@@ -139,13 +143,19 @@ class Distributed(Callback):
 
     def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch."""
+        if self.replicas is None and learn.n_held and agreed not in STOPS_OF_ALL:
+            learn.wanted = agreed       # gradients that wait are in no checkpoint: all ask again after the next batch
+            return
         if agreed == learn.wanted: learn.wanted = None
         if agreed not in STOPS_OF_ALL: learn.agreed = agreed
         if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
 
     def around_backward(self, learn: Learner, run: Run) -> None:
         self.reduced = True
-        run()
+        try: run()
+        except RuntimeError as error:
+            if "ready only once" in str(error): add_note(error, SEVERAL_BACKWARDS)
+            raise
         if self.replicas is not None and self.replicas.unchecked: self.replicas.check_unused(learn)
 
     # ------------------------------------------------------------------ an evaluation
@@ -178,7 +188,8 @@ class Replicas:
         before = learn.no_sync, learn.reduce_gradients
         try:
             learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
-            if isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+            if self.ddp_options.get("static_graph"): learn.no_sync = refused
+            elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
             learn.reduce_gradients = partial(average_gradients, learn)
             self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
             yield
@@ -247,6 +258,8 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     callback = Distributed(**options)           # its errors before anything else
     if delay_allreduce and algorithm.name != "allreduce":
         raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
+    if any(map(is_shard, learn.model.parameters())):
+        raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
     if not join(learn, local_rank, timeout): return learn
     learn.model.to(learn.device)
     share_weights(learn)
@@ -292,7 +305,7 @@ def share_weights(learn: Learner) -> None:
     """Rank 0's weights and buffers on every rank, so that an evaluation before the first fit agrees too."""
     check_same({"the torch version": torch.__version__, "the model": type(learn.model).__name__,
                 "the model's parameters": model_in_words(learn)})
-    share(list(learn.model.state_dict().values()))
+    share([t for t in learn.model.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_meta])
 
 
 def share_buffers(learn: Learner) -> None:
@@ -365,6 +378,11 @@ def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
 
 
 def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
+
+
+def refused() -> AbstractContextManager[Any]:
+    raise ValueError("static_graph=True, with which DDP reduces gradients in every backward pass, beside something that keeps them with "
+                     "their rank for a while: Accumulate, AutoMicrobatch or delay_allreduce. Leave static_graph out.")
 
 
 def average_gradients(learn: Learner) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.shards import like, own_part
 
 
 class Lookahead(Callback):
@@ -39,11 +40,12 @@ class Lookahead(Callback):
         self.n_steps += 1
         if self.n_steps % self.k: return
         with torch.no_grad():
-            torch._foreach_lerp_(self.slow, self.fast, self.alpha)  # type: ignore[reportPrivateImportUsage]
-            torch._foreach_copy_(self.fast, self.slow)              # type: ignore[reportPrivateImportUsage]
+            fast, slow = [own_part(p) for p in self.fast], [own_part(t) for t in self.slow]
+            torch._foreach_lerp_(slow, fast, self.alpha)    # type: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(fast, slow)                # type: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]: return {"n_steps": self.n_steps, "slow": self.slow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n_steps = state["n_steps"]
-        for own, value in zip(self.slow, state["slow"], strict=True): own.copy_(value)
+        for own, value in zip(self.slow, state["slow"], strict=True): own.copy_(like(own, value))

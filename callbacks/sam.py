@@ -12,6 +12,7 @@ from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.shards import whole
 
 
 class SAM(Callback):
@@ -57,5 +58,5 @@ class SAM(Callback):
     def climb(self, parameters: list[Any]) -> None:
         gradients = [p.grad for p in parameters]
         if not gradients: return
-        scale = self.rho / (get_total_norm(gradients) + 1e-12)
+        scale = self.rho / (whole(get_total_norm(gradients)) + 1e-12)
         torch._foreach_add_(parameters, torch._foreach_mul(gradients, scale))  # type: ignore[reportPrivateImportUsage]

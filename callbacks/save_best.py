@@ -9,6 +9,7 @@ from learnkit import checkpoint
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.monitor import Monitor
+from learnkit.shards import on_main
 
 
 class SaveBest(Callback):
@@ -36,7 +37,7 @@ class SaveBest(Callback):
         place = sum(kept <= value if self.monitor.mode == "min" else kept >= value for kept in self.values)
         if place >= self.keep or math.isnan(value): return
         with learn.saved_weights():
-            state = {"model": checkpoint.plain_state(learn.model)}
+            state = {"model": on_main(checkpoint.plain_state(learn.model), learn.rank)}
             learn.ranks.on_main(lambda: self.write(learn.path / learn.model_dir, place, state), f"write {self.name}.pt")
         self.values = [*self.values[:place], value, *self.values[place:]][:self.keep]
 

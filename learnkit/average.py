@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkit.checkpoint import is_wrapper, plain_keys
+from learnkit.shards import is_shard, like
 
 
 class Average:
@@ -43,14 +44,15 @@ class Average:
     def swapped(self) -> Iterator[None]:
         """Within the block the model is the average; its own weights are back afterwards, whatever is raised.
 
-        Storage changes places, nothing is copied: a checkpoint that is being written reads the same numbers on.
+        Storage changes places, nothing is copied: a checkpoint that is being written reads the same numbers on. Of a model that is
+        spread over ranks, whose storage is not ours to change, the numbers do.
         """
-        own = {name: t.data for name, t in self.tensors.items()}
+        own = {name: t.detach().clone() if is_shard(t) else t.data for name, t in self.tensors.items()}
         try:
-            for name, t in self.tensors.items(): t.data = self.values[name].to(t.dtype)
+            for name, t in self.tensors.items(): put(t, self.values[name].to(t.dtype))
             yield
         finally:
-            for name, t in self.tensors.items(): t.data = own[name]
+            for name, t in self.tensors.items(): put(t, own[name])
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -63,7 +65,13 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         differing = sorted(state.keys() ^ self.values.keys())
         if differing: raise ValueError(f"the average is one of another model: {', '.join(differing[:5])} in one of them only.")
-        for name, value in self.values.items(): value.copy_(state[name])
+        for name, value in self.values.items(): value.copy_(like(value, state[name]))
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor) -> None:
+    if is_shard(tensor): tensor.copy_(value)
+    else: tensor.data = value
 
 
 def kept_as(t: Tensor) -> torch.dtype: return torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype

@@ -12,6 +12,7 @@ from learnkit.batch import map_tensors, tensors_in
 from learnkit.data import first_batch
 from learnkit.ranks import Alone
 from learnkit.session import is_out_of_memory
+from learnkit.shards import is_shard
 from learnkit.trial import unchanged
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 def find(learn: Learner, max_bs: int, n_steps: int) -> int:
     """What `learn.batch_size_find` does: each rank by itself, without the others' gradients, and then the least of all."""
+    if any(map(is_shard, learn.model.parameters())):
+        raise ValueError("batch_size_find lets each rank try by itself, and after to_fsdp none has a whole model: find it before, for a "
+                         "bound, or try sizes by hand.")
     samples = first_batch(learn.data.train_dl)
     with unchanged(learn):
         by_oneself(learn)

@@ -2,18 +2,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from learnkit.files import check_seal, clean, explained, partial, read_state, size_of, sync_folder, writing
+from learnkit.shards import is_shard, like, outline, read_on_main
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
 
 COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
+HOW = ("fused", "foreach", "capturable", "differentiable")      # an optimizer's settings that are of the machine, not of the algorithm
 
 
 def plain_keys(keys: Iterable[str], *, wrapped: bool) -> dict[str, str]:
@@ -60,11 +65,31 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
+def read_for(learn: Learner, path: Path) -> dict[str, Any]:
+    """As `read`; what is spread over ranks is read by rank 0, and stays with it until it is put into parts."""
+    if not any(map(is_shard, learn.model.parameters())): return read(path, learn.device)
+    return read_on_main(learn.ranks, lambda: read(path, torch.device("cpu")), lambda state: outline_of(learn.model, state))
+
+
+def from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:
+    """(parts of a snapshot, about it) as rank 0 reads it, on all ranks; what is spread over them as by `read_for`."""
+    if not any(map(is_shard, learn.model.parameters())): return learn.ranks.from_main(read)
+    return read_on_main(learn.ranks, read, lambda found: found and [outline_of(learn.model, found[0]), *found[1:]])
+
+
+def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's state with shapes and dtypes alone where the model is spread over ranks: parameters, and the optimizer's state."""
+    buffers = {name for name, _ in model.named_buffers()}
+    buffers |= {f"{WRAPPED}{name}" for name in buffers}
+    if "model" not in state: return outline(dict(state), buffers)
+    return {**state, "model": outline(dict(state["model"]), buffers), **{k: outline(state[k]) for k in ("opt", "optimizer") if k in state}}
+
+
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
     if strict: check_model(model, state)
     names, own, given = named(model, state)
-    fitting = {names[key]: value for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
+    fitting = {names[key]: like(own[key], value) for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
     if not fitting: raise ValueError("nothing in the file fits the model: no name and shape agree.")
     model.load_state_dict(fitting, strict=False)
 
@@ -101,9 +126,15 @@ def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
 
 
 def load_optimizer(opt: Optimizer, state: Mapping[str, Any]) -> None:
-    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold."""
+    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did."""
     groups = list(opt.param_groups)
-    opt.load_state_dict(dict(state))
+    own = {number: p for given, group in zip(state["param_groups"], groups, strict=True)
+           for number, p in zip(given["params"], group["params"], strict=True)}
+    values = {number: {name: like(own[number], value) if isinstance(value, Tensor) and value.ndim else value
+                       for name, value in kept.items()} for number, kept in state["state"].items()}
+    given = [{**given, **{name: group[name] for name in HOW if name in group}}
+             for given, group in zip(state["param_groups"], groups, strict=True)]
+    opt.load_state_dict({**state, "state": values, "param_groups": given})
     for group, loaded in zip(groups, opt.param_groups, strict=True): group.update(loaded)
     opt.param_groups[:] = groups
 

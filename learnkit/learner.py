@@ -24,12 +24,14 @@ from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
+from learnkit.shards import on_main
 from learnkit.transfer import mover
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
     from learnkit.finder import RateFinder
     from learnkit.on import Handle
+    from learnkit.vision.interpretation import Interpretation
 
 Rate = float | slice
 
@@ -73,7 +75,7 @@ class Learner:
                             "torch.optim.Optimizer.")
         self.device = default_device() if device is None else torch.zeros(0, device=device).device   # "cuda" -> "cuda:0"
         self.data = as_data(data)
-        self.model = model.to(self.device)
+        self.model = model if has_meta(model) else model.to(self.device)
         self.loss_func = loss_func if loss_func is not None else self.data.loss_func
         self.opt_func, self.splitter = opt_func, splitter
         self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
@@ -320,6 +322,17 @@ class Learner:
         evaluate(self, dl, collect)
         return collect.joined()
 
+    def interpret(self, dl: Any = None) -> Interpretation:
+        """What a classifier of pictures gets wrong in `dl` (None: valid_dl), and its pictures; all ranks have the whole."""
+        from learnkit.vision.interpretation import interpret
+        return interpret(self, dl)
+
+    def tta(self, dl: Any = None, *, n: int = 4, beta: float = .5) -> tuple[Tensor, Any]:
+        """(probabilities, targets) of `dl` (None: valid_dl): `beta` of them of the pictures as they are, the rest the mean over `n`
+        versions with the training transforms (test-time augmentation)."""
+        from learnkit.vision.augmented import tta
+        return tta(self, dl, n=n, beta=beta)
+
     def predict(self, x: Any) -> Any:
         """The prediction for one sample or for one batch of them, on the CPU; the model is in evaluation mode, without gradients.
 
@@ -456,6 +469,27 @@ class Learner:
         return attach(self, local_rank, timeout=timeout, algorithm=chosen, sync_bn=sync_bn, delay_allreduce=delay_allreduce,
                       hang_timeout=hang_timeout, **ddp_options)
 
+    def to_fsdp(self, local_rank: int | str | None = None, *, blocks: Any = (), activation_checkpointing: bool = False,
+                cpu_offload: bool = False, mixed_precision: Any = None, timeout: float | None = None,
+                hang_timeout: float | None = 600.) -> Learner:
+        """Train on all the processes that a launcher started, each of which holds its part only of weights, gradients and optimizer
+        states (ZeRO-3, Rajbhandari et al., 2020), by PyTorch's fully_shard; alone, nothing.
+
+        local_rank, timeout, hang_timeout   as in `to_distributed`
+        blocks          what is gathered at a time, while the rest stays spread: a class such as nn.TransformerEncoderLayer, a module's
+                        name (of a ModuleList or Sequential: each member), or several; the next one comes while one is computed. (): all
+        activation_checkpointing    compute each block's activations anew in the backward pass, instead of keeping them
+        cpu_offload     keep weights, gradients and optimizer states in the CPU's memory, and step there
+        mixed_precision torch.bfloat16: gather and compute in it, reduce in float32; or a torch.distributed.fsdp.MixedPrecisionPolicy
+
+        The model is spread for good. One that was built on the meta device is given its weights by each module's `reset_parameters`,
+        drawn from rank 0's random state: see `init_process_group(seed=…)`. Files and checkpoints are those of a plain model. Besides
+        fits, `validate` and `get_preds`, all ranks have to call `predict`, `save`, `load` and `summary`.
+        """
+        from learnkit.callbacks.fully_shard import attach
+        return attach(self, local_rank, timeout=timeout, hang_timeout=hang_timeout, blocks=blocks,
+                      activation_checkpointing=activation_checkpointing, cpu_offload=cpu_offload, mixed_precision=mixed_precision)
+
     # ------------------------------------------------------------------ precision and speed
     def to_bf16(self, *, pure: bool = False) -> Learner:
         """Compute in bfloat16, by autocast, with the weights kept in float32; on the CPU too.
@@ -545,13 +579,14 @@ class Learner:
     def save(self, name: str, with_opt: bool = True) -> Path:
         """Write the model's state (and the optimizer's) to path/model_dir/name.pt, at once or not at all; return the path.
 
-        On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails.
+        On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails. After `to_fsdp` all must
+        call it.
         """
         with self.saved_weights(): return self._save(name, with_opt)
 
     def _save(self, name: str, with_opt: bool) -> Path:
-        state: dict[str, Any] = {"model": checkpoint.plain_state(self.model)}
-        if with_opt and self.opt is not None: state["opt"] = self.opt.state_dict()
+        state: dict[str, Any] = {"model": on_main(checkpoint.plain_state(self.model), self.rank)}
+        if with_opt and self.opt is not None: state["opt"] = on_main(self.opt.state_dict(), self.rank)
         path = self.path / self.model_dir / f"{name}.pt"
         self.ranks.on_main(lambda: checkpoint.write(path, state), f"write {path}")
         return path
@@ -559,7 +594,7 @@ class Learner:
     def load(self, name: str, strict: bool = True) -> Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
         `strict=False` takes what fits. Nothing in the file is executed."""
-        state = checkpoint.read(self.path / self.model_dir / f"{name}.pt", self.device)
+        state = checkpoint.read_for(self, self.path / self.model_dir / f"{name}.pt")
         fits = "opt" in state and checkpoint.optimizer_fits(optimizer_of(self), state["opt"])
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
@@ -581,6 +616,9 @@ class Learner:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
         from learnkit.summary import summarize
         return summarize(self)
+
+
+def has_meta(model: nn.Module) -> bool: return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 def as_data(data: Any) -> DataBunch:

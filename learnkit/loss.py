@@ -138,3 +138,14 @@ def name_of(loss_func: Any) -> str:
 def each_loss(loss_func: LossFunc | None, pred: Any, target: Any) -> Tensor:
     """Each sample's own loss, float (samples,); None: by the default of these."""
     return per_sample(loss_func or default_loss(pred, target))(pred, target)
+
+
+def weighted(loss: Tensor, n: Any) -> Tensor:
+    """A mean over n, a number or a 0-d tensor, as a sum without its graph; 0 where n is: a mean over nothing is NaN."""
+    if isinstance(n, Tensor): return torch.where(n != 0, loss.detach() * n, 0.)
+    return loss.detach() * n if n else torch.zeros_like(loss)
+
+
+def not_zero(n: Any) -> Any:
+    """What a sum over n can be divided by, 1 where n is 0; a device is not read."""
+    return n + (n == 0)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from learnkit.shards import is_shard
+
 OptFunc = Callable[..., Optimizer]
 Splitter = Callable[[nn.Module], Sequence[Any]]
 
@@ -91,8 +93,16 @@ def can_fuse(opt_func: OptFunc, accepted: Any, groups: Iterable[dict[str, Any]])
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
     chosen = opt_func.keywords if isinstance(opt_func, partial) else {}
     if "fused" not in accepted or any(chosen.get(k) is not None for k in ("fused", "foreach", "differentiable")): return False
-    devices = _get_fused_kernels_supported_devices()
-    return all(p.is_floating_point() and p.device.type in devices for group in groups for p in group["params"])
+    devices, params = _get_fused_kernels_supported_devices(), [p for group in groups for p in group["params"]]
+    if any(map(is_shard, params)) and not can_fuse_shards(opt_func): return False
+    return all(p.is_floating_point() and p.device.type in devices for p in params)
+
+
+def can_fuse_shards(opt_func: Any) -> bool:
+    """Whether torch's fused kernel takes tensors that are spread over ranks: Adam's alone does (2.15)."""
+    algorithm = opt_func.func if isinstance(opt_func, partial) else opt_func
+    algorithm = algorithm if isinstance(algorithm, type) else type(algorithm)
+    return issubclass(algorithm, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def is_decoupled(opt: Optimizer) -> bool:

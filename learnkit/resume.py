@@ -11,6 +11,7 @@ from torch import Tensor
 from learnkit import checkpoint
 from learnkit.files import check_plain
 from learnkit.order import PrivateGenerator, generator_of, items_per_batch, parts_of
+from learnkit.shards import is_shard, on_main
 from learnkit.snapshots import in_memory
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ def take(learn: Learner, callbacks: list[Callback], generators: list[Tensor], pl
     """
     states: dict[bool, dict[str, Any]] = {False: {}, True: {}}      # by whether ranks have different ones
     for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
-        state = callback.state_dict()
+        state = on_main(callback.state_dict(), learn.rank)
         check_plain(state, f"the state of {type(callback).__name__}")
         if state: states[callback.per_rank][key] = state
     own = {"random": random_state(learn.device), "callbacks": states[True]}
     run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather(own)}
-    return {"model": checkpoint.plain_state(learn.model), "optimizer": learn.opt.state_dict(), "run": run}
+    model, optimizer = checkpoint.plain_state(learn.model), learn.opt.state_dict()
+    return {"model": on_main(model, learn.rank), "optimizer": on_main(optimizer, learn.rank), "run": run}
 
 
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
@@ -45,6 +47,9 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
 
 def with_own_buffers(learn: Learner, weights: dict[str, Any]) -> dict[str, Any]:
     """A model's state in which only the parameters are still the model's own: they change in steps alone, buffers in any forward."""
+    if any(map(is_shard, learn.model.parameters())):    # gathered for this: a copy already
+        buffers = {name for name, _ in learn.model.named_buffers()}
+        return {name: in_memory(value) if name in buffers else value for name, value in weights.items()}
     parameters = {p.data_ptr() for p in learn.model.parameters()}
     return {name: value if isinstance(value, Tensor) and value.data_ptr() in parameters else in_memory(value)
             for name, value in weights.items()}

@@ -21,6 +21,9 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     everyone = sorted(check_callbacks([*learn.callbacks, *extra]), key=lambda callback: callback.order)
     if learn.resume and not any(callback.restores for callback in everyone):
         raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
+    if any(p.is_meta for p in learn.model.parameters()):
+        raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives it "
+                         "some, on one process too.")
     modes = [(module, module.training) for module in learn.model.modules()]
     learn.training_model = learn.evaluated_model = learn.model
     learn.running = tuple(everyone)

@@ -52,6 +52,67 @@ def test_two_processes_have_the_valid_loss_of_one_to_12_digits():
     assert results[0] == results[1] and float(results[0][0][1]) > .95
 
 
+def small_pictures(folder: Path, size: int, *, n: int, n_test: int) -> None:
+    """train/ and test/ with two classes of `n` and `n_test` pictures: bright ones and dark ones, with noise."""
+    import torch
+    from PIL import Image
+    for part, n_part in (("train", n), ("test", n_test)):
+        for label, name in enumerate(("bright", "dark")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n_part):
+                pixels = torch.randint(0, 156, (size, size, 3), dtype=torch.uint8) + 100 * (1 - label)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{i}.png")
+
+
+def smaller(path: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of an example in the working folder, with less to do; its pictures are those of `small_pictures`."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    copy = Path(path.name)
+    copy.write_text(text, encoding="utf-8")
+    return copy
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pictures(tmp_path / "pictures", 8, n=24, n_test=6)
+    monkeypatch.setenv("LEARNKIT_DATA", str(tmp_path / "pictures"))
+    monkeypatch.setenv("LEARNKIT_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_cifar_script_runs_alone_and_on_two_processes(pictures):
+    """On pictures of 8×8, for one epoch."""
+    path = smaller(ROOT / "examples/04_cifar.py", ("(4, 32)", "(2, 8)"), ("bs=128", "bs=16"), ("one_cycle(10, ", "one_cycle(1, "))
+    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")):
+        printed = run_example(path, *launcher)
+        assert [line[:9] for line in printed.splitlines()] == ["epoch 1/1"], "not one line an epoch, by one process"
+
+
+def test_transfer_learns_more_from_few_pictures_than_a_new_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEARNKIT_CACHE", str(tmp_path / "cache"))
+    printed = run_example(ROOT / "examples/05_transfer.py")
+    transferred, fresh = map(float, re.findall(r"\d\.\d{3}", printed))
+    assert transferred >= fresh + .15 and len(printed.splitlines()) == 1
+
+
+def test_the_speed_run_runs_and_is_short(pictures):
+    """On pictures of 8×8, with a narrow network, for four epochs."""
+    path = ROOT / "examples/06_speedrun.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    copy = smaller(path, ("(2, 32)", "(2, 8)"), ("bs=512", "bs=8"), ("resnet9()", "resnet9(width=4)"), ("one_cycle(10, 0.4", "one_cycle(4, 0.01"))
+    printed = run_example(copy)
+    assert float(re.findall(r"^accuracy (\S+) with mirror images$", printed, re.MULTILINE)[0]) > .5
+    assert len(printed.splitlines()) == 5
+
+
+def test_text_is_predicted_better_than_by_frequencies():
+    printed = run_example(ROOT / "examples/07_text.py")
+    model, frequencies = map(float, re.findall(r"(\d\.\d\d) b", printed.splitlines()[-1]))
+    assert model < .65 * frequencies and len(printed.splitlines()) == 5
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_says_how_it_is_run_what_it_claims_and_on_how_many_seeds(path):
     header = path.read_text(encoding="utf-8").split('"""')[1]

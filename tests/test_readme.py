@@ -27,7 +27,7 @@ def blocks() -> list[Block]: return PAGE.blocks
 
 def test_every_python_block_runs_and_prints_what_the_page_shows():
     PAGE.run(but=first().line)
-    assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models", "checkpoints"}
+    assert {p.name for p in Path().iterdir()} == {"losses.png", "history.csv", "models", "checkpoints", "log.csv", "circles.pt2"}
     pyplot.close("all")
 
 
@@ -101,6 +101,7 @@ def test_every_shell_command_exists(line):
         for target in arguments: assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     elif program in ("python", "torchrun", "srun"):        # tests/distributed/test_scripts.py runs the launchers
         assert (ROOT / arguments[-1]).is_file()
+    elif program == "learnkit": assert arguments[0] in ("info", "predict")     # tests/test_export.py runs them
     else:
         assert (program, arguments[0]) == ("pip", "install"), f"nothing checks {line!r}"
         extras = re.fullmatch(r"'?\.(?:\[(\w+)\])?'?", arguments[1])

@@ -12,6 +12,7 @@ import torch as torch  # scripts of old write `from … import *` and then torch
 
 from learnkit.distributed import world as _world
 from learnkit.distributed.compare import check_same as check_same
+from learnkit.distributed.fully_shard import shard_model as shard_model
 from learnkit.distributed.guard import Guard as Guard
 from learnkit.distributed.guard import guard as guard
 from learnkit.distributed.launch import RankFailed as RankFailed
@@ -83,6 +84,7 @@ __all__ = [  # the submodules stay out of a star import
     "seed_by_rank",
     "set_epoch",
     "shard_batch",
+    "shard_model",
     "sync_batchnorm",
     "torch",
     "unwrap_model",

@@ -159,6 +159,7 @@ def packed(obj: Any) -> tuple[str, Tensor]:
 def described(obj: Any, tensors: list[Tensor]) -> Any:
     """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
+    if isinstance(obj, Tensor) and obj.is_meta: return ["meta", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Tensor) and obj.layout == torch.strided:
         tensors.append(obj)
         return ["tensor", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
@@ -180,6 +181,7 @@ def unpacked(description: Mapping[str, Any], payload: Tensor, device: torch.devi
         if kind == "dict": return {build(k): build(v) for k, v in content[0]}
         if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](build(v) for v in content[0])
         dtype, shape = getattr(torch, content[0]), content[1]
+        if kind == "meta": return torch.empty(shape, dtype=dtype, device="meta")
         n_bytes = torch.Size(shape).numel() * dtype.itemsize
         offset += n_bytes  # clone: a view as another dtype must start at a multiple of its size
         return payload[offset - n_bytes:offset].clone().view(dtype).reshape(shape).to(device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from learnkit.data import TensorLoader, in_order
+from learnkit.draws import transform_batch
 from learnkit.learner import Learner
 from learnkit.plots import import_pyplot
 from learnkit.vision.data import ImageDataBunch
@@ -34,7 +35,7 @@ def interpret(learn: Learner, dl: Any = None) -> Interpretation:
     if not isinstance(preds, Tensor) or preds.ndim != 2 or targets.is_floating_point() or targets.ndim != 1:
         raise TypeError("interpret is for classification: expected predictions (samples, classes) and a class number for each sample, got "
                         f"{tuple(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__} and {tuple(targets.shape)}.")
-    return Interpretation(learn.data, learn.data.valid_dl if dl is None else dl, preds.float(), targets, losses)
+    return Interpretation(learn.data, learn.data.valid_dl if dl is None else dl, preds.float(), targets, losses, seed=learn.seed)
 
 
 class Interpretation:
@@ -47,8 +48,9 @@ class Interpretation:
     {'cat': 0.71, 'dog': 0.83}
     """
 
-    def __init__(self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor) -> None:
+    def __init__(self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor, *, seed: int | None = None) -> None:
         self.data, self.dl, self.preds, self.targets, self.losses = data, dl, preds, targets, losses
+        self.seed = seed            # of what the loader's transforms drew; None: the loader's own
         self.predicted = preds.argmax(1)
         self.classes = [str(name) for name in data.classes] if data.classes is not None else [str(k) for k in range(preds.shape[1])]
 
@@ -123,8 +125,8 @@ class Interpretation:
         """As the model saw them, without normalization: float (n, channels, height, width) in [0, 1]."""
         loader = in_order(self.dl)
         if isinstance(loader, TensorLoader):
-            own = TensorLoader([t[indices] for t in loader.tensors], bs=len(indices), batch_tfms=loader.batch_tfms)
-            x = next(iter(own))[0]
+            x, seed = loader.tensors[0][indices], loader.sampler.seed if self.seed is None else self.seed
+            x = transform_batch(x, loader.batch_tfms, seed, 0, lambda: torch.tensor(indices, device=x.device))
         else: x = torch.stack([next_of(loader, index) for index in indices])
         return self.data.denormalize(x) if isinstance(self.data, ImageDataBunch) else x.float().cpu().clamp(0, 1)
 

@@ -1,4 +1,6 @@
 """EMA: the average by its recurrence; evaluations see it, and the model always gets its own weights back."""
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,28 @@ def test_a_resumed_fit_has_the_average_of_one_that_was_not_interrupted(at, optio
     assert ema.n_updates == expected.n_updates and learn.recorder.values == plain.recorder.values
     learn.save("last")
     assert_same(written("last"), average(ema) if "saves" in options else state(learn.model))
+
+
+def test_a_checkpoint_that_is_still_being_written_has_the_weights_and_not_the_average():
+    """The validation changes places of the two while a thread reads."""
+    with pytest.raises(ConnectionAbortedError): learner(EMA(.8), Checkpoint("b", async_write=True, every_n_steps=7)).fit(3, callbacks=[Die(1, 0)])
+    resumed = learner(again := EMA(.8), Checkpoint("b")).fit(3, resume=True)
+    plain = learner(expected := EMA(.8)).fit(3)
+    assert_same(state(resumed.model), state(plain.model))
+    assert_same(average(again), average(expected))
+
+
+def test_a_fit_that_is_told_to_leave_during_a_validation_saves_the_weights_beside_the_average():
+    class Terminate(Callback):
+        def after_forward(self, learn: Learner) -> None:
+            if not learn.training and learn.epoch == 1 and learn.batch_index == 1: os.kill(os.getpid(), signal.SIGTERM)
+    plain, expected = resumable("a")
+    plain.fit(3)
+    with pytest.raises(SystemExit): resumable("b", Terminate())[0].fit(3)
+    learn, ema = resumable("b")
+    learn.fit(3, resume=True)
+    assert_same(state(learn.model), state(plain.model))
+    assert_same(average(ema), average(expected))
 
 
 def test_a_finished_fit_that_is_resumed_has_its_average():

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import EMA, Accumulate, Checkpoint, ClipGradients, Lookahead, MixedPrecision
+from learnkit.callbacks import EMA, Accumulate, Checkpoint, ClipGradients, Lookahead, MixedPrecision, Progress
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = tuple[Tensor, Tensor]
@@ -231,6 +233,51 @@ def test_gradients_that_are_never_finite_end_the_fit_with_what_to_do():
     before = weights(learn)
     with pytest.raises(FloatingPointError, match=r"gradients are not finite.*epoch 0, training batch \d+.*use to_bf16\(\)"): learn.fit(1)
     assert learn.step == 0 and all(map(torch.equal, weights(learn), before))
+
+
+def test_a_second_fit_goes_on_with_the_scale_of_the_first():
+    half = MixedPrecision(torch.float16, init_scale=8., growth_interval=4)
+    learn = learner(half).fit(1)
+    assert half.scales == [8.] * 4
+    learn.fit(1)
+    assert half.scales == [16.] * 4
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are fetched from tensors, one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func.name() == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+class Lists(TorchFunctionMode):
+    """Counts the tensors that are fetched whole, which the dispatcher does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += getattr(func, "__name__", "") in ("tolist", "numpy", "cpu")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make, expected", [
+    (list, 0), (lambda: [MixedPrecision()], 0), (lambda: [MixedPrecision(torch.float16, init_scale=64.)], 1),
+    (lambda: [MixedPrecision(torch.float16, init_scale=64.), ClipGradients(.3), EMA(.9), Lookahead(2)], 1)],
+    ids=["float32", "bfloat16", "float16", "float16 beside others"])
+def test_only_float16_reads_the_device_and_once_a_step(make, expected):
+    counts = []
+    for n in (4, 14):
+        learn = learner(*make(), train=batches(*[4] * n)).remove_callback(Progress)
+        with Reads() as numbers, Lists() as lists: learn.fit(1)
+        counts.append(numbers.n + lists.n)
+    assert counts[1] - counts[0] == 10 * expected
 
 
 def test_bfloat16_has_no_scale_and_skips_nothing():

@@ -55,6 +55,15 @@ def test_the_training_set_and_other_loaders_can_be_interpreted_too(learn):
     assert other.top_losses(2)[0].file is None and other.classes == ["0", "1", "2"] and len(other.plot_top_losses(4).axes) == 4
 
 
+@pytest.mark.parametrize("seed", [None, 4])
+def test_pictures_are_those_that_the_model_saw_with_what_its_transforms_drew(learn, seed):
+    seen, model = [], learn.model
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    learn.seed = learn.order_seed = seed
+    shown = interpret(learn, learn.data.train_dl).pictures([7, 3, 29])
+    torch.testing.assert_close(shown, learn.data.denormalize(torch.cat(seen)[[7, 3, 29]]))
+
+
 def test_a_class_without_samples_has_no_accuracy(learn):
     seen = interpret(learn)
     seen.targets = seen.targets.clamp(max=1)

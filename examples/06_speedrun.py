@@ -1,0 +1,20 @@
+"""CIFAR-10 as fast as it goes, with public names alone.
+
+    python examples/06_speedrun.py
+
+LEARNKIT_DATA=/path/to/cifar10.tar.xz, or a folder of pictures, is taken instead of a download.
+CLAIM
+"""
+from functools import partial
+
+from learnkit.vision import *
+
+torch.backends.cudnn.benchmark = True
+path = untar_data(URLs.CIFAR)
+ds_tfms = ([*rand_pad(2, 32), flip_lr(alternating=True), cutout(8)], [])
+data = ImageDataBunch.from_folder(path, valid="test", ds_tfms=ds_tfms, bs=512).normalize(cifar_stats)
+sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+learn = Learner(data, resnet9(), opt_func=sgd, wd=5e-4, bn_wd=False, metrics=accuracy, callbacks=LabelSmoothing(0.2))
+learn.fit_one_cycle(10, 0.4, moms=None, div_factor=5, pct_start=0.25)
+preds, targets = tta(learn, tfms=[flip_lr(p=1)], n=1)
+print(f"accuracy {accuracy(preds, targets):.4f} with mirror images")

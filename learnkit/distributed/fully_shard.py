@@ -1,0 +1,230 @@
+# pyright: reportPrivateImportUsage=false
+"""A model whose weights, gradients and optimizer states are spread over the ranks: PyTorch's fully_shard, block by block."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
+from learnkit.distributed.world import get_device, get_world_size
+from learnkit.order import EpochOrder
+from learnkit.order import set_epoch as set_seed_and_epoch
+
+Blocks = Any        # a class, a name, or several of them
+
+
+def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointing: bool = False, cpu_offload: bool = False,
+                mixed_precision: Any = None, device: torch.device | None = None) -> nn.Module:
+    """Spread a model over the ranks in place (ZeRO-3, Rajbhandari et al., 2020); returns it. Alone, it only gets its weights.
+
+    blocks                      what is gathered at a time, while the rest stays spread: a class such as nn.TransformerEncoderLayer, the
+                                name of a module (of a ModuleList or Sequential: each of its members), or several. (): all at once
+    activation_checkpointing    compute each block's activations anew in the backward pass
+    cpu_offload                 keep weights, gradients and optimizer states in the CPU's memory, and step there
+    mixed_precision             torch.bfloat16: gather and compute in it, reduce in float32; or a MixedPrecisionPolicy
+
+    Every rank must have the same weights; those on the meta device are drawn, block by block, by each module's `reset_parameters`
+    from rank 0's random state, so that no rank ever has them all. Build the optimizer afterwards.
+
+    >>> shard_model(nn.Sequential(nn.Linear(2, 2)), blocks=nn.Linear)
+    Sequential(
+      (0): Linear(in_features=2, out_features=2, bias=True)
+    )
+    """
+    device = get_device() if device is None else device
+    policy, found = as_policy(mixed_precision), find_blocks(model, blocks)
+    if activation_checkpointing and not found:
+        raise ValueError("activation_checkpointing=True has no blocks to compute anew: give blocks=, such as the class of the layers.")
+    if not needs_group():
+        with shared_random_state(device): materialize(model, device)
+        return model
+    check_shardable(model)
+    if activation_checkpointing:
+        for block in found: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    options = {"mesh": mesh_of(device), "reshard_after_forward": True}
+    if cpu_offload: options["offload_policy"] = offload_policy(device)
+    shard = partial(fully_shard, policy=policy, options=options)
+    with shared_random_state(device): materialize(model, device, {id(block) for block in found}, partial(shard, root=False))
+    shard(model, root=True)
+    prefetch([block for block in found if block is not model])
+    return model
+
+
+def fully_shard(module: nn.Module, *, policy: Any, options: dict[str, Any], root: bool) -> None:
+    from dataclasses import replace
+
+    from torch.distributed.fsdp import fully_shard
+    # Only the outermost casts its outputs: predictions and losses are float32.
+    if root and policy.param_dtype is not None and policy.output_dtype is None: policy = replace(policy, output_dtype=torch.float32)
+    fully_shard(module, mp_policy=policy, **options)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+    return isinstance(model, FSDPModule)
+
+
+def check_shardable(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise TypeError("the model is spread over the ranks already, which is for good: build it anew for other blocks or options.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError("the model is wrapped in DistributedDataParallel: give the model itself.")
+    scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
+    if scalars:
+        raise ValueError(f"parameters of no dimension cannot be spread over ranks: {', '.join(scalars[:5])}. Give them the shape (1,).")
+    if getattr(FSDPModule, "reset_iter_state", None) is None:
+        raise RuntimeError(f"spreading a model over ranks needs a newer PyTorch than {torch.__version__}: the fully_shard of 2.15 is known "
+                           "to do. to_distributed() works with this one.")
+
+
+def mesh_of(device: torch.device) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    return init_device_mesh(device.type, (get_world_size(),))
+
+
+def offload_policy(device: torch.device) -> Any:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+
+def as_policy(mixed_precision: Any) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    if mixed_precision is None: return MixedPrecisionPolicy()
+    if mixed_precision == torch.bfloat16: return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = mixed_precision
+    if torch.float16 in (policy, getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
+        raise ValueError("mixed_precision=torch.float16 overflows without a scaled loss: take torch.bfloat16, or learn.to_fp16(), which "
+                         "scales it.")
+    if not isinstance(policy, MixedPrecisionPolicy):
+        raise TypeError(f"mixed_precision={policy!r}: expected None, torch.bfloat16 or a torch.distributed.fsdp.MixedPrecisionPolicy.")
+    return policy
+
+
+# ---------------------------------------------------------------------- blocks
+def find_blocks(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """The modules that are meant, in the model's order; ValueError or TypeError where one of the blocks is none of its."""
+    asked = [blocks] if isinstance(blocks, (str, type)) else list(blocks)
+    found = {id(module) for block in asked for module in those_of(model, block)}
+    return [module for module in model.modules() if id(module) in found]
+
+
+def those_of(model: nn.Module, block: Any) -> list[nn.Module]:
+    named = dict(model.named_modules())
+    if isinstance(block, str):
+        if block not in named:
+            near = difflib.get_close_matches(block, named, n=1) or [name for name, _ in model.named_children()][:8]
+            raise ValueError(f"blocks={block!r}: the model has no module of this name. Near it, or on its first level: {', '.join(near)}.")
+        module = named[block]
+        return list(module.children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else [module]
+    if not isinstance(block, type): raise TypeError(f"blocks: {block!r} is {type(block).__name__}, expected a class or a module's name.")
+    modules = [module for module in named.values() if isinstance(module, block)]
+    if not modules:
+        kinds = sorted({type(module).__name__ for module in named.values() if next(module.parameters(), None) is not None})
+        raise ValueError(f"blocks={block.__name__}: the model has no such module. Of those with weights it has {', '.join(kinds[:12])}.")
+    return modules
+
+
+def prefetch(blocks: list[nn.Module]) -> None:
+    """Each block's weights come while the one before is computed; in the backward pass, those of the one before it."""
+    chain: list[Any] = [block for block in blocks if is_fully_sharded(block)]
+    for block, following in pairwise(chain):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+# ---------------------------------------------------------------------- weights
+def materialize(module: nn.Module, device: torch.device, blocks: Iterable[int] = (), shard: Callable[[nn.Module], None] | None = None,
+                made: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+    """Children first, give weights that are on the meta device numbers, and spread each block as soon as it is complete.
+
+    So every parameter is drawn in the order in which most models draw theirs when they are built. Parameters that modules share stay
+    shared. Raises ValueError for a module that has weights and no `reset_parameters`.
+    """
+    made = {} if made is None else made
+    for child in module.children(): materialize(child, device, blocks, shard, made)
+    kinds: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+    missing = [(kept, name, t) for kept in kinds for name, t in kept.items() if t is not None and t.is_meta]
+    reset = reset_of(module) if any(id(t) not in made for _, _, t in missing) else None
+    for kept, name, t in missing:
+        if id(t) not in made: made[id(t)] = (t, empty_like(t, device))
+        kept[name] = made[id(t)][1]  # type: ignore[index]
+    if reset is not None: reset()
+    if shard is not None and id(module) in blocks: shard(module)
+
+
+def empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def reset_of(module: nn.Module) -> Callable[[], None]:
+    for name in ("reset_parameters", "_reset_parameters"):      # the second: nn.MultiheadAttention's
+        reset = getattr(module, name, None)
+        if callable(reset): return reset  # type: ignore[return-value]
+    names = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    raise ValueError(f"{type(module).__name__} has {', '.join(names)} on the meta device, and no reset_parameters() that would give them "
+                     "numbers: write one, or build the model on the CPU.")
+
+
+@contextmanager
+def shared_random_state(device: torch.device) -> Iterator[None]:
+    """Draw what rank 0 draws."""
+    kinds = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
+    for kind in kinds: kind.set_rng_state(broadcast_from_main(kind.get_rng_state()).cpu())
+    yield
+
+
+# ---------------------------------------------------------------------- passes
+def reshard(model: nn.Module) -> None:
+    """What a forward pass has left gathered is let go, and the model's parameters are the spread ones again. Sends nothing."""
+    from torch.distributed.fsdp import FSDPModule
+    for module in model.modules():
+        if isinstance(module, FSDPModule): module.reshard()
+
+
+class AsManyForwards(EpochOrder):
+    """A rank's batches of an evaluation; where other ranks have more, its last one goes through the model again, unheard.
+
+    A forward pass gathers the weights of all ranks, so all must have equally many. `forward` takes a batch. Ranks without any batch
+    take rank 0's first. Loaders without a length cost one small collective a batch.
+    """
+
+    def __init__(self, loader: Iterable[Any], n_own: int | None, forward: Callable[[Any], object]) -> None:
+        super().__init__(None)
+        self.loader, self.forward = loader, forward
+        lengths = gather_objects(n_own)
+        self.n: int | None = None if None in lengths else max(lengths)      # forward passes of all
+        self.lacking: bool | None = None if None in lengths else 0 in lengths   # whether a rank has no batch at all
+
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        super().set_epoch(epoch, seed)
+        set_seed_and_epoch(self.loader, seed, epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, end = iter(self.loader), object()
+        batch = spare = next(batches, end)
+        lacking = agree(batch is end) if self.lacking is None else self.lacking
+        if lacking: spare = broadcast_from_main(None if batch is end else batch)
+        for k in count():
+            if not self.goes_on(k, has_batch=batch is not end): return
+            if batch is end: self.forward(spare)
+            else:
+                yield batch
+                spare = batch
+            batch = next(batches, end)
+
+    def goes_on(self, k: int, *, has_batch: bool) -> bool:
+        if self.n is None: return bool(agree(has_batch))
+        if has_batch and k >= self.n:
+            raise ValueError(f"a loader gives more batches than the {self.n} that its len() says, on which the ranks have counted: make "
+                             "its __len__ tell the truth.")
+        return k < self.n
