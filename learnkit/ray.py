@@ -60,7 +60,7 @@ class RayReport(Callback):
 
     def report(self, learn: Learner, *, over: bool) -> None:
         """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
-        from ray import train
+        from ray import train  # type: ignore[attr-defined]
         parts = resume.take(learn, self.others(learn), self.generators, resume.place_of(learn, epoch_over=True, over=over))
         metrics = {"epoch": learn.epoch, "step": learn.step, **learn.values}
         with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,8 @@ class RayReport(Callback):
 
 
 def check_in_ray() -> None:
-    try: from ray import train
+    try:
+        from ray import train  # type: ignore[attr-defined]
     except ImportError as error: raise ImportError("RayReport needs Ray Train: pip install 'ray[train]'.") from error
     try: train.get_context().get_world_size()
     except Exception as error:
@@ -81,7 +82,7 @@ def check_in_ray() -> None:
 
 def read() -> list[Any] | None:
     """(parts, about) of the checkpoint that Ray gives to a run that goes on; None at a first start."""
-    from ray import train
+    from ray import train  # type: ignore[attr-defined]
     found = train.get_checkpoint()
     if found is None: return None
     with found.as_directory() as folder: newest = snapshots.newest(Path(folder))
@@ -126,8 +127,8 @@ def fit_on_ray(train_func: Callable[..., Any], num_workers: int = 2, use_gpu: bo
 
     >>> fit_on_ray(train, num_workers=2)  # doctest: +SKIP
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]
+    from ray.train.torch import TorchTrainer  # type: ignore[import-not-found]
     run_config = RunConfig(name=name, storage_path=None if storage_path is None else str(Path(storage_path).absolute()),
                            failure_config=FailureConfig(max_failures=max_failures))
     return TorchTrainer(train_func, train_loop_config=None if config is None else dict(config), datasets=dict(datasets or {}),

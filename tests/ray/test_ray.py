@@ -7,10 +7,11 @@ import pytest
 import torch
 
 pytest.importorskip("ray.train", reason="needs ray[train]: make test-ray installs it")
-import ray  # noqa: E402
+import ray
 
-from learnkit.ray import RayReport, fit_on_ray  # noqa: E402
+from learnkit.ray import RayReport, fit_on_ray
 
+pytestmark = pytest.mark.filterwarnings("default")      # Ray warns of its own deprecated settings
 ROOT = Path(__file__).resolve().parents[2]
 
 
