@@ -160,7 +160,8 @@ class Distributed(Callback):
 
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
-        if learn.meter.everywhere: return run()
+        if learn.meter.everywhere:
+            with self.guarded(learn) if self.replicas is None else nullcontext(): return run()
         whole = in_order(self.train_dl) if self.train_dl is not None and learn.dl is learn.data.train_dl else learn.dl
         learn.dl = evaluation_share(whole, learn, self.seed)     # the Learner puts its own back
         with self.guarded(learn): run()

@@ -10,6 +10,7 @@ from torch import Tensor
 from learnkit.callbacks.recorder import Recorder
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.shards import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,4 +81,5 @@ class GradientStats(Callback):
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+    """Of the whole tensors, also where each rank has a part of them."""
+    return whole(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]))

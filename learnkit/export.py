@@ -25,6 +25,7 @@ from learnkit.checkpoint import plain_state
 from learnkit.data import first_batch
 from learnkit.files import Damaged, explained, size_of, sync_folder, write_bytes
 from learnkit.hooks import add_note
+from learnkit.shards import is_shard
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -50,6 +51,9 @@ def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(WRITERS)}: the ending says which format it is.")
     if learn.is_running: raise RuntimeError("export was called while this Learner runs: let the fit under way end first.")
+    if any(map(is_shard, learn.model.parameters())):
+        raise RuntimeError("export needs the whole model, of which each rank has a part: learn.save(name) on all ranks, then in one "
+                           "process Learner(data, model).load(name).export(path).")
     learn.ranks.on_main(lambda: write(learn, path, stats), f"export {path}")
     return path
 

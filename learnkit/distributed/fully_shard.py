@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
@@ -29,7 +30,7 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
                                 name of a module (of a ModuleList or Sequential: each of its members), or several. (): all at once
     activation_checkpointing    compute each block's activations anew in the backward pass
     cpu_offload                 keep weights, gradients and optimizer states in the CPU's memory, and step there
-    mixed_precision             torch.bfloat16: gather and compute in it, reduce in float32; or a MixedPrecisionPolicy
+    mixed_precision             torch.bfloat16: gather and compute in it, batch norm excepted, reduce in float32; or a MixedPrecisionPolicy
 
     Every rank must have the same weights; those on the meta device are drawn, block by block, by each module's `reset_parameters`
     from rank 0's random state, so that no rank ever has them all. Build the optimizer afterwards.
@@ -52,7 +53,8 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
     options = {"mesh": mesh_of(device), "reshard_after_forward": True}
     if cpu_offload: options["offload_policy"] = offload_policy(device)
     shard = partial(fully_shard, policy=policy, options=options)
-    with shared_random_state(device): materialize(model, device, {id(block) for block in found}, partial(shard, root=False))
+    apart = {id(module) for module in (*found, *spared(model, policy))}
+    with shared_random_state(device): materialize(model, device, apart, partial(shard, root=False))
     shard(model, root=True)
     prefetch([block for block in found if block is not model])
     return model
@@ -61,10 +63,19 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
 def fully_shard(module: nn.Module, *, policy: Any, options: dict[str, Any], root: bool) -> None:
     from dataclasses import replace
 
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if is_spared(module, policy): policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     # Only the outermost casts its outputs: predictions and losses are float32.
     if root and policy.param_dtype is not None and policy.output_dtype is None: policy = replace(policy, output_dtype=torch.float32)
     fully_shard(module, mp_policy=policy, **options)
+
+
+def spared(model: nn.Module, policy: Any) -> list[nn.Module]: return [module for module in model.modules() if is_spared(module, policy)]
+
+
+def is_spared(module: nn.Module, policy: Any) -> bool:
+    """Batch normalization keeps its weights, as its statistics, in float32: torch has it in no other mixture."""
+    return policy.param_dtype is not None and isinstance(module, _BatchNorm) and module.weight is not None
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -81,6 +92,10 @@ def check_shardable(model: nn.Module) -> None:
     scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
     if scalars:
         raise ValueError(f"parameters of no dimension cannot be spread over ranks: {', '.join(scalars[:5])}. Give them the shape (1,).")
+    scattered = [name for name, p in model.named_parameters() if not p.is_contiguous()]
+    if scattered:
+        raise ValueError(f"parameters that are not contiguous cannot be spread over ranks: {', '.join(scattered[:5])}. to_channels_last() "
+                         "and to_fsdp() do not go together; of other models make p.data contiguous.")
     if getattr(FSDPModule, "reset_iter_state", None) is None:
         raise RuntimeError(f"spreading a model over ranks needs a newer PyTorch than {torch.__version__}: the fully_shard of 2.15 is known "
                            "to do. to_distributed() works with this one.")
