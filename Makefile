@@ -19,13 +19,14 @@ install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
 benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py \
-	benchmarks/compiled.py benchmarks/vision.py benchmarks/callbacks.py benchmarks/algorithms.py
-PEERS ?= raw learnkit fastai lightning accelerate ignite
+	benchmarks/compiled.py benchmarks/vision.py benchmarks/callbacks.py benchmarks/algorithms.py benchmarks/scale.py
+PEERS ?= raw learnkit fastai lightning accelerate ignite keras skorch pytorch-accelerated poutyne
 
-.PHONY: help train test reliability lint bench bench-peers clean
+.PHONY: help train test test-ray reliability lint bench bench-peers clean
 help:
 	@echo "make train    train on the embedded handwritten digits: bar, table, loss.png   (ARGS='...' are passed on)"
 	@echo "make test     run the tests                                  (ARGS='-k name' runs some)"
+	@echo "make test-ray   run the tests that need a Ray cluster, on this machine: installs ray[train], some 300 MB"
 	@echo "make reliability   the fault injections with their full counts: takes half an hour"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    measure against loops written by hand: prints ratios"
@@ -37,7 +38,10 @@ train: $(VENV)/.installed
 	$(python) examples/01_digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest --ignore tests/ray $(ARGS)
+
+test-ray: $(VENV)/.installed-ray
+	RAY_AUTH_MODE=disabled $(python) -m pytest tests/ray $(ARGS)
 
 reliability: $(VENV)/.installed-dev
 	RELIABILITY=full $(python) -m pytest tests/reliability tests/distributed/test_composition.py -s -o faulthandler_timeout=1800 $(ARGS)
@@ -73,6 +77,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.made
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	@$(install) --group dev
+	@touch "$@"
+
+$(VENV)/.installed-ray: pyproject.toml $(VENV)/.installed-dev
+	@$(install) --group ray
 	@touch "$@"
 
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed

@@ -90,17 +90,13 @@ class Checkpoint(Callback):
         clean(self.dir)
 
     def find(self, learn: Learner) -> None:
-        """The checkpoint to go on from. One of a later fit of the same script says that this fit is over."""
+        """The checkpoint to go on from."""
         found = checkpoint.from_main(learn, self.read)
         if found is None: return
         name, parts, about = found
-        place = parts["run"]["place"]
-        if place["fit"] < learn.n_fits: return      # stopped between this fit and the one before, which has put it back
-        if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
-        self.parts, self.run, learn.resumed = parts, about["run"], place
+        if not resume.begin_at(learn, parts["run"]["place"]): return
+        self.parts, self.run = parts, about["run"]
         self.written = snapshots.of_run(self.dir, self.run, name)
-        resume.put_place(learn, place)
-        learn.plan_steps()
 
     def read(self) -> list[Any] | None:
         found = snapshots.newest(self.dir)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch.nn import Parameter
 
-from learnkit.callbacks.recorder import Recorder
+from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.optim import layer_groups
@@ -23,7 +23,7 @@ class GradualUnfreezing(Callback):
 
     >>> learn.fit_one_cycle(6, slice(1e-4, 1e-2), callbacks=[GradualUnfreezing(every=2)])  # doctest: +SKIP
     """
-    order = Recorder.order - 150        # before whoever looks at gradients
+    order = Distributed.order - 1       # after the ranks have reduced gradients, before whoever else looks at them
 
     def __init__(self, every: int = 1, *, plan: Mapping[int, int] | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -48,5 +48,8 @@ class GradualUnfreezing(Callback):
         begun = [start for start in self.plan if start <= epoch]
         return self.plan[max(begun)] if begun else len(self.groups) - 1
 
-    def before_step(self, learn: Learner) -> None:
+    def after_backward(self, learn: Learner) -> None: self.drop_gradients()     # SAM makes a second pass within the step
+    def before_step(self, learn: Learner) -> None: self.drop_gradients()        # those that ranks brought together just now
+
+    def drop_gradients(self) -> None:
         for p in self.waiting: p.grad = None

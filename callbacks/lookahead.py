@@ -9,7 +9,7 @@ from torch import Tensor
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.shards import like, own_part
+from learnkit.shards import like, own_parts
 
 
 class Lookahead(Callback):
@@ -40,7 +40,7 @@ class Lookahead(Callback):
         self.n_steps += 1
         if self.n_steps % self.k: return
         with torch.no_grad():
-            fast, slow = [own_part(p) for p in self.fast], [own_part(t) for t in self.slow]
+            fast, slow = own_parts(self.fast), own_parts(self.slow)
             torch._foreach_lerp_(slow, fast, self.alpha)    # type: ignore[reportPrivateImportUsage]
             torch._foreach_copy_(fast, slow)                # type: ignore[reportPrivateImportUsage]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
-from learnkit.shards import is_shard, own_part
+from learnkit.shards import own_parts
 
 
 class TerminateOnNaN(Callback):
@@ -24,10 +24,13 @@ class TerminateOnNaN(Callback):
 
     def before_step(self, learn: Learner) -> None:
         named = [(name, p.grad) for name, p in learn.model.named_parameters() if p.grad is not None]
-        good = not named or bool(finite([gradient for _, gradient in named]))           # reads the device
-        if not (learn.ranks.agree(not good) if any(is_shard(gradient) for _, gradient in named) else not good): return
-        parts = learn.ranks.gather([name for name, gradient in named if not bool(finite([gradient]))])
-        bad = list(dict.fromkeys(name for part in parts for name in part))
+        gradients = [gradient for _, gradient in named]
+        parts = own_parts(gradients)
+        good = not named or bool(finite(parts))         # reads the device
+        if parts is not gradients and learn.world_size > 1: good = not learn.ranks.agree(not good)      # each rank has seen its own part
+        if good: return
+        of_all = learn.ranks.gather([name for (name, _), part in zip(named, parts, strict=True) if not bool(finite([part]))])
+        bad = list(dict.fromkeys(name for names in of_all for name in names))
         losses = learn.ranks.gather(learn.loss.detach().cpu() if isinstance(learn.loss, Tensor) else None)
         of_ranks = "; losses by rank: " + ", ".join(f"{float(loss):.4g}" for loss in losses) if len(losses) > 1 else \
             f"; the loss is {float(losses[0]):.4g}" if losses[0] is not None else ""
@@ -40,6 +43,6 @@ class TerminateOnNaN(Callback):
 
 def finite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: whether all numbers in them are; a norm is not where one of its numbers is not."""
-    parts = [part for part in (own_part(g.detach()) for g in gradients) if part.numel()]   # a rank's part may be empty
+    parts = [g.detach() for g in gradients if g.numel()]    # a rank's part may be empty
     if not parts: return torch.tensor(True)
     return torch.stack([norm.float() for norm in torch._foreach_norm(parts, torch.inf)]).isfinite().all()

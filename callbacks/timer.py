@@ -9,7 +9,7 @@ import torch
 
 from learnkit.batch import count_samples
 from learnkit.callbacks.recorder import Recorder
-from learnkit.hooks import Callback, Run
+from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.summary import in_bytes
 
@@ -38,21 +38,20 @@ class Timer(Callback):
 
     def before_fit(self, learn: Learner) -> None: self.rows = []
 
-    def around_train(self, learn: Learner, run: Run) -> None:
+    def before_train(self, learn: Learner) -> None:
         self.n_samples = 0
         reset_memory(learn.device)
         wait_for(learn.device)
         self.times = [time.perf_counter()]
-        run()
-        wait_for(learn.device)
-        self.note(learn, time.perf_counter() - self.times[0])
 
     def after_batch(self, learn: Learner) -> None:
         if not learn.training: return
         self.n_samples += count_samples(learn.inputs, learn.target)
         self.times.append(time.perf_counter())
 
-    def note(self, learn: Learner, seconds: float) -> None:
+    def after_train(self, learn: Learner) -> None:
+        wait_for(learn.device)
+        seconds = time.perf_counter() - self.times[0]
         n_samples = float(learn.ranks.all_sum(torch.tensor(float(self.n_samples), dtype=torch.float64)))
         batches = sorted(1000 * (b - a) for a, b in pairwise(self.times)) or [0.]
         row = {"seconds": seconds, "samples_per_second": n_samples / seconds, "batch_ms": batches[len(batches) // 2],

@@ -67,6 +67,17 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
     learn.epochs_trained, learn.order_seed = place["epochs_trained"], place["order_seed"]
 
 
+def begin_at(learn: Learner, place: dict[str, Any]) -> bool:
+    """Before the first hook: whether the fit goes on from this place. A place in a later fit of the same script says that this one is
+    over; one in an earlier fit, which has put it back, that this one has not begun."""
+    if place["fit"] < learn.n_fits: return False
+    if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
+    learn.resumed = place
+    put_place(learn, place)
+    learn.plan_steps()
+    return True
+
+
 def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -> None:
     """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
     checkpoint.check_model(learn.model, parts["model"])

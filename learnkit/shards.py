@@ -26,6 +26,13 @@ def own_part(tensor: Any) -> Tensor:
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
+def own_parts(tensors: list[Any]) -> list[Tensor]:
+    """What this rank has of each; the same list where they are no shards."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any([isinstance(t, module.DTensor) for t in tensors]): return tensors      # noqa: C419  # a generator is a call a tensor
+    return [own_part(t) for t in tensors]
+
+
 def whole(tensor: Any) -> Tensor:
     """All of a tensor, on every rank."""
     return tensor.full_tensor() if is_shard(tensor) else tensor

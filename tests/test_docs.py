@@ -30,6 +30,7 @@ from learnkit.callbacks import (
     CutMix,
     Distributed,
     EarlyStopping,
+    FullyShard,
     GradientStats,
     GradualUnfreezing,
     JSONLogger,
@@ -146,6 +147,6 @@ def test_loggers_cost_alike_and_one_more_with_steps():
 def test_the_table_lists_every_callback_that_ships():
     there = {name for name, cls in vars(learnkit.callbacks).items() if isinstance(cls, type) and issubclass(cls, Callback)}
     assert set(rows()) == there
-    assert [name for name, calls in rows().items() if calls == "0 alone"] == [cls.__name__ for cls in (Communicate, Distributed, ReduceAfterwards)]
+    assert [name for name, calls in rows().items() if calls == "0 alone"] == [cls.__name__ for cls in (Communicate, Distributed, FullyShard, ReduceAfterwards)]
     assert rows()["OptimizerModes"] == "0" and not any(hooks.overridden(OptimizerModes(), f"{word}_{stage}") for word in hooks.WORDS
                                                        for stage in ("batch", "forward", "backward", "step"))

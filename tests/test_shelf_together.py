@@ -10,7 +10,18 @@ from torch import nn
 from torch.optim import SGD
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import EMA, Accumulate, ActivationStats, ClipGradients, GradientStats, GradualUnfreezing, JSONLogger, Profile, Timer
+from learnkit.callbacks import (
+    EMA,
+    SAM,
+    Accumulate,
+    ActivationStats,
+    ClipGradients,
+    GradientStats,
+    GradualUnfreezing,
+    JSONLogger,
+    Profile,
+    Timer,
+)
 
 
 def learner(*callbacks: Callback, bs: int = 8, **options: Any) -> Learner:
@@ -53,6 +64,15 @@ def test_beside_mixed_precision_they_see_unscaled_gradients_and_nothing_changes(
     learner(exact := GradientStats()).fit(2)
     assert torch.allclose(stats.gradients, exact.gradients, rtol=.1, atol=.02)
     assert len(make().lr_find(1e-4, 1., 15).lrs) == 15 and make().fast_run().keys() == {"train_loss", "valid_loss", "accuracy"}
+
+
+@pytest.mark.parametrize("beside", [SAM, lambda: Accumulate(2), lambda: ClipGradients(.1), lambda: EMA(.5)])
+def test_groups_that_wait_do_not_move_beside_others_that_own_the_step(beside: Any):
+    learn = learner(beside(), GradualUnfreezing(plan={0: 1}), bs=4)
+    learn.splitter = lambda model: [model[0], model[2]]
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(2)
+    assert [torch.equal(a, b) for a, b in zip(before, learn.model.parameters(), strict=True)] == [True, True, False, False]
 
 
 def test_what_is_exported_are_the_averaged_weights_where_these_are_saved():

@@ -52,14 +52,13 @@ def test_a_rectangle_of_the_partner_is_pasted_in_and_the_losses_count_by_area_an
 
 def test_without_the_border_the_shares_would_be_uniform_and_with_it_they_are_larger():
     watch = Watch(cut := CutMix(1.))
-    fit(learner(cut, watch, size=(20, 20)), 100)
+    fit(learner(cut, watch, size=(20, 20)), 40)
     shares = torch.tensor(watch.shares)
     side = torch.rand(200_000).sqrt()                   # of the rectangle, for a uniform area; its centre is uniform too
-    seen = [(torch.rand(200_000) + side / 2).clamp(max=1), (torch.rand(200_000) - side / 2).clamp(min=0)]
     centre = torch.rand(2, 200_000)
     spans = (centre + side / 2).clamp(max=1) - (centre - side / 2).clamp(min=0)
     wanted = 1 - spans[0] * spans[1]
-    assert abs(shares.mean() - wanted.mean()) < 4.5 * wanted.std() / len(shares) ** .5 + .02 and len(seen) == 2      # .02: whole pixels
+    assert abs(shares.mean() - wanted.mean()) < 4.5 * wanted.std() / len(shares) ** .5 + .02      # .02: whole pixels
 
 
 def test_a_fit_that_was_broken_off_and_resumed_is_the_same_to_the_bit(tmp_path):

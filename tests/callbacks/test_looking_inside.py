@@ -174,6 +174,11 @@ def test_throughput_is_samples_by_time_and_is_logged():
     assert other.rows == timer.rows
 
 
+def test_an_epoch_that_is_stopped_is_timed_too():
+    learner(timer := Timer()).fit(9, max_steps=7)
+    assert [round(row["samples_per_second"] * row["seconds"]) for row in timer.rows] == [40, 16]
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: Timer(peak_flops=1e12), "both flops_per_sample"), (lambda: Profile(n_steps=0), "n_steps=0"),
     (lambda: ActivationStats(every=0), "every=0"), (lambda: ActivationStats(limit=.01), "limit > near_zero"), (lambda: GradientStats(0), "every=0")])

@@ -1,0 +1,127 @@
+"""The unchanged script inside Ray Train, on a real cluster of this machine: `make test-ray`."""
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ray.train", reason="needs ray[train]: make test-ray installs it")
+import ray
+
+from learnkit.ray import RayReport, fit_on_ray
+
+pytestmark = pytest.mark.filterwarnings("default")      # Ray warns of its own deprecated settings
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    yield
+    ray.shutdown()
+
+
+def learner(*callbacks):
+    from torch import nn
+
+    from learnkit import DataBunch, Learner, accuracy
+    torch.manual_seed(0)
+    x = torch.randn(72, 4)
+    data = DataBunch.from_tensors((x, (x[:, 0] > 0).long()), (x[:15], (x[:15, 1] > 0).long()), bs=6)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(.2), nn.Linear(8, 2))
+    return Learner(data, model, metrics=accuracy, seed=1, callbacks=callbacks).to_distributed()
+
+
+def weights(learn): return [p.tolist() for p in learn.model.parameters()]
+
+
+def script(config):
+    """What a user runs; `config["kill"]`: the first start loses a worker in the middle of the second epoch."""
+    import torch.distributed as dist
+    from ray import train
+
+    from learnkit import Callback
+
+    class Kill(Callback):
+        order = -300
+
+        def before_batch(self, learn):
+            mark = Path(config["folder"]) / "killed"
+            if config["kill"] and learn.training and learn.epoch == 1 and learn.batch_index == 2 and learn.rank == 1 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    group = dist.group.WORLD
+    learn = learner(RayReport(), Kill())
+    learn.fit_one_cycle(3, 1e-2)
+    assert dist.group.WORLD is group, "Ray's group is used and left alone"
+    if learn.rank == 0:
+        torch.save({"weights": weights(learn), "losses": learn.recorder.losses, "world": learn.world_size,
+                    "resumed": learn.resumed is not None, "valid": learn.values["valid_loss"]}, Path(config["folder"]) / "result.pt")
+    assert train.get_context().get_world_size() == learn.world_size == 2
+
+
+def run(folder: Path, kill: bool):
+    folder.mkdir()
+    result = fit_on_ray(script, num_workers=2, config={"folder": str(folder), "kill": kill}, storage_path=folder / "storage", name="run",
+                        max_failures=2)
+    return result, torch.load(folder / "result.pt", weights_only=True)
+
+
+def test_a_run_that_lost_a_worker_in_an_epoch_ends_as_one_that_did_not(tmp_path):
+    plain, whole = run(tmp_path / "plain", False)
+    killed, again = run(tmp_path / "killed", True)
+    assert plain.error is None and killed.error is None
+    assert (tmp_path / "killed" / "killed").exists() and again["resumed"] and not whole["resumed"]
+    assert whole["world"] == 2
+    for name in ("weights", "losses", "valid"): assert again[name] == whole[name], name
+    assert plain.metrics["valid_loss"] == killed.metrics["valid_loss"] == whole["valid"]
+    assert plain.metrics["epoch"] == 2
+
+    with killed.checkpoint.as_directory() as folder:        # plain files, for plain torch
+        [state] = Path(folder).glob("*/model.pt")
+        loaded = torch.load(state, weights_only=True)
+    assert [value.tolist() for value in loaded.values()] == whole["weights"]
+
+
+def shards(config):
+    import ray
+    from torch import nn
+
+    from learnkit import DataBunch, Learner
+    from learnkit.ray import RayLoader
+    seen = []
+
+    class See(__import__("learnkit").Callback):
+        def before_batch(self, learn): seen.extend(learn.inputs["x"][:, 0].tolist())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x): return self.layer(x)
+
+    loader = RayLoader(ray.train.get_dataset_shard("train"), bs=4, target="label")
+    learn = Learner(DataBunch(loader), Net(), callbacks=[See()]).to_distributed()
+    learn.fit(2, 1e-2)
+    Path(config["folder"], f"rank{learn.rank}.pt").write_bytes(b"")
+    torch.save(seen, Path(config["folder"]) / f"rank{learn.rank}.pt")
+
+
+def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_path):
+    import numpy as np
+    rows = [{"x": np.array([i, 1., 2.], dtype=np.float32), "label": i % 2} for i in range(32)]
+    result = fit_on_ray(shards, num_workers=2, config={"folder": str(tmp_path)}, datasets={"train": ray.data.from_items(rows)},
+                        storage_path=tmp_path / "storage")
+    assert result.error is None
+    seen = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert sorted(seen[0] + seen[1]) == sorted(2 * [float(i) for i in range(32)])
+    assert set(seen[0]).isdisjoint(seen[1])
+
+
+def test_without_ray_train_about_the_report_says_what_to_do():
+    with pytest.raises(RuntimeError, match="run the function with fit_on_ray"): learner(RayReport()).fit(1)
