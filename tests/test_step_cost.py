@@ -1,4 +1,5 @@
 """Python calls per training step, exactly, so that they cannot creep up. Seconds are measured in benchmarks/step_cost.py."""
+import gc
 import io
 import sys
 from collections import Counter
@@ -34,9 +35,13 @@ def calls(work) -> Counter[str]:
     def see(frame, event, arg):
         if event == "call":
             names[frame.f_code.co_name if is_ours(frame.f_code.co_filename) else "others"] += 1
+    gc.collect()        # what other tests have left is not collected in the middle, whose finalizers would count
+    gc.disable()
     sys.setprofile(see)
     try: work()
-    finally: sys.setprofile(None)
+    finally:
+        sys.setprofile(None)
+        gc.enable()
     return names
 
 
