@@ -243,7 +243,7 @@ def test_a_local_rank_may_be_a_number_a_string_or_none(ranks, local_rank):
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
     for name in ("find_unused", "module", "device_ids"):
-        with pytest.raises(TypeError, match=rf"to_distributed got {name}: expected local_rank, sync_bn, .* such as bucket_cap_mb, find_unused_p"):
+        with pytest.raises(TypeError, match=rf"to_distributed got {name}: expected local_rank, algorithm, sync_bn, .* such as bucket_cap_mb, find_unused_p"):
             distributed(**{name: 1})
 
 
