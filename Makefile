@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -32,13 +33,14 @@ help:
 	@echo "make bench    measure against loops written by hand: prints ratios"
 	@echo "make bench-peers   the same scripts with other libraries, each in an environment of its own   (PEERS='learnkit fastai')"
 	@echo "make clean    remove what builds, tests and runs left; '$(VENV)' stays: delete it to begin anew"
-	@echo "Variables: PYTHON=$(PYTHON) (the interpreter, >= 3.10), VENV=$(VENV) (where everything is installed)"
+	@echo "Variables: PYTHON=$(PYTHON) (the interpreter, >= 3.10), VENV=$(VENV) (where everything is installed),"
+	@echo "           JOBS=$(JOBS) (processes that run tests at a time)"
 
 train: $(VENV)/.installed
 	$(python) examples/01_digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest --ignore tests/ray $(ARGS)
+	$(python) -m pytest --ignore tests/ray -n $(JOBS) --dist loadfile $(ARGS)
 
 test-ray: $(VENV)/.installed-ray
 	RAY_AUTH_MODE=disabled $(python) -m pytest tests/ray $(ARGS)

@@ -113,8 +113,9 @@ class TensorLoader:
     def cuts(self, order: Tensor | None, *, pin: bool = False) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
         """(start, stop, tensors) of each batch, by its place in the order."""
         step, pin = self.items_per_batch, pin and self.device is not None and self.device.type == "cuda"
+        n = self.n_samples
         for first in range(self.n_left_out, self.n_left_out + len(self) * step, step):
-            start, stop = share(min(step, self.n_samples - first), self.rank, self.world_size)
+            start, stop = share(min(step, n - first), self.rank, self.world_size)
             start, stop = first + start, first + stop
             if order is None: batch = tuple([t[start:stop] for t in self.tensors])
             else:
