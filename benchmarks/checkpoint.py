@@ -80,8 +80,8 @@ def beside(folder: Path, rounds: int) -> None:
         for name, values in waited.items():
             values.append(0.)
             model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))     # with AdamW's moments 141 MB
-            keeper = Timed(folder / name, every_n_steps=4, every_n_epochs=None, async_write=name == "async_write", keep=1)
-            learn = Learner(([(x, y)] * 7, None), model, callbacks=[keeper])
+            keeper = Timed(folder / name, every_n_steps=8, every_n_epochs=None, async_write=name == "async_write", keep=1)
+            learn = Learner(([(x, y)] * 42, None), model, callbacks=[keeper])      # five saves; the fit's last one is not counted
             with learn.no_logging(): learn.fit(1)
     print(f"waiting with async_write / without  {spread(ratios(waited, 'async_write', 'at once'))}")
     print("  " + ", ".join(f"{name} {statistics.median(values):.4f} s" for name, values in waited.items()))

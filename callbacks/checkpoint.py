@@ -32,7 +32,8 @@ class Checkpoint(Callback):
     every_n_steps   also after every so many optimizer steps, within epochs too. None: only as below
     every_n_epochs  after every so many epochs, and at the end. None: at the end alone
     keep            how many of this fit's are kept; the one that it resumed from goes when a newer one is durable
-    async_write     write in a thread, from a copy in memory; errors come up at the next save or at the fit's end
+    async_write     write in a thread, from a copy in memory, which is kept for the next one; errors come up at the next save or at
+                    the fit's end
 
     SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks, save,
     and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError before the
@@ -60,6 +61,7 @@ class Checkpoint(Callback):
         self.saved_at: tuple[int, ...] = ()         # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
+        self.copy: Any = None                       # what is or was written last by async_write
         self.copied = threading.Event()             # whether the state that is being written may be changed again
         self.copied.set()
 
@@ -75,7 +77,7 @@ class Checkpoint(Callback):
             except BaseException:
                 self.wait_for_writer()      # for what is being written; its own error is not the one to be told
                 raise
-            learn.ranks.on_main(self.finish_writing, f"write a checkpoint to {self.dir}")
+            learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
             learn.ranks.agree(False)        # all have heard of it: rank 0, which may hold the store, can leave
         if (learn.wanted or "").startswith("signal"): learn.agreed = learn.wanted       # it came when nothing more was to be agreed
         if (learn.agreed or "").startswith("signal"): self.leave(learn)
@@ -165,7 +167,7 @@ class Checkpoint(Callback):
         self.writing = self.writer.submit(self.copy_and_write, parts, about)
 
     def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
-        try: parts = snapshots.in_memory(parts)
+        try: parts = self.copy = snapshots.in_memory(parts, self.copy)
         finally: self.copied.set()
         self.write_now(parts, about)
 
@@ -181,14 +183,18 @@ class Checkpoint(Callback):
         except OSError as error: raise explained(error, self.dir, 0) from error
 
     def finish_writing(self) -> None:
+        """What failed in the thread comes up here."""
         writing, self.writing = self.writing, None
-        try:
-            if writing is not None: writing.result()
+        if writing is not None: writing.result()
+
+    def end_writing(self) -> None:
+        try: self.finish_writing()
         finally: self.wait_for_writer()
 
     def wait_for_writer(self) -> None:
         writer, self.writer = self.writer, None
         if writer is not None: writer.shutdown()
+        self.copy = None
 
     # ------------------------------------------------------------------ leaving
     def leave(self, learn: Learner) -> None:

@@ -166,11 +166,18 @@ def remove(path: Path) -> None:
     else: shutil.rmtree(hidden)
 
 
-def in_memory(parts: Any) -> Any:
-    """A copy that training on does not change: tensors on the CPU."""
-    if isinstance(parts, Tensor): return parts.detach().to("cpu", copy=True)
-    if isinstance(parts, Mapping): return {k: in_memory(v) for k, v in parts.items()}
-    if isinstance(parts, (list, tuple)): return type(parts)(in_memory(v) for v in parts)
+def in_memory(parts: Any, into: Any = None) -> Any:
+    """A copy that training on does not change: tensors on the CPU. `into`: an earlier copy, which is over; its memory is used again,
+    as new pages cost up to ten times the copy (see docs/decisions.md)."""
+    if isinstance(parts, Tensor):
+        fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (parts.shape, parts.dtype)
+        return into.copy_(parts.detach()) if fits else parts.detach().to("cpu", copy=True)
+    if isinstance(parts, Mapping):
+        earlier = into if isinstance(into, Mapping) else {}
+        return {k: in_memory(v, earlier.get(k)) for k, v in parts.items()}
+    if isinstance(parts, (list, tuple)):
+        of_each = into if isinstance(into, (list, tuple)) and len(into) == len(parts) else [None] * len(parts)
+        return type(parts)(in_memory(v, earlier) for v, earlier in zip(parts, of_each, strict=True))
     return parts
 
 
