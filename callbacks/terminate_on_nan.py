@@ -43,6 +43,8 @@ class TerminateOnNaN(Callback):
 
 def finite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: whether all numbers in them are; a norm is not where one of its numbers is not."""
-    parts = [g.detach() for g in gradients if g.numel()]    # a rank's part may be empty
+    parts = [g for g in gradients if g.numel()]     # a rank's part may be empty
     if not parts: return torch.tensor(True)
-    return torch.stack([norm.float() for norm in torch._foreach_norm(parts, torch.inf)]).isfinite().all()
+    norms = torch._foreach_norm(parts, torch.inf)
+    if len({g.dtype for g in parts}) > 1: norms = [norm.float() for norm in norms]
+    return torch.stack(norms).max().isfinite()      # the largest of numbers with a NaN is NaN
