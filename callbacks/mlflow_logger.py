@@ -74,7 +74,7 @@ class MLflowLogger(Callback):
 
 def mlflow_client() -> Any:
     try:
-        from mlflow.tracking import MlflowClient
+        from mlflow.tracking import MlflowClient  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("MLflowLogger needs MLflow, which is not installed: install mlflow, or mlflow-skinny.") from error
     return MlflowClient

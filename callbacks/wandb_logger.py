@@ -59,7 +59,7 @@ class WandbLogger(Callback):
 
 def import_wandb() -> Any:
     try:
-        import wandb
+        import wandb  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("WandbLogger needs the package wandb, which is not installed.") from error
     return wandb
