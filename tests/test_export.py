@@ -76,7 +76,7 @@ def test_onnx_runs_in_its_own_runtime_and_by_load_learner():
 
 RUN = """\
 import sys, torch
-assert "learnkit" not in sys.modules and not any("wt-" in p for p in sys.path if p)
+sys.modules["learnkit"] = None      # an import of it fails, though it may be installed
 said = torch.load(sys.argv[2], weights_only=True)
 model = torch.export.load(sys.argv[1]).module()
 print(float((model(said["x"]) - said["y"]).abs().max()))
