@@ -47,11 +47,18 @@ class AutoMicrobatch(Callback):
         if not learn.training: return run()
         n = n_samples(learn)
         part = n if self.size is None else min(self.size, n)
-        if part <= self.proven or (learn.world_size > 1 and self.proven): return self.train(learn, run, part)
+        if part <= self.proven or (learn.world_size > 1 and self.proven):
+            if part == n: return run()
+            self.passes(learn, n, part, alone=False)
+        else: self.probe(learn, n, part)
+        learn.stages.step()
+
+    def probe(self, learn: Learner, n: int, part: int) -> None:
+        """Find the size of the parts that fit; the batch has its gradients then."""
         with_others = learn.world_size > 1      # none of them may wait in a reduction for one that failed
         start = State(learn)
         while True:
-            error = self.attempt(learn, part, alone=with_others)
+            error = self.attempt(learn, n, part, alone=with_others)
             if not learn.ranks.agree(error is not None): break
             part = max(1, part // 2) if part > 1 else 0
             start.put_back(learn)
@@ -62,25 +69,19 @@ class AutoMicrobatch(Callback):
         self.proven = part
         start.add_gradients(learn)
         if with_others: learn.reduce_gradients()
-        learn.stages.step()
 
-    def train(self, learn: Learner, run: Run, part: int) -> None:
-        if part >= n_samples(learn): return run()
-        self.passes(learn, part, alone=False)
-        learn.stages.step()
-
-    def attempt(self, learn: Learner, part: int, *, alone: bool) -> BaseException | None:
+    def attempt(self, learn: Learner, n: int, part: int, *, alone: bool) -> BaseException | None:
         """Forward and backward passes of all parts; the error, where memory runs out."""
-        try: self.passes(learn, part, alone=alone)
+        try: self.passes(learn, n, part, alone=alone)
         except BaseException as error:
             if not is_out_of_memory(error): raise
             learn.failure = learn.pred = learn.loss = None
             return error.with_traceback(None)
         return None
 
-    def passes(self, learn: Learner, part: int, *, alone: bool) -> None:
-        """`alone`: no gradient is reduced, not even the last part's."""
-        inputs, target, whole, n = learn.inputs, learn.target, learn.whole, n_samples(learn)
+    def passes(self, learn: Learner, n: int, part: int, *, alone: bool) -> None:
+        """Of a batch of n samples. `alone`: no gradient is reduced, not even the last part's."""
+        inputs, target, whole = learn.inputs, learn.target, learn.whole
         count, loss = learn.count(inputs, target), 0.
         part = -(-n // -(-n // part))           # alike: a last part of one sample would be nothing for batch norm
         if whole is None: learn.whole = count
@@ -125,8 +126,7 @@ class State:
 
 
 def n_samples(learn: Learner) -> int:
-    tensors = tensors_in(learn.inputs if not isinstance(learn.inputs, dict) else tuple(learn.inputs.values()))
-    sizes = {len(t) for t in tensors if t.ndim}
+    sizes = {len(t) for t in tensors_in(learn.inputs) if t.ndim}
     if len(sizes) != 1:
         raise ValueError(f"AutoMicrobatch splits inputs along their first dimension, which they must share; got {describe(learn.inputs)}.")
     return sizes.pop()

@@ -106,7 +106,7 @@ class Checkpoint(Callback):
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
-        self.generators = [generator.get_state() for generator in resume.generators_of(learn.data.train_dl)]
+        self.generators = resume.generator_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
         self.put_back(learn)            # a finished fit has no epoch in which to do so
@@ -115,10 +115,8 @@ class Checkpoint(Callback):
         """When the other callbacks have been told that the fit begins, and have forgotten the one before."""
         if self.parts is None: return
         parts, self.parts = self.parts, None
-        resume.put_back(learn, self.others(learn), parts)
+        resume.put_back(learn, self, parts)
         self.saved_at = learn.epoch, learn.step, learn.n_items_done
-
-    def others(self, learn: Learner) -> list[Callback]: return [callback for callback in learn.running if callback is not self]
 
     # ------------------------------------------------------------------ when
     def after_batch(self, learn: Learner) -> None:
@@ -152,7 +150,7 @@ class Checkpoint(Callback):
         now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
-        parts = resume.take(learn, self.others(learn), self.generators, place)
+        parts = resume.take(learn, self, self.generators, place)
         if self.async_write:
             parts |= {"run": snapshots.in_memory(parts["run"]), "model": resume.with_own_buffers(learn, parts["model"])}
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from learnkit.callbacks.distributed import Distributed
+from learnkit.callbacks.reduce_afterwards import nothing
 from learnkit.checkpoint import load_optimizer
 from learnkit.distributed.algorithms import Algorithm, PowerSGD, average_weights, averager_of, hook_of, state_of
 from learnkit.hooks import Callback, ControlFlow, Run
@@ -72,6 +73,3 @@ class Communicate(Callback):
             self.state.iter, self.averager.step = state["iter"], state["step"]
             for p, value in zip(parameters, state["weights"], strict=True): p.data.copy_(value)
             load_optimizer(self.learn.opt, state["optimizer"])
-
-
-def nothing() -> None: pass

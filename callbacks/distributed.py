@@ -73,7 +73,6 @@ class Distributed(Callback):
         self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
         self.size_of: Callable[[int], int] = int    # number of a batch in its pass -> samples of all ranks in it
         self.uneven_from = NO_BATCH             # number of the first batch that the ranks may share unevenly
-        self.world_size, self.first_batch = 1, 0
         self.bar: Progress | None = None        # shows the loss of all ranks
         self.next_told = NO_BATCH               # the batch after which they tell it each other again
 
@@ -111,8 +110,7 @@ class Distributed(Callback):
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.size_of, self.uneven_from = sizes(learn.dl)
-        learn.n_of_all = self.n_of_all
-        self.world_size, self.first_batch = learn.world_size, learn.first_batch
+        learn.n_of_all = partial(self.n_of_all, learn)
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
         self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
@@ -137,9 +135,9 @@ class Distributed(Callback):
             self.bar.show_loss_of_all(learn)
             self.next_told = learn.batch_index + tell_interval(learn)
 
-    def n_of_all(self, k: int, own: int) -> int:
-        k -= self.first_batch
-        return self.size_of(k) if k >= self.uneven_from else own * self.world_size
+    def n_of_all(self, learn: Learner, k: int, own: int) -> int:
+        k -= learn.first_batch
+        return self.size_of(k) if k >= self.uneven_from else own * learn.world_size
 
     def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch."""

@@ -1,8 +1,7 @@
 """An exponential moving average of the weights."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from learnkit.average import Average
@@ -49,12 +48,9 @@ class EMA(Callback):
     def around_validate(self, learn: Learner, run: Run) -> None:
         with self.swapped(learn): run()
 
-    @contextmanager
-    def swapped(self, learn: Learner) -> Iterator[None]:
+    def swapped(self, learn: Learner) -> AbstractContextManager[None]:
         """Within the block the model has the average's weights; before a first fit, its own."""
-        if self.average is None: yield
-        else:
-            with self.average.swapped(): yield
+        return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""

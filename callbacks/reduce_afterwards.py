@@ -1,6 +1,8 @@
 """One reduction of all gradients after the backward pass, instead of several during it."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
@@ -11,6 +13,9 @@ class ReduceAfterwards(Callback):
     in one collective (Apex's delay_allreduce)."""
     order = Distributed.order + 10
     unique = True
+
+    def __init__(self) -> None:
+        self.reduce: Callable[[], None] = nothing       # what brings the gradients together, in a fit
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         self.reduce, learn.reduce_gradients = learn.reduce_gradients, nothing

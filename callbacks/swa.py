@@ -1,8 +1,7 @@
 """Stochastic weight averaging."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -76,12 +75,9 @@ class SWA(Callback):
         learn.ranks.share([buffer for layer in layers for buffer in layer.buffers()])
         self.is_measured = True
 
-    @contextmanager
-    def swapped(self, learn: Learner) -> Iterator[None]:
+    def swapped(self, learn: Learner) -> AbstractContextManager[None]:
         """Within the block the model has the average's weights; as long as there is none, its own."""
-        if self.average is None: yield
-        else:
-            with self.average.swapped(): yield
+        return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""

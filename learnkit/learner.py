@@ -582,13 +582,11 @@ class Learner:
         On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails. After `to_fsdp` all must
         call it.
         """
-        with self.saved_weights(): return self._save(name, with_opt)
-
-    def _save(self, name: str, with_opt: bool) -> Path:
-        state: dict[str, Any] = {"model": on_main(checkpoint.plain_state(self.model), self.rank)}
-        if with_opt and self.opt is not None: state["opt"] = on_main(self.opt.state_dict(), self.rank)
         path = self.path / self.model_dir / f"{name}.pt"
-        self.ranks.on_main(lambda: checkpoint.write(path, state), f"write {path}")
+        with self.saved_weights():
+            state: dict[str, Any] = {"model": on_main(checkpoint.plain_state(self.model), self.rank)}
+            if with_opt and self.opt is not None: state["opt"] = on_main(self.opt.state_dict(), self.rank)
+            self.ranks.on_main(lambda: checkpoint.write(path, state), f"write {path}")
         return path
 
     def load(self, name: str, strict: bool = True) -> Learner:

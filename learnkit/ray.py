@@ -40,16 +40,14 @@ class RayReport(Callback):
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
-        self.generators = [generator.get_state() for generator in resume.generators_of(learn.data.train_dl)]
+        self.generators = resume.generator_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
         self.put_back(learn)            # a finished fit has no epoch in which to do so
 
     def put_back(self, learn: Learner) -> None:
         parts, self.parts = self.parts, None
-        if parts is not None: resume.put_back(learn, self.others(learn), parts)
-
-    def others(self, learn: Learner) -> list[Callback]: return [callback for callback in learn.running if callback is not self]
+        if parts is not None: resume.put_back(learn, self, parts)
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         stop: StopFit | None = None
@@ -61,7 +59,7 @@ class RayReport(Callback):
     def report(self, learn: Learner, *, over: bool) -> None:
         """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
         from ray import train  # type: ignore[attr-defined]
-        parts = resume.take(learn, self.others(learn), self.generators, resume.place_of(learn, epoch_over=True, over=over))
+        parts = resume.take(learn, self, self.generators, resume.place_of(learn, epoch_over=True, over=over))
         metrics = {"epoch": learn.epoch, "step": learn.step, **learn.values}
         with tempfile.TemporaryDirectory() as folder:
             about = {"run": "ray", "epoch": learn.epoch, "step": learn.step, "values": {}}

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 
-def take(learn: Learner, callbacks: list[Callback], generators: list[Tensor], place: dict[str, Any]) -> dict[str, Any]:
+def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict[str, Any]) -> dict[str, Any]:
     """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for.
 
-    `generators`: the states of the training loader's own at the epoch's start, from which its order is drawn anew.
+    `keeper`: the callback that keeps it, whose own state is left out. `generators`: `generator_states` at the epoch's start, from which
+    its order is drawn anew.
     """
+    callbacks = others(learn, keeper)
     states: dict[bool, dict[str, Any]] = {False: {}, True: {}}      # by whether ranks have different ones
     for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
         state = on_main(callback.state_dict(), learn.rank)
@@ -78,8 +80,9 @@ def begin_at(learn: Learner, place: dict[str, Any]) -> bool:
     return True
 
 
-def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -> None:
+def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
     """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    callbacks = others(learn, keeper)
     checkpoint.check_model(learn.model, parts["model"])
     if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
@@ -99,6 +102,8 @@ def put_back(learn: Learner, callbacks: list[Callback], parts: dict[str, Any]) -
     put_generators(learn.data.train_dl, run["generators"])
     if same_world: put_random_state(own["random"], learn.device)
 
+
+def others(learn: Learner, keeper: Callback) -> list[Callback]: return [callback for callback in learn.running if callback is not keeper]
 
 
 def keys_of(callbacks: list[Callback]) -> list[str]:
@@ -133,6 +138,11 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     """Those that the user gave to the loader or its samplers."""
     found = {id(g): g for g in map(generator_of, parts_of(loader)) if g is not None and not isinstance(g, PrivateGenerator)}
     return list(found.values())
+
+
+def generator_states(learn: Learner) -> list[Tensor]:
+    """Of the training loader's own, as they are now."""
+    return [generator.get_state() for generator in generators_of(learn.data.train_dl)]
 
 
 def put_generators(loader: Any, states: list[Tensor]) -> None:
