@@ -1,16 +1,13 @@
 """Other ways than an all-reduce of every gradient for ranks to come to the same weights."""
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from learnkit.callbacks.distributed import Distributed
 from learnkit.callbacks.reduce_afterwards import nothing
-from learnkit.checkpoint import load_optimizer
-from learnkit.distributed.algorithms import Algorithm, PowerSGD, average_weights, averager_of, hook_of, state_of
+from learnkit.distributed.algorithms import Algorithm, Communication
 from learnkit.hooks import Callback, ControlFlow, Run
 from learnkit.learner import Learner
 
@@ -28,48 +25,30 @@ class Communicate(Callback):
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
-        self.state: Any = None          # the hook's, in a fit
-        self.averager: Any = None
+        self.communication: Communication | None = None     # in a fit
         self.learn: Learner | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         ddp, reduce = learn.training_model, learn.reduce_gradients
         if not isinstance(ddp, DistributedDataParallel): return run()      # no parameter is trained
-        self.learn, self.state = learn, state_of(self.algorithm)
-        hook = hook_of(self.algorithm, self.state)
-        if hook is not None: ddp.register_comm_hook(self.state, hook)
-        with ExitStack() as undo:
-            if self.algorithm.averages:
-                self.averager, learn.reduce_gradients = averager_of(self.algorithm), nothing
-                # Not after_step: torch averages what has a gradient, and these are gone by then.
-                undo.callback(learn.opt.register_step_post_hook(self.average).remove)
-            try: run()
-            finally: self.learn, self.state, self.averager, learn.reduce_gradients = None, None, None, reduce
-
-    def average(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
-        self.averager.average_parameters([p for group in opt.param_groups for p in group["params"]])
+        self.learn, self.communication = learn, Communication(self.algorithm, ddp)
+        leave = self.communication.follow(learn.opt)
+        if self.algorithm.averages: learn.reduce_gradients = nothing
+        try: run()
+        finally:
+            self.learn, self.communication, learn.reduce_gradients = None, None, reduce
+            leave()
 
     def around_train(self, learn: Learner, run: Run) -> None:
         """All ranks end an epoch with one model, also where they have agreed to end it early."""
         signal: ControlFlow | None = None
         try: run()
         except ControlFlow as raised: signal = raised
-        if self.averager is not None: average_weights(learn.model.parameters())
+        if self.communication is not None: self.communication.average_now()
         if signal is not None: raise signal
 
     def state_dict(self) -> dict[str, Any]:
-        if self.learn is None: return {}
-        parameters = list(self.learn.model.parameters())
-        if isinstance(self.state, PowerSGD): return {"powersgd": self.state.state_dict(parameters)}
-        if self.averager is None: return {}
-        return {"iter": self.state.iter, "step": self.averager.step, "weights": [p.detach() for p in parameters],
-                "optimizer": self.learn.opt.state_dict()}
+        return {} if self.learn is None or self.communication is None else self.communication.state_dict(self.learn.opt)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.learn is None: return
-        parameters = list(self.learn.model.parameters())
-        if isinstance(self.state, PowerSGD): self.state.load_state_dict(state["powersgd"], parameters)
-        elif self.averager is not None:
-            self.state.iter, self.averager.step = state["iter"], state["step"]
-            for p, value in zip(parameters, state["weights"], strict=True): p.data.copy_(value)
-            load_optimizer(self.learn.opt, state["optimizer"])
+        if self.learn is not None and self.communication is not None: self.communication.load_state_dict(state, self.learn.opt)

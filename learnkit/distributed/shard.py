@@ -43,6 +43,7 @@ from learnkit.order import (
     with_rest,
 )
 from learnkit.order import set_epoch as set_seed_and_epoch
+from learnkit.transfer import Moved
 
 T = TypeVar("T")
 
@@ -300,7 +301,8 @@ class ShardedStream(IterableDataset):
         for batch in islice(batches, number, None, n_workers): yield from batch  # a DataLoader asks its workers in turn
 
 
-def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None, keep_generator: bool = False) -> Any:
+def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None, keep_generator: bool = False,
+                        device: torch.device | None = None) -> Any:
     """A loader of this rank's part: the same kind, with all its settings, over a sharded order. See `set_epoch`.
 
     In a world of one the loader itself, unless a `seed` is given, which fixes the order of a shuffled one at any world
@@ -308,8 +310,14 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
     an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
     A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
     is dealt out batch by batch; one with a DistributedSampler stays as it is. An IterableDataset is refused, with advice.
-    `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state.
+    `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state. `device`, such as
+    `get_device()`: batches come there, alone too; to a GPU beside the work on the batch before.
     """
+    own = share_of(loader, seed, training, keep_generator)
+    return own if device is None else Moved(own, device)
+
+
+def share_of(loader: Any, seed: int | None, training: bool | None, keep_generator: bool) -> Any:
     if get_world_size() == 1 and seed is None: return loader
     if not isinstance(loader, DataLoader): return as_sharded(loader, training)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
