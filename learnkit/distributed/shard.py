@@ -169,8 +169,12 @@ class ShardedBatchSampler(EpochOrder):
     def order(self, seed: int) -> Iterator[Any]:
         """The sampler's items; under borrowed global generators only where it may draw from them, which costs 0.17 ms a batch."""
         generator = generator_of(self.sampler)
-        if draws_globally(self.sampler) or (isinstance(self.sampler, Sampler) and generator is None and hasattr(self.sampler, "generator")):
+        if draws_globally(self.sampler):
             order = privately(self.sampler, seed, self.items_per_batch, reseed=not self.keep_generator)
+        elif generator is None and isinstance(self.sampler, Sampler) and hasattr(self.sampler, "generator"):
+            own: Any = copy.copy(self.sampler)  # torch's would draw from the global one
+            own.generator = torch.Generator().manual_seed(seed)
+            order = iter(own)
         else:
             if generator is not None and not self.keep_generator: generator.manual_seed(seed)
             order = iter(self.sampler)
