@@ -313,7 +313,8 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
     size. `training=None`: a loader is for training if it shuffles, drops the last batch or has a sampler of its own. For
     an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
     A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
-    is dealt out batch by batch; one with a DistributedSampler stays as it is. An IterableDataset is refused, with advice.
+    is dealt out batch by batch; one with a DistributedSampler, or with an attribute `is_sharded = True`, stays as it is. An
+    IterableDataset is refused, with advice.
     `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state. `device`, such as
     `get_device()`: batches come there, alone too; to a GPU beside the work on the batch before.
     """
@@ -323,6 +324,7 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
 
 def share_of(loader: Any, seed: int | None, training: bool | None, keep_generator: bool) -> Any:
     if get_world_size() == 1 and seed is None: return loader
+    if getattr(loader, "is_sharded", False): return loader
     if not isinstance(loader, DataLoader): return as_sharded(loader, training)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
     if isinstance(loader.sampler, DistributedSampler): return loader
