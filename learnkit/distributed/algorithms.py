@@ -36,6 +36,11 @@ class Algorithm(NamedTuple):
     @property
     def averages(self) -> bool: return self.name in AVERAGING
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether ranks have something for themselves from one step to the next."""
+        return self.averages or self.name == "powersgd"
+
 
 def as_algorithm(algorithm: str | Hook, *, period: int | None = None, warmup_steps: int | None = None,
                  rank: int | None = None) -> Algorithm:
