@@ -1,12 +1,15 @@
 # pyright: reportPrivateImportUsage=false
 """Nodes that come and go: ranks of one round find each other, and a fit goes on with what is left of its epoch, on however many there are."""
 import functools
+import json
 import math
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +23,14 @@ from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Accumulate, Checkpoint, CSVLogger
 from learnkit.callbacks.communicate import Communicate
 from learnkit.distributed import all_sum, get_rank, guard, init_process_group, launch
-from tests.distributed.processes import free_port
+from tests.distributed.hosts import two_hosts
+from tests.distributed.processes import TORCHRUN, Processes, Started, free_port
 from tests.reliability.conftest import Child
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch) -> Iterator[Callable[..., Child]]:
+def start() -> Iterator[Callable[..., Child]]:
     """start(fn, *args, **environment): a forked process; none outlives the test."""
-    monkeypatch.chdir(tmp_path)
     children: list[Child] = []
 
     def begin(fn: Callable[..., Any], *args: Any, **environment: Any) -> Child:
@@ -222,8 +225,7 @@ HISTORIES: list[list[Era]] = [[(2, 3), (1, 4), (2, None)], [(2, 2), (3, 4), (1, 
 
 @pytest.mark.parametrize("kind", ["tensors", "DataLoader"])
 @pytest.mark.parametrize("eras", HISTORIES, ids=["2-1-2", "2-3-1", "1-3-2-1"])
-def test_a_fit_that_changes_hands_equals_one_loop_over_each_sample_once(eras, kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_fit_that_changes_hands_equals_one_loop_over_each_sample_once(eras, kind):
     ended = history(eras, kind=kind)
     steps = trained(ended)
     for epoch in range(EPOCHS):
@@ -239,16 +241,14 @@ def test_a_fit_that_changes_hands_equals_one_loop_over_each_sample_once(eras, ki
         assert train_losses == pytest.approx(means, abs=1e-5)
 
 
-def test_where_the_ranks_come_back_within_an_epoch_the_schedule_is_the_one_that_it_was(tmp_path, monkeypatch):
+def test_where_the_ranks_come_back_within_an_epoch_the_schedule_is_the_one_that_it_was():
     """Of 45 samples 2 ranks take 24 in 3 steps, one takes 16 in 4, and 2 the last 5: the second epoch is that of 2 ranks throughout."""
-    monkeypatch.chdir(tmp_path)
     lrs = history([(2, 3), (1, 4), (2, None)])[-1][0][2]
     assert lrs[-6:] == pytest.approx([one_cycle_at(k, 12) for k in range(6, 12)])
 
 
-def test_of_a_window_of_batches_that_is_broken_off_each_sample_is_trained_on_again(tmp_path, monkeypatch):
+def test_of_a_window_of_batches_that_is_broken_off_each_sample_is_trained_on_again():
     """Its gradients are of no use to other ranks."""
-    monkeypatch.chdir(tmp_path)
     ended = history([(2, 3), (1, 3), (2, None)], callbacks=lambda: [Accumulate(2)])
     steps = trained(ended)
     assert [len(batch.samples) for batch in steps if batch.epoch == 0] == [16, 8, 16, 5]
@@ -260,16 +260,14 @@ def test_of_a_window_of_batches_that_is_broken_off_each_sample_is_trained_on_aga
         assert found_losses == pytest.approx(losses, abs=1e-5)
 
 
-def test_an_epoch_of_which_too_little_is_left_for_so_many_ranks_is_over(tmp_path, monkeypatch):
+def test_an_epoch_of_which_too_little_is_left_for_so_many_ranks_is_over():
     """One sample is not enough for two ranks: of 45, one has trained on 44 in 11 steps."""
-    monkeypatch.chdir(tmp_path)
     steps = trained(ended := history([(1, 11), (2, None)]))
     assert [len(batch.samples) for batch in steps] == [4] * 11 + [8] * 5 + [5]
     assert ended[-1][0][5:7] == (17, 17)
 
 
-def test_a_log_goes_on_with_the_losses_of_all_ranks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_log_goes_on_with_the_losses_of_all_ranks():
     ended = history([(2, 3), (3, 1), (1, None)], callbacks=lambda: [CSVLogger("log.csv", every_n_steps=5)])
     steps = trained(ended)
     losses, rows = ended[-1][0][3], [line.split(",") for line in Path("log.csv").read_text().splitlines()]
@@ -279,8 +277,7 @@ def test_a_log_goes_on_with_the_losses_of_all_ranks(tmp_path, monkeypatch):
                                             / sum(len(batch.samples) for batch in steps[:5]), abs=1e-5)
 
 
-def test_ranks_that_come_later_draw_anew_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_ranks_that_come_later_draw_anew_and_the_others_go_on():
     first, alone, second, third = [[rank[-1] for rank in ranks] for ranks in history([(2, 3), (1, 1), (2, 1), (3, None)])]
     assert first[0] == alone[0] == second[0] == third[0]        # the model draws nothing: what was put back
     assert second[1] == third[1]
@@ -288,8 +285,7 @@ def test_ranks_that_come_later_draw_anew_and_the_others_go_on(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("algorithm", ["local_sgd", "decentralized"])
-def test_ranks_that_had_weights_of_their_own_go_on_from_their_mean_on_another_number(algorithm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_ranks_that_had_weights_of_their_own_go_on_from_their_mean_on_another_number(algorithm):
     two, one, three = history([(2, 3), (1, 2), (3, None)], algorithm=algorithm, **({"warmup_steps": 1} if algorithm == "local_sgd" else {}))
     a, b = [rank[0].own[-1][0] for rank in two]
     assert not torch.equal(a, b)
@@ -299,12 +295,88 @@ def test_ranks_that_had_weights_of_their_own_go_on_from_their_mean_on_another_nu
         assert torch.equal(rank[1], three[0][1])
 
 
-def test_what_powersgd_owes_is_shared_among_another_number_of_ranks(tmp_path, monkeypatch):
+def test_what_powersgd_owes_is_shared_among_another_number_of_ranks():
     """Each has the mean of the errors, so that the mean gradient gets what it still lacks; alone there is nobody to owe it to."""
-    monkeypatch.chdir(tmp_path)
     two, three, one = history([(2, 4), (3, 2), (1, None)], algorithm="powersgd", warmup_steps=2)
     owed = [torch.stack(errors).mean(0) for errors in zip(*[rank[0].own[-1][1] for rank in two], strict=True)]
     assert len(owed) == 4 and any(error.abs().max() > 0 for error in owed)
     for rank in three:
         for found, expected in zip(rank[0].own[0][1], owed, strict=True): assert torch.allclose(found, expected, atol=1e-8)
     assert one[0][5] == one[0][6]
+
+
+# ---------------------------------------------------------------------- two hosts
+ELASTIC = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29500", "--rdzv-id=job",
+           "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=4")
+TRAIN = """\
+import json
+import os
+import signal
+import time
+import time
+from pathlib import Path
+
+import torch
+
+from learnkit import Callback, Learner
+from learnkit.callbacks import Checkpoint
+from tests.distributed.test_elastic import EPOCHS, LR, Notes, make_data, net
+
+class Events(Callback):
+    def before_batch(self, learn):
+        if not learn.training: return
+        Path(f"trains-{learn.world_size}-{learn.rank}-{learn.step}").touch()
+        if learn.rank == 1 and learn.step == 2: time.sleep(60)                          # it is killed meanwhile
+        if learn.world_size == 1 and learn.step == 5: wait_for_signal(learn)            # its agent's, as a host joins
+        if learn.rank == 1 and learn.step == 8:
+            os.kill(os.getppid(), signal.SIGTERM)                                       # this host is to be given back
+            wait_for_signal(learn)
+
+    def after_step(self, learn):
+        with open(f"notes-{learn.rank}", "a") as file: file.write(json.dumps(notes.batches[-1]) + "\\n")
+
+def wait_for_signal(learn):
+    while learn.wanted is None: time.sleep(0.01)
+
+torch.manual_seed(5)
+learn = Learner(make_data("tensors"), net(), opt_func=torch.optim.SGD, wd=0., callbacks=[Checkpoint("kept", every_n_steps=1)])
+learn.to_distributed()
+notes = Notes(None)
+learn.fit_one_cycle(EPOCHS, LR, moms=None, resume=True, callbacks=[Events(), notes])
+if learn.rank == 0: torch.save([torch.cat([p.detach().flatten() for p in learn.model.parameters()]), learn.recorder.lrs], "outcome")
+"""
+
+
+def test_a_job_that_loses_a_host_gains_it_again_and_has_to_give_it_back_trains_on_each_sample_once():
+    Path("train.py").write_text(TRAIN)
+    with two_hosts() as hosts, Processes(Path.cwd()) as processes:
+        def start(i: int) -> Started:
+            return processes.start(*hosts.command(i, *TORCHRUN, *ELASTIC, "train.py"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+
+        first, lost = start(0), start(1)
+        wait_for("trains-2-1-2", first)
+        lost.process.kill()
+        wait_for("trains-1-0-5", first)
+        again = start(1)
+        assert first.ended(90).code == 0
+        assert again.ended(10).code != 0
+        assert processes.left_after(1) == []
+    of_rank_0, of_rank_1 = ([Batch(*json.loads(line)) for line in Path(f"notes-{i}").read_text().splitlines()] for i in range(2))
+    others = {batch.step: batch.samples for batch in of_rank_1}
+    steps = [batch._replace(samples=batch.samples + others.get(batch.step, [])) for batch in of_rank_0]
+    assert [batch.step for batch in steps] == list(range(len(steps)))
+    eras = [(world_size, len(list(batches))) for world_size, batches in groupby(steps, lambda batch: batch.world_size)]
+    assert [world_size for world_size, _ in eras] == [2, 1, 2, 1] and [n for _, n in eras[:2]] == [2, 4]
+    for epoch in range(EPOCHS): assert Counter(i for batch in steps if batch.epoch == epoch for i in batch.samples) == Counter(range(N))
+    weights, lrs = torch.load("outcome", weights_only=True)
+    assert torch.allclose(weights, by_hand(steps)[0], atol=1e-5) and lrs == pytest.approx(rates(steps))
+    Path("kept").rename("kept by the hosts")
+    [alike] = history([*eras[:-1], (1, None)])[-1]
+    assert torch.equal(weights, alike[1]) and lrs == alike[2]
+
+
+def wait_for(file: str, started: Started) -> None:
+    deadline = time.monotonic() + 60
+    while not Path(file).exists():
+        assert started.process.poll() is None and time.monotonic() < deadline, started.err.read_text()
+        time.sleep(0.02)
