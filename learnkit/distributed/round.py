@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """One round of ranks, from a start to the next restart: a name that its ranks agree on, and no others have.
 
 Over torchelastic's own store many rounds meet, one after the other, and what dead ranks have written stays in it. Nothing that
@@ -6,12 +7,20 @@ membership is counted by none.
 """
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from learnkit.distributed.process import parent_arguments, parent_is_torchrun
+
+NO_NODE_CAN_JOIN = ("torchrun was started with --nnodes={nodes}, but torch (2.15) does not tell a node that joins later where the job's "
+                    "store is: all of it would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun.")
 
 
 def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -26,7 +35,7 @@ def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timede
     if not waited_for(lambda: store.check(answers), timeout):
         absent = [other for other, answer in enumerate(answers, 1) if not store.check([answer])]
         raise TimeoutError(f"Not there: ranks {', '.join(map(str, absent))}")
-    store.set(f"{own}/meant", b" ".join(store.multi_get(answers)))
+    store.set(f"{own}/meant", b" ".join(store.multi_get(answers)).decode())
     return own
 
 
@@ -53,3 +62,24 @@ def waited_for(condition: Callable[[], bool], timeout: timedelta) -> bool:
         time.sleep(pause)
         pause = min(pause * 1.5, 0.2)
     return True
+
+
+def warn_where_no_node_can_join() -> None:
+    """Where the number of nodes may change, torchelastic must not share its store: only the first to start tells others where it is."""
+    nodes = os.environ.get("PET_NNODES") or (elastic_nodes(parent_arguments()) if parent_is_torchrun() else "")
+    if is_range(nodes): warnings.warn(NO_NODE_CAN_JOIN.format(nodes=nodes), stacklevel=4)
+
+
+def elastic_nodes(arguments: Sequence[str]) -> str:
+    """The value of torchrun's --nnodes, or "".
+
+    >>> elastic_nodes(["torchrun", "--nnodes=1:4", "train.py"])
+    '1:4'
+    """
+    match = re.search(r"\0--nnodes[=\0]([\d:]+)\0", "\0".join(["", *arguments, ""]))
+    return match[1] if match else ""
+
+
+def is_range(nodes: str) -> bool:
+    first, colon, last = nodes.partition(":")
+    return bool(colon) and first != last

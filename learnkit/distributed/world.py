@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from learnkit.distributed.round import name_of_round
+from learnkit.distributed.round import name_of_round, warn_where_no_node_can_join
 
 COMMAND = "torchrun --nproc-per-node=2 train.py"
 N_ATTEMPTS, AT_ONCE = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
@@ -232,6 +232,8 @@ def init_process_group(backend: str | None = None, seed: int | None = None, time
     if has_group():
         return False
     _check_environment()
+    if agent_serves() and is_main():
+        warn_where_no_node_can_join()
     if get_world_size() == 1:
         return False
     device = get_device(local_rank)

@@ -4,7 +4,10 @@ import functools
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from learnkit.callbacks import Accumulate, Checkpoint, CSVLogger
 from learnkit.callbacks.communicate import Communicate
 from learnkit.distributed import all_sum, get_rank, guard, init_process_group, launch
 from tests.distributed.hosts import two_hosts
-from tests.distributed.processes import TORCHRUN, Processes, Started, free_port
+from tests.distributed.processes import ROOT, TORCHRUN, Processes, Started, free_port
 from tests.reliability.conftest import Child
 
 
@@ -81,6 +84,26 @@ def test_a_rank_whose_others_never_come_says_so(rank, start, store):
     [child] = start_round(start, store, [0, 0], timeout=1, ranks=[rank])
     assert child.end(20) == 1
     assert f"rank {rank} of 2 could not join the group at 127.0.0.1:{store.port} within 1 s: see that all 2 ranks were started" in child.said()[-1]
+
+
+WHERE_THE_STORE_IS = "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun"
+
+
+def test_where_a_node_that_joined_would_end_the_job_it_is_told_how_it_would_not():
+    """By the command of torchrun, for which a shell stands here."""
+    script = "from learnkit.distributed import init_process_group; print(init_process_group())"
+    command = ["sh", "-c", 'TORCHELASTIC_RUN_ID=job "$0" -c "$1"; exit $?', sys.executable, script, "--nnodes", "1:2"]
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+    assert re.search(rf"torchrun was started with --nnodes=1:2, but torch .* {WHERE_THE_STORE_IS}", done.stderr)
+
+
+@pytest.mark.parametrize("nodes, served, told", [("1:2", "True", True), ("1:2", "False", False), ("2:2", "True", False), ("2", "True", False)])
+def test_it_is_told_where_the_number_of_nodes_may_change_and_the_store_is_shared_alone(nodes, served, told, monkeypatch):
+    for name, value in {"PET_NNODES": nodes, "TORCHELASTIC_USE_AGENT_STORE": served, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match=WHERE_THE_STORE_IS) if told else nullcontext(): assert not init_process_group()
 
 
 # ---------------------------------------------------------------------- another number of ranks goes on
