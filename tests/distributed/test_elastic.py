@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from learnkit import Callback, DataBunch, Learner
@@ -153,7 +154,11 @@ def own_of(learn: Learner) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return weights_of(learn), [error.clone() for state in states for error in state["errors"] if error is not None]
 
 
-def weights_of(learn: Learner) -> torch.Tensor: return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+def weights_of(learn: Learner) -> torch.Tensor:
+    return torch.cat([whole(p.detach()).flatten() for p in learn.model.parameters()])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor: return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Dataset(NamedTuple):
@@ -180,16 +185,19 @@ def net() -> nn.Module:
 
 def make_data(kind: str) -> DataBunch:
     samples = dataset()
-    if kind == "tensors": return DataBunch.from_tensors(samples, samples, bs=BS, drop_last=False)
-    whole = TensorDataset(*samples)
-    return DataBunch(DataLoader(whole, BS, shuffle=True), DataLoader(whole, BS))
+    if kind == "batches": return DataBunch([(samples.x[k:k + BS], samples.y[k:k + BS]) for k in range(0, N, BS)])
+    if kind != "DataLoader": return DataBunch.from_tensors(samples, samples, bs=BS, drop_last=False)
+    samples = TensorDataset(*samples)
+    return DataBunch(DataLoader(samples, BS, shuffle=True), DataLoader(samples, BS))
 
 
-def train(n_batches: int | None, kind: str = "tensors", callbacks: Callable[[], list[Callback]] = list, **options: Any) -> Any:
+def train(n_batches: int | None, kind: str = "tensors", callbacks: Callable[[], list[Callback]] = list, spread: bool = False,
+          **options: Any) -> Any:
     """What a user's script does, the same at each start; with what it noted."""
     torch.manual_seed(5)
     learn = Learner(make_data(kind), net(), opt_func=torch.optim.SGD, wd=0., callbacks=[Checkpoint("kept"), *callbacks()])
-    learn.to_distributed(**options)
+    if spread: learn.to_fsdp()
+    else: learn.to_distributed(**options)
     notes = Notes(n_batches)
     with learn.no_logging(), nullcontext() if n_batches is None else pytest.raises(SystemExit, match="143"):
         learn.fit_one_cycle(EPOCHS, LR, resume=True, moms=None, callbacks=[notes])
@@ -246,10 +254,10 @@ def by_hand(steps: list[Batch]) -> tuple[torch.Tensor, list[float], list[float]]
 HISTORIES: list[list[Era]] = [[(2, 3), (1, 4), (2, None)], [(2, 2), (3, 4), (1, None)], [(1, 7), (3, 1), (2, 5), (1, None)]]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "DataLoader"])
+@pytest.mark.parametrize("kind", ["tensors", "DataLoader", "to_fsdp"])
 @pytest.mark.parametrize("eras", HISTORIES, ids=["2-1-2", "2-3-1", "1-3-2-1"])
 def test_a_fit_that_changes_hands_equals_one_loop_over_each_sample_once(eras, kind):
-    ended = history(eras, kind=kind)
+    ended = history(eras, kind=kind, spread=kind == "to_fsdp")
     steps = trained(ended)
     for epoch in range(EPOCHS):
         counts = Counter(i for batch in steps if batch.epoch == epoch for i in batch.samples)
@@ -262,6 +270,17 @@ def test_a_fit_that_changes_hands_equals_one_loop_over_each_sample_once(eras, ki
         assert lrs == [batch.lr for batch in steps] == pytest.approx(rates(steps))
         assert found_losses == pytest.approx(losses, abs=1e-5)
         assert train_losses == pytest.approx(means, abs=1e-5)
+
+
+def test_of_ready_made_batches_of_unequal_sizes_each_is_trained_on_once_too():
+    """Dealt out one to a rank: 6 of 12, then 4, then 2; each rank counts by its samples."""
+    steps = trained(ended := history([(2, 3), (1, 4), (2, None)], kind="batches"))
+    assert [len(batch.samples) for batch in steps if batch.epoch == 0] == [8] * 3 + [4] * 4 + [5]
+    for epoch in range(EPOCHS): assert Counter(i for batch in steps if batch.epoch == epoch for i in batch.samples) == Counter(range(N))
+    weights, losses, _ = by_hand(steps)
+    for _, found, lrs, found_losses, *_ in ended[-1]:
+        assert torch.allclose(found, weights, atol=1e-5)
+        assert found_losses == pytest.approx(losses, abs=1e-5) and lrs[-6:] == pytest.approx([one_cycle_at(k, 12) for k in range(6, 12)])
 
 
 def test_where_the_ranks_come_back_within_an_epoch_the_schedule_is_the_one_that_it_was():
