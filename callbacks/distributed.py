@@ -261,7 +261,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
         raise ValueError(ONE_REDUCTION.format(name=algorithm.name))
     if any(map(is_shard, learn.model.parameters())):
         raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
-    if not join(learn, local_rank, timeout): return learn
+    if not join(learn, local_rank, timeout): return alone(learn, algorithm)
     learn.model.to(learn.device)
     share_weights(learn.model)
     from learnkit.callbacks.communicate import Communicate
@@ -269,6 +269,13 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
     if delay_allreduce: beside.append(ReduceAfterwards())
     return install(learn, callback, *beside)
+
+
+def alone(learn: Learner, algorithm: Algorithm) -> Learner:
+    """As it is; but a checkpoint of several ranks may have what only Communicate can take back."""
+    from learnkit.callbacks.communicate import Communicate
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Communicate)]
+    return learn.add_callback(Communicate(algorithm)) if algorithm.keeps_own else learn
 
 
 def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:

@@ -38,6 +38,11 @@ class Algorithm(NamedTuple):
     @property
     def averages(self) -> bool: return self.name in AVERAGING
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether ranks have something for themselves from one step to the next."""
+        return self.averages or self.name == "powersgd"
+
 
 def as_algorithm(algorithm: str | Hook, *, period: int | None = None, warmup_steps: int | None = None,
                  rank: int | None = None) -> Algorithm:
@@ -66,10 +71,13 @@ def as_algorithm(algorithm: str | Hook, *, period: int | None = None, warmup_ste
 class Communication:
     """An algorithm at work on one model that is wrapped in DistributedDataParallel: the state of its hook, the averager of its weights."""
 
-    def __init__(self, algorithm: Algorithm, ddp: DistributedDataParallel) -> None:
+    def __init__(self, algorithm: Algorithm, ddp: DistributedDataParallel, *, step: int = 0) -> None:
+        """`step`: steps that were done before, as by one rank alone, count as its warm-up."""
         self.algorithm, self.parameters = algorithm, list(ddp.module.parameters())
         self.state = state_of(algorithm)
         self.averager = averager_of(algorithm) if algorithm.averages else None
+        if self.averager is not None: self.averager.step = self.state.iter = step
+        elif isinstance(self.state, PowerSGD): self.state.state.iter = step
         self.n_followed = 0                     # optimizers whose steps it follows
         hook = hook_of(algorithm, self.state)
         if hook is not None: ddp.register_comm_hook(self.state, hook)
@@ -102,8 +110,13 @@ class Communication:
         if isinstance(self.state, PowerSGD): self.state.load_state_dict(state["powersgd"], self.parameters)
         elif self.averager is not None:
             self.state.iter, self.averager.step = state["iter"], state["step"]
-            for p, value in zip(self.parameters, state["weights"], strict=True): p.data.copy_(value)
-            load_optimizer(optimizer, state["optimizer"])
+            put_weights(self.parameters, state, optimizer)
+
+
+def put_weights(parameters: Sequence[Tensor], state: dict[str, Any], optimizer: Optimizer) -> None:
+    """A rank's own weights between two averages, and their optimizer's state."""
+    for p, value in zip(parameters, state["weights"], strict=True): p.data.copy_(value)
+    load_optimizer(optimizer, state["optimizer"])
 
 
 def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
