@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from learnkit import checkpoint, resume, snapshots
+from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
@@ -34,6 +34,9 @@ class Checkpoint(Callback):
     keep            how many of this fit's are kept; the one that it resumed from goes when a newer one is durable
     async_write     write in a thread, from a copy in memory, which is kept for the next one; errors come up at the next save or at
                     the fit's end
+    sharded         of a model that `to_fsdp` has spread, each rank writes and reads its own part of weights and optimizer, in safetensors
+                    files, so that nobody ever holds it whole; `dir` has to be there for all. Any number of ranks, spread or not, can go
+                    on from it. Not beside async_write. Where nothing is spread, as without
 
     SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks, save,
     and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError before the
@@ -48,15 +51,20 @@ class Checkpoint(Callback):
     in_trials = False
 
     def __init__(self, dir: str | Path, *, every_n_steps: int | None = None, every_n_epochs: int | None = 1, keep: int = 2,
-                 async_write: bool = False) -> None:
+                 async_write: bool = False, sharded: bool = False) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("keep", keep)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
         self.dir, self.every_n_steps, self.every_n_epochs, self.keep = Path(dir), every_n_steps, every_n_epochs, keep
-        self.async_write = async_write
+        if sharded and async_write:
+            raise ValueError("sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, which "
+                             "training would disturb. Leave one of them out.")
+        if sharded: in_parts.check_safetensors()
+        self.async_write, self.sharded = async_write, sharded
         self.run = ""                               # names a fit, over all its interruptions
         self.written: list[Path] = []               # of this run, oldest first
         self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
+        self.apart: Path | None = None              # where tensors lie that `parts` has only the shapes of
         self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
         self.saved_at: tuple[int, ...] = ()         # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
@@ -67,7 +75,7 @@ class Checkpoint(Callback):
 
     # ------------------------------------------------------------------ a fit
     def around_fit(self, learn: Learner, run: Run) -> None:
-        self.run, self.written, self.parts, self.saved_at = secrets.token_hex(8), [], None, ()
+        self.run, self.written, self.parts, self.apart, self.saved_at = secrets.token_hex(8), [], None, None, ()
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
         stop: StopFit | None = None
@@ -95,14 +103,14 @@ class Checkpoint(Callback):
         """The checkpoint to go on from."""
         found = checkpoint.from_main(learn, self.read)
         if found is None: return
-        name, parts, about = found
+        name, parts, about, apart = found
         if not resume.begin_at(learn, parts["run"]["place"]): return
-        self.parts, self.run = parts, about["run"]
+        self.parts, self.run, self.apart = parts, about["run"], self.dir / name if apart else None
         self.written = snapshots.of_run(self.dir, self.run, name)
 
     def read(self) -> list[Any] | None:
         found = snapshots.newest(self.dir)
-        return None if found is None else [found[0].name, *found[1:]]
+        return None if found is None else [found[0].name, *found[1:], in_parts.is_apart(found[1])]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
@@ -115,6 +123,9 @@ class Checkpoint(Callback):
         """When the other callbacks have been told that the fit begins, and have forgotten the one before."""
         if self.parts is None: return
         parts, self.parts = self.parts, None
+        if self.apart is not None:
+            resume.check_fits(learn, parts)
+            parts = in_parts.filled(learn, parts, self.apart)
         resume.put_back(learn, self, parts)
         self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
@@ -150,12 +161,14 @@ class Checkpoint(Callback):
         now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
-        parts = resume.take(learn, self, self.generators, place)
+        parts = resume.take(learn, self, self.generators, place, gathered=not self.sharded)
         if self.async_write:
             parts |= {"run": snapshots.in_memory(parts["run"]), "model": resume.with_own_buffers(learn, parts["model"])}
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
                  "values": {name: str(value) for name, value in learn.values.items()}}
-        learn.ranks.on_main(lambda: self.write(parts, about), f"write a checkpoint to {self.dir}")
+        apart = in_parts.begin(learn, self.dir, parts, about) if self.sharded and in_parts.is_spread(parts) else None
+        learn.ranks.on_main(lambda: self.write(parts, about) if apart is None else self.keep_newest(apart()),
+                            f"write a checkpoint to {self.dir}")
 
     def write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write: return self.write_now(parts, about)
@@ -174,8 +187,10 @@ class Checkpoint(Callback):
         if not self.copied.is_set(): self.copied.wait()
 
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
-        name = snapshots.next_name(self.dir, about["step"])
-        self.written.append(snapshots.write(self.dir, name, parts, about))
+        self.keep_newest(snapshots.write(self.dir, snapshots.next_name(self.dir, about["step"]), parts, about))
+
+    def keep_newest(self, path: Path) -> None:
+        self.written.append(path)
         try:
             while len(self.written) > self.keep: snapshots.remove(self.written.pop(0))
         except OSError as error: raise explained(error, self.dir, 0) from error

@@ -72,9 +72,9 @@ def read_for(learn: Learner, path: Path) -> dict[str, Any]:
 
 
 def from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:
-    """[name, parts, about] of a snapshot as rank 0 reads it, on all ranks; what is spread over them as by `read_for`."""
+    """[name, parts, …] of a snapshot as rank 0 reads it, on all ranks; what is spread over them as by `read_for`."""
     if not any(map(is_shard, learn.model.parameters())): return learn.ranks.from_main(read)
-    return read_on_main(learn.ranks, read, lambda found: found and [found[0], outline_of(learn.model, found[1]), found[2]])
+    return read_on_main(learn.ranks, read, lambda found: found and [found[0], outline_of(learn.model, found[1]), *found[2:]])
 
 
 def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class RayReport(Callback):
         check_in_ray()
         found = checkpoint.from_main(learn, read)
         self.parts = None
-        if found is not None and resume.begin_at(learn, found[0]["run"]["place"]): self.parts = found[0]
+        if found is not None and resume.begin_at(learn, found[1]["run"]["place"]): self.parts = found[1]
         run()
 
     def before_epoch(self, learn: Learner) -> None:
@@ -80,12 +80,12 @@ def check_in_ray() -> None:
 
 
 def read() -> list[Any] | None:
-    """(parts, about) of the checkpoint that Ray gives to a run that goes on; None at a first start."""
+    """[name, parts] of the checkpoint that Ray gives to a run that goes on; None at a first start."""
     from ray import train  # type: ignore[attr-defined]
     found = train.get_checkpoint()
     if found is None: return None
     with found.as_directory() as folder: newest = snapshots.newest(Path(folder))
-    return None if newest is None else list(newest[1:])
+    return None if newest is None else [newest[0].name, newest[1]]
 
 
 class RayLoader:

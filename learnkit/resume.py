@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 
-def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict[str, Any]) -> dict[str, Any]:
+def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict[str, Any], *, gathered: bool = True) -> dict[str, Any]:
     """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for.
 
     `keeper`: the callback that keeps it, whose own state is left out. `generators`: `generator_states` at the epoch's start, from which
-    its order is drawn anew.
+    its order is drawn anew. `gathered`: a model that is spread over ranks is whole in rank 0's parts, else each rank has its own.
     """
     callbacks = others(learn, keeper)
     states: dict[bool, dict[str, Any]] = {False: {}, True: {}}      # by whether ranks have different ones
@@ -34,6 +34,7 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
     own = {"random": random_state(learn.device), "callbacks": states[True]}
     run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather(own)}
     model, optimizer = checkpoint.plain_state(learn.model), learn.opt.state_dict()
+    if not gathered: return {"model": model, "optimizer": optimizer, "run": run}
     return {"model": on_main(model, learn.rank), "optimizer": on_main(optimizer, learn.rank), "run": run}
 
 
@@ -80,13 +81,18 @@ def begin_at(learn: Learner, place: dict[str, Any]) -> bool:
     return True
 
 
-def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
-    """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
-    callbacks = others(learn, keeper)
+def check_fits(learn: Learner, parts: dict[str, Any]) -> None:
+    """Raise ValueError where a snapshot is of another model or optimizer; shapes are enough."""
     checkpoint.check_model(learn.model, parts["model"])
     if not checkpoint.optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
                          "with the same opt_func and splitter.")
+
+
+def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
+    """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    check_fits(learn, parts)
+    callbacks = others(learn, keeper)
     run, keys = parts["run"], keys_of(callbacks)
     states = {**run["callbacks"], **states_of_rank(learn, dict(zip(keys, callbacks, strict=True)), run["ranks"])}
     unknown = [key for key in states if key not in keys]

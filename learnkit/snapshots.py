@@ -4,6 +4,7 @@
         000007-step-1200/           appears by one rename, when every byte of it is on the disk
             manifest.json           format, sha256 and size of each file, what the run says about it, sha256 of all that
             model.pt, …             torch.save of plain types and tensors: torch.load(…, weights_only=True) reads them
+            shard-….safetensors     of a model that is spread over ranks, by choice: each rank's own rows; model.pt has their shapes
 
 The newest one is that of the highest serial number which verifies. Not promised on network file systems and object stores, whose
 renames are not atomic.
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, writing
 
-FORMAT = 1
+FORMAT = 2      # 1: all in .pt files
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
-FILE = re.compile(r"\w[\w-]*\.pt")
+FILE = re.compile(r"\w[\w-]*\.(pt|safetensors)")
 
 
 # ---------------------------------------------------------------------- writing
@@ -38,19 +39,39 @@ def write(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str,
 
     Where another process has taken the name meanwhile, it is the next free one. Returns its path.
     """
-    final, hidden = folder / name, partial(folder / name)
+    return finish(folder / name, made(folder / name, size_of(parts)), parts, about)
+
+
+def begin(folder: Path, step: int, need: int) -> tuple[Path, Path]:
+    """(path, where it is written until `finish`) of one to which others bring files first."""
+    final = folder / next_name(folder, step)
+    return final, made(final, need)
+
+
+def made(final: Path, need: int) -> Path:
+    """The hidden folder in which a snapshot of `need` bytes is written."""
+    hidden = partial(final)
+    try: hidden.mkdir(parents=True)
+    except OSError as error: raise explained(error, final, need) from error
+    return hidden
+
+
+def finish(final: Path, hidden: Path, parts: Mapping[str, Any], about: Mapping[str, Any], *, others: Mapping[str, Any] | None = None,
+           error: OSError | None = None) -> Path:
+    """Write `parts` beside the files that `others` tells of, and put all in place; or clean up after the `error` of another."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir()
+        if error is not None: raise error
         with writing({hidden / f"{part}.pt": state for part, state in parts.items()}) as files:
-            manifest = {"format": FORMAT, "files": {path.name: told for path, told in files.items()}, "about": dict(about)}
+            told = {**(others or {}), **{path.name: told for path, told in files.items()}}
+            manifest = {"format": 2 if others else 1, "files": told, "about": dict(about)}
             write_bytes(hidden / "manifest.json", as_text({"manifest": manifest, "sha256": hash_of(manifest)}))
             sync_folder(hidden)
         final = put_in_place(hidden, final)
-        sync_folder(folder)
-    except BaseException as error:
+        sync_folder(final.parent)
+    except BaseException as raised:
         shutil.rmtree(hidden, ignore_errors=True)
-        if isinstance(error, OSError): raise explained(error, final, size_of(parts)) from error
+        need = size_of(parts) + sum(told["bytes"] for told in (others or {}).values())
+        if isinstance(raised, OSError): raise explained(raised, final, need) from raised
         raise
     return final
 
@@ -69,7 +90,8 @@ def put_in_place(hidden: Path, final: Path) -> Path:
 def read(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(parts, about) of a snapshot that verifies; raises Damaged, and executes nothing."""
     manifest = verify(path)
-    return {name.removesuffix(".pt"): read_state(path / name, device) for name in manifest["files"]}, manifest["about"]
+    parts = [name for name in manifest["files"] if name.endswith(".pt")]
+    return {name.removesuffix(".pt"): read_state(path / name, device) for name in parts}, manifest["about"]
 
 
 def verify(path: Path) -> dict[str, Any]:

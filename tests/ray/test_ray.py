@@ -136,7 +136,8 @@ def spread(config):
     learn = Learner(DataBunch.from_tensors((x, (x[:, 0] > 0).long()), bs=4), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), seed=1,
                     callbacks=[RayReport()]).to_fsdp(blocks=nn.Linear)
     learn.fit(1, 1e-2)
-    assert is_fully_sharded(learn.model)
+    assert is_fully_sharded(learn.model) and (learn.resumed is not None) == config["resumed"]
+    (Path(config["folder"]) / f"resumed {learn.resumed is not None}").touch()
 
 
 def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_path):
@@ -150,12 +151,15 @@ def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_pat
     assert set(seen[0]).isdisjoint(seen[1])
 
 
-def test_a_model_that_is_spread_over_the_workers_is_in_rays_checkpoint_as_a_plain_one(tmp_path):
+def test_a_model_that_is_spread_over_the_workers_is_in_rays_checkpoint_as_a_plain_one_from_which_a_run_of_that_name_goes_on(tmp_path):
     from torch import nn
-    result = fit_on_ray(spread, num_workers=2, config={}, storage_path=tmp_path / "storage")
-    with result.checkpoint.as_directory() as folder:
-        [state] = Path(folder).glob("*/model.pt")
-        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).load_state_dict(torch.load(state, weights_only=True))
+    for resumed in (False, True):
+        config = {"resumed": resumed, "folder": str(tmp_path)}
+        result = fit_on_ray(spread, num_workers=2, config=config, storage_path=tmp_path / "storage", name="run")
+        with result.checkpoint.as_directory() as folder:
+            [state] = Path(folder).glob("*/model.pt")
+            nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).load_state_dict(torch.load(state, weights_only=True))
+        assert (tmp_path / f"resumed {resumed}").exists()
 
 
 def guide(which: int) -> list[str]:

@@ -56,8 +56,12 @@ def test_a_disk_that_becomes_read_only_is_an_error_and_a_resume_is_exact(expecte
         def remount(how: str) -> None:
             while subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], stderr=subprocess.DEVNULL).returncode: time.sleep(.01)     # busy
 
+        def turn_read_only() -> None:
+            while not list((disk / "kept").glob("*-step-8")): time.sleep(.01)       # the thread that writes may not have begun
+            remount("ro")
+
         with pytest.raises(OSError, match=rf"could not write {disk}/kept.*Read-only file system.*See that the folder .*may be written to") as error:
-            fit(disk / "kept", Does(9, lambda: remount("ro")), async_write=asynchronous)
+            fit(disk / "kept", Does(9, turn_read_only), async_write=asynchronous)
         assert error.value.errno == errno.EROFS
         remount("rw")
         assert newest(disk / "kept")[1]["run"]["place"]["step"] == 8

@@ -154,7 +154,7 @@ def test_a_manifest_of_another_shape_is_refused(whole, change):
 
 def test_a_newer_format_is_refused_with_what_to_do(whole):
     with_manifest(whole, lambda manifest: manifest.update(format=snapshots.FORMAT + 1))
-    with pytest.raises(Damaged, match="has format 2, this version of learnkit reads up to 1: install a newer one"): snapshots.read(whole)
+    with pytest.raises(Damaged, match="has format 3, this version of learnkit reads up to 2: install a newer one"): snapshots.read(whole)
 
 
 @pytest.mark.parametrize("n", [0, -1, 10**30, 1e300, "12", None, [1]])

@@ -1,0 +1,127 @@
+# pyright: reportPrivateImportUsage=false
+"""A snapshot whose spread tensors each rank writes and reads by itself: PyTorch's distributed checkpoint, in safetensors files.
+
+These hold nothing but numbers and shapes; PyTorch's own format of the kind is read by unpickling. Whoever reads, on any number of ranks,
+spread or not, takes from them the rows that are its own.
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learnkit import snapshots
+from learnkit.batch import map_tensors
+from learnkit.files import hash_file, size_of
+from learnkit.shards import is_shard
+
+if TYPE_CHECKING:
+    from learnkit.learner import Learner
+
+
+def check_safetensors() -> None:
+    if find_spec("safetensors") is None:
+        raise ImportError("Checkpoint(sharded=True) writes safetensors files: pip install safetensors.")
+
+
+# ---------------------------------------------------------------------- writing
+def is_spread(parts: Mapping[str, Any]) -> bool: return bool(spread_in(parts["model"]))
+
+
+def begin(learn: Learner, folder: Path, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[], Path]:
+    """By all ranks: each writes its own of what is spread in `parts`, under the next name. What rank 0 then calls writes the rest, puts it
+    all in place and returns its path, as `snapshots.write`; it raises where any rank has failed."""
+    spread = {f"{part}.{key}": tensor for part in ("model", "optimizer") for key, tensor in spread_in(parts[part]).items()}
+    final, hidden = map(Path, learn.ranks.from_main(lambda: list(map(str, snapshots.begin(folder, about["step"], size_of(parts))))))
+    own, error = {}, None
+    try: own = save(spread, hidden, learn.rank)
+    except OSError as raised: error = str(raised)
+    told = learn.ranks.gather([own, error])
+    others = {name: kept for own, _ in told for name, kept in own.items()}
+    failed = [error for _, error in told if error]
+    rest = {part: outlined(state) for part, state in parts.items()}
+    return lambda: snapshots.finish(final, hidden, rest, about, others=others, error=OSError(failed[0]) if failed else None)
+
+
+def save(tensors: dict[str, Tensor], hidden: Path, rank: int) -> dict[str, Any]:
+    """{name: {"sha256", "bytes"}} of the files that this rank has written, which are on the disk. Raises OSError."""
+    import torch.distributed.checkpoint as dcp
+    writer = dcp.HuggingFaceStorageWriter(str(hidden), save_distributed=True)
+    try: dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as error: raise OSError(reason_of(error)) from None
+    told = {}
+    for path in hidden.glob(f"shard-{rank + 1:05d}-*.safetensors"):
+        with path.open("rb") as file: os.fsync(file.fileno())
+        digest, n = hash_file(path)
+        told[path.name] = {"sha256": digest, "bytes": n}
+    return told
+
+
+def reason_of(error: Any) -> str:
+    """What ended PyTorch's engine, of the first rank that failed."""
+    rank, (cause, _) = next(iter(sorted(error.failures.items())))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+def spread_in(tree: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The spread tensors of nested dicts, by the keys that lead to them."""
+    if is_shard(tree): return {prefix: tree.detach()}
+    if not isinstance(tree, dict): return {}
+    return {name: tensor for key, value in tree.items()
+            for name, tensor in spread_in(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def outlined(tree: Any) -> Any:
+    """The same with shape and dtype alone of what is spread."""
+    return map_tensors(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_shard(tensor) else tensor, tree)
+
+
+# ---------------------------------------------------------------------- reading
+def is_apart(parts: Mapping[str, Any]) -> bool:
+    """Whether a snapshot's tensors lie in files of their own."""
+    return any(isinstance(value, Tensor) and value.is_meta for value in parts["model"].values())
+
+
+def filled(learn: Learner, parts: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`parts` with the tensors that lie apart, of each the rows that this rank's own has. All ranks read; raises OSError."""
+    own = learn.model.state_dict()
+    parameters = [p for group in learn.opt.param_groups for p in group["params"]]
+    numbers = [n for group in parts["optimizer"]["param_groups"] for n in group["params"]]
+    model = {name: room(value, own.get(name)) for name, value in parts["model"].items()}
+    of_number = dict(zip(numbers, parameters, strict=True))
+    state = {n: {name: room(value, of_number.get(n)) for name, value in kept.items()} for n, kept in parts["optimizer"]["state"].items()}
+    optimizer = {**parts["optimizer"], "state": state}
+    load({f"{part}.{name}": tensor for part, tree in (("model", model), ("optimizer", optimizer))
+          for name, tensor in rooms_in(tree, parts[part]).items()}, path, learn.world_size)
+    return {**parts, "model": model, "optimizer": optimizer}
+
+
+def room(value: Any, own: Any) -> Any:
+    """Where an absent tensor is read to: in the parts that `own` is in."""
+    if not isinstance(value, Tensor) or not value.is_meta: return value
+    if is_shard(own) and own.shape == value.shape: return torch.empty_like(own.detach(), dtype=value.dtype)
+    return torch.empty(value.shape, dtype=value.dtype)
+
+
+def rooms_in(tree: Any, outline: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of `tree` that `outline` has the shape of alone, by the keys that lead to them."""
+    if isinstance(outline, Tensor): return {prefix: tree} if outline.is_meta else {}
+    if not isinstance(tree, dict): return {}
+    return {name: tensor for key, value in tree.items()
+            for name, tensor in rooms_in(value, outline[key], f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def load(tensors: dict[str, Tensor], path: Path, world_size: int) -> None:
+    import torch.distributed.checkpoint as dcp
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # alone, which is meant
+        try: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=world_size == 1)
+        except dcp.api.CheckpointException as error:
+            raise OSError(f"{path} could not be read: {reason_of(error)}. A checkpoint in parts is read by every rank: see that the "
+                          "folder is there on all machines.") from None
