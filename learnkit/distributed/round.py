@@ -7,20 +7,12 @@ membership is counted by none.
 """
 from __future__ import annotations
 
-import os
-import re
 import secrets
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
-
-from learnkit.distributed.process import parent_arguments, parent_is_torchrun
-
-NO_NODE_CAN_JOIN = ("torchrun was started with --nnodes={nodes}, but torch (2.15) does not tell a node that joins later where the job's "
-                    "store is: all of it would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun.")
 
 
 def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -62,24 +54,3 @@ def waited_for(condition: Callable[[], bool], timeout: timedelta) -> bool:
         time.sleep(pause)
         pause = min(pause * 1.5, 0.2)
     return True
-
-
-def warn_where_no_node_can_join() -> None:
-    """Where the number of nodes may change, torchelastic must not share its store: only the first to start tells others where it is."""
-    nodes = os.environ.get("PET_NNODES") or (elastic_nodes(parent_arguments()) if parent_is_torchrun() else "")
-    if is_range(nodes): warnings.warn(NO_NODE_CAN_JOIN.format(nodes=nodes), stacklevel=4)
-
-
-def elastic_nodes(arguments: Sequence[str]) -> str:
-    """The value of torchrun's --nnodes, or "".
-
-    >>> elastic_nodes(["torchrun", "--nnodes=1:4", "train.py"])
-    '1:4'
-    """
-    match = re.search(r"\0--nnodes[=\0]([\d:]+)\0", "\0".join(["", *arguments, ""]))
-    return match[1] if match else ""
-
-
-def is_range(nodes: str) -> bool:
-    first, colon, last = nodes.partition(":")
-    return bool(colon) and first != last

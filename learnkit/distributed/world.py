@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from learnkit.distributed.round import name_of_round, warn_where_no_node_can_join
+from learnkit.distributed.nodes import warn_where_no_node_can_join
+from learnkit.distributed.round import name_of_round
 
 COMMAND = "torchrun --nproc-per-node=2 train.py"
 N_ATTEMPTS, AT_ONCE = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
