@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
-import stat
 import statistics
-import struct
 import sys
 from collections import Counter
 from functools import partial
@@ -28,6 +25,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # noqa: F401  # optimizers import it; ranks are forked from here, and need not import it each: 2 s
+from connections import to_ranks
 from measure import machine
 from torch import nn
 from wire import GLOO_ROUNDS, WORDS, Settings, collectives, crossing
@@ -43,7 +41,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "powersgd": {"warmup_steps": 2, "rank": SETTINGS.rank}, "decentralized": {"period": SETTINGS.period},
     **{name: {"period": SETTINGS.period, "warmup_steps": 0} for name in ("local_sgd", "hierarchical")}}
 TOLERANCE = .05
-RECEIVED = 128              # where TCP_INFO has tcpi_bytes_received, linux/tcp.h
 
 DIGITS: dict[str, dict[str, Any]] = {
     "powersgd": {"rank": 4}, "decentralized": {"period": 4},
@@ -86,7 +83,7 @@ def count_of_fit(word: str, n_steps: int) -> Counter[tuple[int, int]]:
 def between_ranks() -> Counter[tuple[int, int]]:
     """(sender, receiver) -> bytes that have arrived so far."""
     barrier()
-    ends: list[dict[str, int]] = gather_objects(own_ends())
+    ends: list[dict[str, int]] = gather_objects({ends: counts.received for ends, counts in to_ranks().items()})
     owners = {end: rank for rank, own in enumerate(ends) for end in own}
     counts: Counter[tuple[int, int]] = Counter()
     for receiver, own in enumerate(ends):
@@ -94,22 +91,6 @@ def between_ranks() -> Counter[tuple[int, int]]:
             sender = owners.get(" ".join(reversed(end.split())))
             if sender is not None: counts[sender, receiver] += n
     return counts
-
-
-def own_ends() -> dict[str, int]:
-    """"own port peer's port" -> bytes received, of this process's connections; those to the store left out."""
-    found = {}
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        try: is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-        except OSError: continue                    # the folder's own, which is closed by now
-        if not is_socket: continue
-        with socket.socket(fileno=os.dup(fd)) as one:
-            if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM: continue
-            try: ports = str(one.getsockname()[1]), str(one.getpeername()[1])
-            except OSError: continue                # it listens
-            if os.environ["MASTER_PORT"] in ports: continue
-            found[" ".join(ports)] = struct.unpack_from("Q", one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), RECEIVED)[0]
-    return found
 
 
 def report_bytes(worlds: list[int]) -> bool:

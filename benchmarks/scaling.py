@@ -52,7 +52,7 @@ class Work(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the tables: a word and its settings; `hides`, the share of a step's computing during which its bytes travel."""
+    """A row of the tables: a word and its settings; `hides`, the share of a step's computing during which gradients travel."""
     name: str
     word: str
     settings: Settings = SETTINGS
@@ -84,7 +84,7 @@ ROWS = (Row("allreduce", "allreduce", hides=BACKWARD, exact=True),
         Row("fp16, bf16", "fp16", hides=BACKWARD, touched=12),
         Row("powersgd, rank 4", "powersgd", touched=44),
         Row("bytegrad", "bytegrad", touched=9, touched_by_rank=17),
-        Row("local_sgd, period 4", "local_sgd"),
+        Row("local_sgd, period 4", "local_sgd", hides=BACKWARD),
         Row("hierarchical, period 4", "hierarchical"),
         Row("decentralized, period 4", "decentralized"),
         Row("to_fsdp", "to_fsdp", hides=1., exact=True),
@@ -145,10 +145,11 @@ def places(w: int, cluster: Cluster) -> tuple[int, int, Link, Link]:
     return m, ceil(w / m), cluster.inner, cluster.outer
 
 
-def communication(row: Row, work: Work, w: int, cluster: Cluster, share: float) -> float:
-    """Seconds of a step in which bytes travel, on the average."""
-    return sum(duration(part, row, work, w, cluster, share)
-               for part in collectives(row.word, work.shapes, w, min(cluster.m, w), row.settings))
+def communication(row: Row, work: Work, w: int, cluster: Cluster, share: float) -> tuple[float, float]:
+    """Seconds of a step, on the average, in which gradients (or parts of a spread model) travel, and in which weights are averaged."""
+    parts = collectives(row.word, work.shapes, w, min(cluster.m, w), row.settings)
+    seconds = [(part.every == 1, duration(part, row, work, w, cluster, share)) for part in parts]
+    return sum(s for each_step, s in seconds if each_step), sum(s for each_step, s in seconds if not each_step)
 
 
 def duration(part: Collective, row: Row, work: Work, w: int, cluster: Cluster, share: float) -> float:
@@ -166,10 +167,10 @@ def n_calls_of(word: str, part: Collective, work: Work) -> int:
 
 def step(row: Row, work: Work, w: int, cluster: Cluster, overlap: float, share: float) -> tuple[float, float]:
     """(seconds of communication, efficiency: computing alone over the whole step). What comes last hides behind nothing."""
-    travels, computing = communication(row, work, w, cluster, share), work.seconds / cluster.speed
+    (travels, averages), computing = communication(row, work, w, cluster, share), work.seconds / cluster.speed
     hidden = min(overlap * row.hides * computing, travels * (1 - 1 / n_pieces(row, work)))
-    extra = (row.touched + row.touched_by_rank * w) * work.n / MEMORY / cluster.speed
-    return travels, computing / (computing + extra + travels - hidden)
+    touched = (row.touched + row.touched_by_rank * w) * work.n / MEMORY / cluster.speed
+    return travels + averages, computing / (computing + touched + travels - hidden + averages)
 
 
 def n_pieces(row: Row, work: Work) -> int: return work.n_blocks if row.word == "to_fsdp" else ceil(FLOAT * work.n / BUCKET)
@@ -191,9 +192,9 @@ def plan(work: Work, cluster: Cluster, overlap: float, share: float) -> str:
 def choices(overlap: float, share: float) -> str:
     """The best of the words that change no number, and of all."""
     def best(work: Work, cluster: Cluster, w: int) -> str:
-        found = {row.name: step(row, work, w, cluster, overlap, share)[1] for row in ROWS}
+        found = {row.name: round(step(row, work, w, cluster, overlap, share)[1], 2) for row in ROWS}    # of equal ones the first
         names = max((row.name for row in ROWS if row.exact), key=lambda name: found[name]), max(found, key=lambda name: found[name])
-        return "; ".join(f"{name.split(',')[0] if 'fsdp' not in name else name} {found[name]:.0%}" for name in dict.fromkeys(names))
+        return "; ".join(f"{name} {found[name]:.0%}" for name in dict.fromkeys(names))
     rows = [[f"{'ResNet-50' if work is RESNET else '1.3 billion'}, {cluster.outer.name}", *(best(work, cluster, w) for w in (8, 128, 1024))]
             for work, cluster in PLANS]
     return table(["", "8", "128", "1,024"], rows)

@@ -73,7 +73,7 @@ def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
     if algorithm.name == "powersgd": return state.hook
     if algorithm.averages:
         from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import post_localSGD_hook
-        return waited_for(post_localSGD_hook)
+        return post_localSGD_hook
     return None
 
 
