@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py [--ranks 2 3 4]
 
-Counts, no seconds: requests to the store that the ranks share (segments that the kernel sent over a rank's connection to it, TCP_INFO), bytes that
-arrive from other ranks, collectives (as the dispatcher sees them), bytes of a checkpoint. Each has to be within 5 % of its law, or off by no more
-than stands there, or this ends with exit code 1. benchmarks/scaling.py prints the laws for 1,024 ranks.
+Counts, no seconds: requests to the store that the ranks share (segments that the kernel sent over a rank's connections to it, TCP_INFO),
+bytes that arrive from other ranks, collectives (as the dispatcher sees them), bytes of a checkpoint. Each has to be within 5 % of its law,
+or off by no more than stands there, or this ends with exit code 1. benchmarks/scaling.py prints the laws for 1,024 ranks.
 """
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 WORLDS, TOLERANCE = (2, 3, 4), .05
 N_SAMPLES, BATCH, N_STEPS, WATCHED = 960, 8, 40, 6.         # WATCHED: seconds
-SIGN = 222                  # bytes of a sign of life
-STATE, REST, SENT = 14_440, 2_000, 21_860   # bytes of a rank's random states (torch's, Python's, numpy's) in a file, beside them, and as they travel
-HEADER, MESSAGE = 1024, 288         # bytes with which each part of a gather begins (learnkit.distributed.reduce.HEADER); gloo's own, a message
+SIGN = 222                                  # bytes of a sign of life
+STATE, REST, SENT = 14_440, 2_000, 21_860   # of random states (torch, Python, numpy) in a file; beside them; as they travel
+HEADER, MESSAGE = 1024, 288         # bytes: with which each part of a gather begins (learnkit.distributed.reduce), and of gloo's own a message
 
 
 class Law(NamedTuple):
@@ -52,9 +52,12 @@ def ring(w: int, n_bytes: float) -> float:
 LAWS = {
     "join": Law("requests to the store until the group is there", "a rank", "3w + 7; PyTorch's own: 3w", lambda w: 3 * w + 7, 3),
     "connections": Law("connections of gloo", "a rank", "w − 1", lambda w: w - 1),
-    "guard of rank 0": Law("requests of the guard a second", "rank 0", "constant; fewer beyond 256", lambda w: 2 * looks(w) + 5 * signs(w), 1.5),
-    "guard of another": Law("requests of the guard a second", "another rank", "constant; fewer beyond 256", lambda w: 2 * looks(w) + 4 * signs(w), 1.5),
-    "signs": Law("bytes of signs of life that it reads a second", "rank 0", f"{SIGN} (w − 1) / 0.6", lambda w: SIGN * (w - 1) * signs(w), 150),
+    "guard of rank 0": Law("requests of the guard a second", "rank 0", "constant; fewer beyond 256",
+                           lambda w: 2 * looks(w) + 5 * signs(w), 1.5),
+    "guard of another": Law("requests of the guard a second", "another rank", "constant; fewer beyond 256",
+                            lambda w: 2 * looks(w) + 4 * signs(w), 1.5),
+    "signs": Law("bytes of signs of life that it reads a second", "rank 0", f"{SIGN} (w − 1) / 0.6",
+                 lambda w: SIGN * (w - 1) * signs(w), 150),
     "step": Law("collectives of a step beside the algorithm's", "a rank", "none", lambda w: 0),
     "epoch": Law("collectives of an epoch with a validation", "a rank", "constant", lambda w: 4),
     "fit": Law("collectives at a fit's start and end", "a rank", "constant", lambda w: 9),

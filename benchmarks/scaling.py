@@ -1,9 +1,9 @@
-"""What the bytes of benchmarks/wire.py, which benchmarks/algorithms.py measures on 2 to 4 ranks, give on 8 to 1,024 GPUs by a model of bandwidth
-and latency. Nothing here is measured; every assumption is a number below. Prints the tables of benchmarks/scaling.md.
+"""What the bytes of benchmarks/wire.py, which benchmarks/algorithms.py measures on 2 to 4 ranks, give on 8 to 1,024 GPUs by a model of
+bandwidth and latency. Nothing here is measured; every assumption is a number below. Prints the tables of benchmarks/scaling.md.
 
     python benchmarks/scaling.py [--overlap 0.8] [--share 0.8]
 
-A message costs alpha seconds and its bytes / beta. An all-reduce is the quickest of a ring, a tree, and rings within machines and between them.
+A message costs alpha seconds and its bytes / beta. An all-reduce is the quickest of a ring, a tree, and rings within and between machines.
 """
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Row(NamedTuple):
 
 
 # The seconds a message: NCCL's model (src/graph/tuning.cc, hwLat, ring and Simple); of Ethernet with TCP an assumption.
-NVLINK_3, NVLINK_4 = Link("NVLink 3", 3.4e-6, 300e9), Link("NVLink 4", 3.4e-6, 450e9)      # data sheets of A100 and H100: 600 and 900 GB/s both ways
+# NVLink: data sheets of A100 and H100, 600 and 900 GB/s in both directions.
+NVLINK_3, NVLINK_4 = Link("NVLink 3", 3.4e-6, 300e9), Link("NVLink 4", 3.4e-6, 450e9)
 PCIE_4 = Link("PCIe 4", 5.7e-6, 32e9)
 
 
@@ -78,7 +79,7 @@ ROCE = Cluster("8 A100 a machine, NVLink 3, one port of 100 Gb/s RoCE a machine"
 OFFICE = Cluster("4 A100 a machine, PCIe 4, one port of 25 Gb/s Ethernet a machine", 4, PCIE_4, network("Ethernet", 25))
 SINGLE = Cluster("1 A100 a machine, 10 Gb/s Ethernet", 1, PCIE_4, network("Ethernet", 10))
 
-# `touched`: counted in torch's hooks (torch 2.15). To float16 and back: 4 + 2 + 2 + 4. powersgd: the error added, a copy kept, two products,
+# `touched`: counted in torch's hooks (2.15). To float16 and back: 4 + 2 + 2 + 4. powersgd: the error added, a copy kept, two products,
 # what they give, and the new error. bytegrad: for each rank a byte is read, a float written, two read and their sum written.
 ROWS = (Row("allreduce", "allreduce", hides=BACKWARD, exact=True),
         Row("fp16, bf16", "fp16", hides=BACKWARD, touched=12),
@@ -98,7 +99,8 @@ def resnet50() -> list[Shape]:
     before = 64
     for width, n in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for i in range(n):
-            for shape in ((width, before, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1), *([(4 * width, before, 1, 1)] if i == 0 else [])):
+            shortcut = [(4 * width, before, 1, 1)] if i == 0 else []
+            for shape in ((width, before, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1), *shortcut):
                 shapes += [shape, shape[:1], shape[:1]]
             before = 4 * width
     return [*shapes, (1000, 2048), (1000,)]
@@ -192,7 +194,7 @@ def plan(work: Work, cluster: Cluster, overlap: float, share: float) -> str:
 def choices(overlap: float, share: float) -> str:
     """The best of the words that change no number, and of all."""
     def best(work: Work, cluster: Cluster, w: int) -> str:
-        found = {row.name: round(step(row, work, w, cluster, overlap, share)[1], 2) for row in ROWS}    # of equal ones the first
+        found = {row.name: round(step(row, work, w, cluster, overlap, share)[1], 2) for row in ROWS}
         names = max((row.name for row in ROWS if row.exact), key=lambda name: found[name]), max(found, key=lambda name: found[name])
         return "; ".join(f"{name} {found[name]:.0%}" for name in dict.fromkeys(names))
     rows = [[f"{'ResNet-50' if work is RESNET else '1.3 billion'}, {cluster.outer.name}", *(best(work, cluster, w) for w in (8, 128, 1024))]
@@ -230,7 +232,7 @@ def sections(overlap: float = .8, share: float = .8) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--overlap", type=float, default=.8, help="share of the backward pass (to_fsdp: of the step) behind which bytes hide")
+    parser.add_argument("--overlap", type=float, default=.8, help="share of the backward pass (to_fsdp: the step) behind which bytes hide")
     parser.add_argument("--share", type=float, default=.8, help="of a link's nominal bandwidth that is reached")
     args = parser.parse_args()
     print("\n\n".join(sections(args.overlap, args.share)))

@@ -25,6 +25,9 @@ class Settings(NamedTuple):
     in_blocks: bool = True
 
 
+DEFAULT = Settings()
+
+
 class Collective(NamedTuple):
     """One that a step has. `n_bytes`: of its result; of a reduce-scatter, of what each rank gives. `every` so many steps on the average."""
     kind: str
@@ -33,7 +36,7 @@ class Collective(NamedTuple):
     every: float = 1.
 
 
-def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Settings = Settings()) -> list[Collective]:
+def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Settings = DEFAULT) -> list[Collective]:
     """Those of one step after the warm-up, of a model with parameters of these shapes."""
     n, period = sum(map(prod, shapes)), settings.period
     weights = Collective("all_reduce", FLOAT * n, every=period)

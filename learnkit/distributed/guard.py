@@ -134,7 +134,7 @@ class Guard:
         if parent_is_torchrun(): die_with_parent(os.getppid())  # killed, it would leave its ranks behind
         describe, self.describe = self.describe, lambda: "at its start"  # it may speak of what the block makes
         self.show_life()
-        self.own_store.append(self.own_machine, f"{self.rank} ")
+        self.own_store.append(self.own_machine, f"{self.rank} ")  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs lack it
         self.describe = describe
         self.thread = threading.Thread(target=self.watch, name="guard", daemon=True)
         self.watchdog = threading.Thread(target=self.watch_looks, name="guard of the guard", daemon=True)
@@ -452,7 +452,7 @@ class Clock:
 
 
 def pause_between_looks(world_size: int) -> float:
-    """Seconds. A world of 1,024 asks the store no more often than one of 256, and finds a sign of life missing within MISSED * LIFE still."""
+    """Seconds. 1,024 ranks ask the store no more often than 256, and two signs of life still come within MISSED * LIFE."""
     return POLL * min(FEWER, max(1.0, world_size / MANY))
 
 

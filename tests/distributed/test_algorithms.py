@@ -1,6 +1,9 @@
 """`to_distributed(algorithm=…)`: PyTorch's communication hooks and averages of weights, as one word each."""
 import os
 from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +74,19 @@ def test_every_algorithm_ends_with_one_model_on_all_ranks_near_that_of_allreduce
         assert first[name][1] == second[name][1]
         assert 0 < (first[name][0] - plain).abs().max() < {"fp16": 1e-3, "bf16": 1e-2, "bytegrad": .02}.get(name, .3), name
         assert abs(first[name][1] - loss) < {"fp16": 1e-3, "bf16": 3e-3, "bytegrad": .01}.get(name, .1), name
+
+
+def test_final_losses_on_digits_are_as_near_to_allreduces_as_benchmarks_algorithms_says(ranks, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark: Any = import_module("algorithms")
+    words = ["allreduce", "fp16", "bf16", "powersgd", "bytegrad", "local_sgd", "decentralized", "to_fsdp"]
+
+    def fn(): return {word: benchmark.final_loss(word, seed=0, n_epochs=3) for word in words}
+
+    losses = ranks(2, fn, timeout=60)[0]
+    assert losses["allreduce"] < .5                                                 # of 2.3 at the start
+    for word in words[1:]: assert abs(losses[word] - losses["allreduce"]) < benchmark.BOUNDS[word], word
+    assert len(set(losses.values())) >= len(words) - 1                              # by other ways; to_fsdp's may be allreduce's very own
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
