@@ -22,7 +22,7 @@ WORLDS, TOLERANCE = (2, 3, 4), .05
 N_SAMPLES, BATCH, N_STEPS, WATCHED = 960, 8, 40, 6.         # WATCHED: seconds
 SIGN = 222                                  # bytes of a sign of life
 STATE, REST, SENT = 14_440, 2_000, 21_860   # of random states (torch, Python, numpy) in a file; beside them; as they travel
-HEADER, MESSAGE = 1024, 288         # bytes: with which each part of a gather begins (learnkit.distributed.reduce), and of gloo's own a message
+HEADER, MESSAGE = 1024, 288                 # with which each part of a gather begins (learnkit.distributed.reduce); gloo's own, a message
 
 
 class Law(NamedTuple):
