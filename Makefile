@@ -43,7 +43,7 @@ test: $(VENV)/.installed-dev
 	$(python) -m pytest --ignore tests/ray -n $(JOBS) --dist loadfile $(ARGS)
 
 test-ray: $(VENV)/.installed-ray
-	RAY_AUTH_MODE=disabled $(python) -m pytest tests/ray $(ARGS)
+	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(python) -m pytest tests/ray $(ARGS)
 
 reliability: $(VENV)/.installed-dev
 	RELIABILITY=full $(python) -m pytest tests/reliability tests/distributed/test_composition.py -s -o faulthandler_timeout=1800 $(ARGS)

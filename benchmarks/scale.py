@@ -6,20 +6,27 @@ memory      the largest resident memory of a rank in three training steps with A
             way in processes of its own, `--runs` times. Also the bytes of weights, gradients and optimizer states that a rank holds
 time        seconds of a fit of `--steps` steps (a model of a quarter of the width) against the same fully_shard, AdamW and one cycle by
             hand; both in the same processes, interleaved, round by round. In the end all weights must agree to 1e-6, or this fails
+ray         seconds of a fit of `--epochs` epochs of `--steps` steps by to_distributed() in two workers of Ray Train, each epoch with
+            RayReport, against the same in two processes of torchrun, each epoch with Checkpoint: start-up left out. Both are alive all
+            the time, and take turns. Needs ray[train]; when asked for
 
 `--tokens`, of a rank's batch, decides what the memory is made of: activations are not spread over ranks, the rest is.
-Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand.
+Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand; Ray 1.05 × torchrun.
 """
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it: not a part of any way's memory
@@ -30,8 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnkit import DataBunch, Learner, TensorLoader
-from learnkit.callbacks import Progress, Recorder
+from learnkit.callbacks import Checkpoint, Progress, Recorder
 from learnkit.distributed import get_rank, init_process_group, launch
+from learnkit.ray import RayReport, fit_on_ray
 from learnkit.shards import own_part, whole
 
 N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3     # N_TOKENS: of a sample
@@ -174,12 +182,77 @@ def timing(args: argparse.Namespace) -> None:
     print(f"the largest difference between their weights: {difference:.0e}")
 
 
-CASES = {"memory": memory, "time": timing}
+# ---------------------------------------------------------------------- Ray
+def take_turns(config: dict[str, Any]) -> None:
+    """A rank, of Ray's or of torchrun's: a fit whenever it is its turn, as files in a folder say."""
+    folder, kind = Path(config["folder"]), config["kind"]
+    init_process_group()
+    torch.set_num_threads(1)
+    learn = learner(config["width"] // 4, config["tokens"] // N_TOKENS, config["steps"]).to_distributed()
+    for i in range(config["rounds"] + 1):
+        while not (folder / f"{i} {kind}").exists(): time.sleep(.01)
+        keep = RayReport() if kind == "ray" else Checkpoint(folder / f"checkpoints {i}")
+        dist.barrier()
+        start = time.perf_counter()
+        learn.fit_one_cycle(config["epochs"], LR, callbacks=[keep])
+        dist.barrier()
+        if learn.rank == 0: write(folder / f"{i} {kind} done", str(time.perf_counter() - start))
+
+
+def write(path: Path, text: str) -> None:
+    """At once, for those who wait for the file."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(text)
+    draft.rename(path)
+
+
+def ray_workers(config: dict[str, Any]) -> None:
+    """Both workers, until their last turn is over."""
+    import ray  # type: ignore[import-not-found]
+    here = str(Path(__file__).resolve().parent)
+    variables = {"PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)]), "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables})
+    from scale import take_turns as as_worker  # type: ignore[import-not-found]  # by its module's name, which workers can import
+    fit_on_ray(as_worker, num_workers=2, config={**config, "kind": "ray"}, storage_path=Path(config["folder"]) / "storage")
+    ray.shutdown()
+
+
+def on_ray(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"folder": folder, **{name: getattr(args, name) for name in ("width", "tokens", "steps", "rounds", "epochs")}}
+        by_torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        own = subprocess.Popen([*by_torchrun, __file__, "--rank-of", json.dumps(config)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ray = subprocess.Popen([sys.executable, __file__, "--ray-of", json.dumps(config)], env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+        seconds: dict[str, list[float]] = {"torchrun": [], "ray": []}
+        try:
+            for i in range(args.rounds + 1):
+                for kind in list(seconds)[::1 if i % 2 else -1]:
+                    write(Path(folder, f"{i} {kind}"), "")
+                    done = Path(folder, f"{i} {kind} done")
+                    while not done.exists():
+                        if own.poll() or ray.poll(): sys.exit("one of the two ended before its turns were over")
+                        time.sleep(.01)
+                    if i: seconds[kind].append(float(done.read_text()))       # the first round is thrown away
+            if own.wait() or ray.wait(): sys.exit("one of the two failed")
+        finally:
+            for process in (own, ray):
+                process.terminate()
+                process.wait()
+    print(f"\nray: width {args.width // 4}, {args.tokens // N_TOKENS} samples a rank; wall seconds of {args.epochs} epochs of {args.steps} "
+          f"steps, each kept, n = {args.rounds} rounds")
+    print(f"torchrun, Checkpoint {statistics.median(seconds['torchrun']):7.3f}")
+    print(f"Ray, RayReport       {statistics.median(seconds['ray']):7.3f}  ratio {spread(ratios(seconds, 'ray', 'torchrun'))}", flush=True)
+
+
+CASES = {"memory": memory, "time": timing, "ray": on_ray}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["memory", "time"])
+    parser.add_argument("--epochs", type=int, default=3, help="of Ray's case")
+    parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--ray-of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=20)
@@ -187,6 +260,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help=f"of a rank's batch, a multiple of {N_TOKENS}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
+    if args.rank_of: return take_turns({**args.rank_of, "kind": "torchrun"})
+    if args.ray_of: return ray_workers(args.ray_of)
     torch.set_num_threads(1)
     print(machine(), f"{N_RANKS} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", sep="\n")
     for case in args.cases: CASES[case](args)

@@ -18,12 +18,14 @@ from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data import TensorLoader, in_order, n_batches
 from learnkit.distributed.algorithms import Algorithm
+from learnkit.distributed.batchnorm import restore_batchnorm
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
-from learnkit.distributed.prepare import prepare_model, restore_batchnorm
+from learnkit.distributed.prepare import ONE_REDUCTION, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
+from learnkit.distributed.weights import average_gradients, model_in_words, share, share_weights
 from learnkit.distributed.world import (
     as_local_rank,
     destroy_process_group,
@@ -189,7 +191,7 @@ class Replicas:
             learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
             if self.ddp_options.get("static_graph"): learn.no_sync = refused
             elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
-            learn.reduce_gradients = partial(average_gradients, learn)
+            learn.reduce_gradients = lambda: average_gradients(learn.model.parameters())
             self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
             yield
         finally:
@@ -256,17 +258,24 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
     callback = Distributed(**options)           # its errors before anything else
     if delay_allreduce and algorithm.name != "allreduce":
-        raise ValueError(f"delay_allreduce is one all-reduce of all gradients, which algorithm={algorithm.name!r} has none of: take one.")
+        raise ValueError(ONE_REDUCTION.format(name=algorithm.name))
     if any(map(is_shard, learn.model.parameters())):
         raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
-    if not join(learn, local_rank, timeout): return learn
+    if not join(learn, local_rank, timeout): return alone(learn, algorithm)
     learn.model.to(learn.device)
-    share_weights(learn)
+    share_weights(learn.model)
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
     if delay_allreduce: beside.append(ReduceAfterwards())
     return install(learn, callback, *beside)
+
+
+def alone(learn: Learner, algorithm: Algorithm) -> Learner:
+    """As it is; but a checkpoint of several ranks may have what only Communicate can take back."""
+    from learnkit.callbacks.communicate import Communicate
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Communicate)]
+    return learn.add_callback(Communicate(algorithm)) if algorithm.keeps_own else learn
 
 
 def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
@@ -300,24 +309,9 @@ def check_options(ddp_options: dict[str, Any]) -> None:
 EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
 
 
-def share_weights(learn: Learner) -> None:
-    """Rank 0's weights and buffers on every rank, so that an evaluation before the first fit agrees too."""
-    check_same({"the torch version": torch.__version__, "the model": type(learn.model).__name__,
-                "the model's parameters": model_in_words(learn)})
-    share([t for t in learn.model.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_meta])
-
-
 def share_buffers(learn: Learner) -> None:
     """Rank 0's buffers (batch norm's statistics) on every rank: what is evaluated must be one model."""
     share(list(learn.model.buffers()))
-
-
-def share(values: list[Any]) -> None:
-    """Put rank 0's tensors in the place of this rank's, in one broadcast."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if not tensors: return
-    with torch.no_grad():
-        for own, given in zip(tensors, broadcast_from_main(tensors), strict=True): own.copy_(given)
 
 
 def unwrap(learn: Learner) -> None:
@@ -384,13 +378,6 @@ def refused() -> AbstractContextManager[Any]:
                      "their rank for a while: Accumulate, AutoMicrobatch or delay_allreduce. Leave static_graph out.")
 
 
-def average_gradients(learn: Learner) -> None:
-    """What DDP does during the backward pass, afterwards and in one collective: the mean of all ranks' gradients, on all."""
-    gradients = [p.grad for p in learn.model.parameters() if p.grad is not None]
-    if not gradients: return
-    for gradient, total in zip(gradients, all_sum(gradients), strict=True): gradient.copy_(total / learn.world_size)
-
-
 # ---------------------------------------------------------------------- what must be equal
 def checksum(learn: Learner) -> int:
     """Of the weights, which are the same on all ranks or the training is none; by one read from the device."""
@@ -407,7 +394,7 @@ def schedules(learn: Learner) -> str:
 
 def facts(learn: Learner) -> dict[str, Any]:
     """What must be equal on all ranks before the first step."""
-    return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn),
+    return {"the Python version": platform.python_version(), "the model's parameters": model_in_words(learn.model),
             "the optimizer": type(learn.opt).__name__, "the number of epochs": learn.n_epochs,
             "the number of steps": learn.n_steps, "the batch size": batch_size_of(learn.data.train_dl), "the seed": learn.seed,
             "the number of training samples": n_samples_of(learn.data.train_dl),
@@ -431,7 +418,3 @@ def n_samples_of(loader: Any) -> int | None:
     """Of all ranks, in an epoch; None where the loader's share is not ours to make."""
     part = next((part for part in parts_in_step(loader) if hasattr(part, "global_batch_size")), None)
     return n_batches(getattr(part, "sampler", None))
-
-
-def model_in_words(learn: Learner) -> str:
-    return ", ".join(f"{name} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}" for name, p in learn.model.named_parameters())

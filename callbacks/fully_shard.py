@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from learnkit import checkpoint
 from learnkit.batch import split_batch, to_device
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
-from learnkit.callbacks.distributed import Distributed, install, join, share_weights
+from learnkit.callbacks.distributed import Distributed, install, join
 from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.data import n_batches
 from learnkit.distributed.fully_shard import (
@@ -158,7 +158,6 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     built = isinstance(learn.opt_func, Optimizer)
     if built: check_optimizer(learn.opt)
     others = join(learn, local_rank, timeout)
-    if others: share_weights(learn)
     opt = None if learn.opt is None else learn.opt.state_dict()
     names = {id(p): name for name, p in learn.model.named_parameters()}
     shard_model(learn.model, device=learn.device, **options)

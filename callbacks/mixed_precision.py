@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learnkit.batch import map_tensors
+from learnkit.batch import as_float32, map_tensors
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run, SkipStep
 from learnkit.learner import Learner
@@ -153,6 +153,3 @@ def quietly() -> Iterator[None]:
 
 def is_cast(name: str, tensor: Tensor, spared: set[str]) -> bool:
     return tensor.dtype == torch.float32 and not any(name.startswith(prefix) and "." not in name[len(prefix):] for prefix in spared)
-
-
-def as_float32(tensor: Tensor) -> Tensor: return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

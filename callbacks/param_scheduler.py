@@ -34,7 +34,7 @@ class ParamScheduler(Callback):
             raise ValueError(f"a schedule of {', '.join(self.schedules)} needs the number of steps, and "
                              f"{type(learn.data.train_dl).__name__} has no length. "
                              "Give fit(…, max_steps=…), or train at a constant rate with fit.")
-        self.n_steps, self.tables = learn.n_steps, []
+        self.n_steps, self.tables = learn.n_steps + learn.steps_ahead, []
         for name, schedule in self.schedules.items():
             optim.check_hyper(learn.opt, name)
             if not all(isinstance(part, Schedule) for part in (schedule if isinstance(schedule, Sequence) else [schedule])):
@@ -50,7 +50,7 @@ class ParamScheduler(Callback):
                 self.tables.append((group, name, values if scale == 1 else [scale * value for value in values]))
 
     def before_step(self, learn: Learner) -> None:
-        step = learn.step
+        step = learn.step + learn.steps_ahead
         if step >= self.n_steps:
             if step == self.n_steps: warnings.warn(late(learn), stacklevel=2)
             return

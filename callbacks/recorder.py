@@ -141,6 +141,17 @@ class Recorder(Callback):
         rows["counts"] = torch.tensor(read(self.counts), dtype=torch.float64)
         return {"losses": self.trace.since(0), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Of the epoch under way each had the losses of its own samples: all of these are rank 0's now."""
+        first = states[0]
+        start = int(first["ends"][-1]) if len(first["ends"]) else 0
+        own = [state["counts"][start:] for state in states]
+        sums = [state["losses"][start:].cpu().double() * counts for state, counts in zip(states, own, strict=True)]
+        counts = torch.stack(own).sum(0)
+        losses = (torch.stack(sums).sum(0) / counts).to(first["losses"])
+        return {**first, "losses": torch.cat([first["losses"][:start], losses]),
+                "counts": torch.cat([first["counts"][:start], counts if rank == 0 else torch.zeros_like(counts)])}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace.folded, self.trace.recent = [state["losses"]], []
         self.metric_names, self.values = tuple(state["metric_names"]), [list(row) for row in state["values"]]

@@ -38,6 +38,7 @@ class WandbLogger(Callback):
     def after_epoch(self, learn: Learner) -> None: self.journal.epoch(learn, self)
 
     def state_dict(self) -> dict[str, Any]: return {**self.journal.state(), "run_id": self.run_id}
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return self.journal.regroup(states, rank)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.journal.load(state)

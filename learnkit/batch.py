@@ -42,6 +42,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def as_float32(tensor: Tensor) -> Tensor: return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`; copies from pinned memory do not wait."""
     if isinstance(value, Tensor):

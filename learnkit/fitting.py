@@ -68,19 +68,25 @@ def rates_of(learn: Learner, opt: Optimizer, lr: Rate | None) -> list[float]:
     return optim.spread(learn.lr if lr is None else lr, n_groups)
 
 
-def n_planned_steps(learn: Learner) -> int | None:
-    """Optimizer steps of this fit, from the training loader as it is now and the place that a resumed fit goes on from; None:
-    the loader has no length."""
-    length, resumed = n_batches(learn.data.train_dl), learn.resumed
-    if resumed is not None and resumed["items_per_batch"] == items_per_batch(learn.data.train_dl): return resumed["n_steps"]
+def planned_steps(learn: Learner) -> tuple[int | None, int]:
+    """(optimizer steps of this fit, by how many schedules are ahead of them), from the training loader as it is now and the place that
+    a resumed fit goes on from; None: the loader has no length.
+
+    On another number of ranks, the steps are those that were done and those of the samples that are left. What is left of a schedule is
+    what would be left if it had been this number from the start: it is where the samples are, and ends with them.
+    """
+    loader, place = learn.data.train_dl, learn.resumed
+    if place is not None and place["items_per_batch"] == items_per_batch(loader): return place["n_steps"], place.get("steps_ahead", 0)
+    length = n_batches(loader)
+    if length is None: return learn.max_steps, 0
 
     def n_steps(n_batches: int) -> int: return -(-n_batches // learn.batches_per_step)     # a last short window counts too
-    planned = None
-    if length is not None and resumed is None: planned = n_steps(length) * learn.n_epochs
-    elif length is not None:            # on another number of ranks
-        rest = n_batches(rest_of(learn.data.train_dl, learn.n_items_done))
-        planned = learn.step + n_steps(rest or 0) + n_steps(length) * (learn.n_epochs - learn.epoch - 1)
-    return min((n for n in (planned, learn.max_steps) if n is not None), default=None)
+    def limited(n: int) -> int: return n if learn.max_steps is None else min(n, learn.max_steps)
+    whole = n_steps(length) * learn.n_epochs
+    if place is None: return limited(whole), 0
+    rest = n_batches(rest_of(loader, learn.n_items_done))
+    planned = limited(learn.step + n_steps(rest or 0) + n_steps(length) * (learn.n_epochs - learn.epoch - 1))
+    return planned, limited(whole) - planned
 
 
 def seed_of_order(learn: Learner) -> int:

@@ -119,6 +119,10 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """What `rank` takes back where another number of ranks goes on, of what each had: with `per_rank`, else it is not asked."""
+        return states[0]
+
     def before_fit(self, learn: Learner) -> None: "Told before anything happens; `learn.n_epochs`, `learn.opt` are set."
     def around_fit(self, learn: Learner, run: Run) -> None: run()
     def after_fit(self, learn: Learner) -> None: "Told when the fit ended, by itself or by StopFit."

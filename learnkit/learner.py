@@ -16,7 +16,7 @@ from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
 from learnkit.data import DataBunch, default_device, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
-from learnkit.fitting import check_count, n_planned_steps, optimizer_of, run_fit
+from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
@@ -94,6 +94,7 @@ class Learner:
         self.n_epochs = 0                       # of this fit
         self.max_steps: int | None = None       # a limit to them, if fit was given one
         self.n_steps: int | None = None         # optimizer steps planned for this fit; None: a loader has no length
+        self.steps_ahead = 0                    # schedules are at `step + steps_ahead`: not 0 where the number of ranks has changed
         self.epoch = 0                          # of this fit, from 0
         self.step = 0                           # optimizer steps done in this fit
         self.n_items_done = 0                   # of this epoch's order, trained on: samples, or batches of a loader of batches
@@ -202,7 +203,8 @@ class Learner:
             self.inputs, self.target = split_batch(batch)
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
-        if self.batch_index < 0 and (self.training or self.world_size == 1):   # a rank's share of an evaluation may be empty
+        # A rank's share of an evaluation may be empty, and so may the rest of an epoch that another number of ranks began.
+        if self.batch_index < 0 and (not self.n_items_done if self.training else self.world_size == 1):
             raise ValueError(f"the loader of this pass ({type(loader).__name__}) gave no batch: it is empty.")
 
     def _see_first(self, batch: Any) -> bool:
@@ -355,7 +357,7 @@ class Learner:
 
     def plan_steps(self) -> None:
         """Set `n_steps` from the training loader as it is now."""
-        self.n_steps = n_planned_steps(self)
+        self.n_steps, self.steps_ahead = planned_steps(self)
 
     @property
     def batches_per_step(self) -> int:

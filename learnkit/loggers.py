@@ -54,12 +54,12 @@ class Journal:
         self.count: Any = 0.            # these samples
         self.place: int | None = None   # the step after which a log goes on; None: it begins
         self.in_fit = self.opened = False
-        self.writes, self.world_size = False, 1     # whether this rank does, of so many
+        self.writes = False             # whether this rank does
 
     @contextmanager
     def of_fit(self, learn: Learner, sink: Sink) -> Iterator[None]:
         """For the length of a fit. The sink is opened at the first word, when it is known where a resumed fit goes on."""
-        self.writes, self.world_size, self.total, self.count = learn.rank == 0, learn.world_size, 0., 0.
+        self.writes, self.total, self.count = learn.rank == 0, 0., 0.
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
         self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
         self.in_fit, self.opened = True, False
@@ -98,8 +98,11 @@ class Journal:
     # ------------------------------------------------------------------ checkpoints
     def state(self) -> dict[str, Any]:
         """Of this rank: each one sums up its own losses."""
-        return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count,
-                "world_size": self.world_size}
+        return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count}
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """For another number of ranks: what all had summed up is rank 0's."""
+        return {**states[0], **{name: sum(state[name] for state in states) if rank == 0 else 0. for name in ("total", "count")}}
 
     def load(self, state: dict[str, Any]) -> None:
         """Told after a fit began and before its first word, or when it turned out to be over already."""
@@ -108,8 +111,7 @@ class Journal:
             return
         if self.place is not None: self.place += state["n_before"] - self.n_before
         self.n_before, self.n_done, self.next_step = state["n_before"], state["n_done"], state["next_step"]
-        is_own = self.writes or state["world_size"] == self.world_size      # else it is rank 0's
-        self.total, self.count = (state["total"], state["count"]) if is_own else (0., 0.)
+        self.total, self.count = state["total"], state["count"]
 
 
 def names_of(learn: Learner, *, steps: bool) -> list[str]:

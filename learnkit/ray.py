@@ -18,8 +18,9 @@ class RayReport(Callback):
     """After each epoch, report `learn.values` and a checkpoint of the fit to Ray Train; after a failure, go on from the last one, exactly.
 
     For functions that a ray.train.torch.TorchTrainer runs. Rank 0's checkpoint is the one that Ray keeps, in the format of `Checkpoint`:
-    its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker ends as one that did not. Raises RuntimeError at the
-    fit's start where no Ray Train is about.
+    its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker ends as one that did not. (Ray takes reports up about
+    once a second: a worker that is lost sooner after an epoch costs that epoch.) Raises RuntimeError at the fit's start where no Ray
+    Train is about.
 
     >>> learn = Learner(data, model, callbacks=[RayReport()]).to_distributed()  # doctest: +SKIP
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learnkit import checkpoint
 from learnkit.files import check_plain
-from learnkit.order import PrivateGenerator, generator_of, items_per_batch, parts_of
+from learnkit.order import PrivateGenerator, generator_of, items_per_batch, mix, parts_of, seed_process
 from learnkit.shards import is_shard, on_main
 from learnkit.snapshots import in_memory
 
@@ -40,7 +40,7 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
     """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on."""
     in_epoch = not epoch_over and not over
-    return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step,
+    return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step, "steps_ahead": learn.steps_ahead,
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
@@ -88,9 +88,7 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. Resume "
                          "with the same opt_func and splitter.")
     run, keys = parts["run"], keys_of(callbacks)
-    same_world = len(run["ranks"]) == learn.world_size
-    own = run["ranks"][learn.rank if same_world else 0]
-    states = {**run["callbacks"], **own["callbacks"]}
+    states = {**run["callbacks"], **states_of_rank(learn, dict(zip(keys, callbacks, strict=True)), run["ranks"])}
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
@@ -100,7 +98,16 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states: callback.load_state_dict(states[key])
     put_generators(learn.data.train_dl, run["generators"])
-    if same_world: put_random_state(own["random"], learn.device)
+    if learn.rank < len(run["ranks"]): put_random_state(run["ranks"][learn.rank]["random"], learn.device)
+    else: seed_process(mix(learn.order_seed or 0, learn.step, learn.rank))      # a rank that has come since
+
+
+def states_of_rank(learn: Learner, callbacks: dict[str, Callback], ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What callbacks of this rank take back of what those of each rank kept."""
+    kept = [own["callbacks"] for own in ranks]
+    if len(ranks) == learn.world_size: return kept[learn.rank]
+    return {key: callbacks[key].regroup([own[key] for own in kept], learn.rank) if key in callbacks else first
+            for key, first in kept[0].items()}
 
 
 def others(learn: Learner, keeper: Callback) -> list[Callback]: return [callback for callback in learn.running if callback is not keeper]

@@ -1,7 +1,7 @@
 """Between the host and a device, without either waiting for the other."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,19 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
         for tensor in tensors_in(moved): tensor.record_stream(work)     # its memory is not free before this stream is done with it
         return moved
     return move
+
+
+class Moved:
+    """A loader whose batches come on a device (see `mover`); everything else is the loader's own."""
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None: self.loader, self.device = loader, device
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader": raise AttributeError(name)         # while it is being copied
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int: return len(self.loader)           # type: ignore[arg-type]
+    def __iter__(self) -> Iterator[Any]: return map(mover(self.device), self.loader)
 
 
 class Reading:

@@ -11,16 +11,18 @@ import sys as _sys
 import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
 
 from learnkit.distributed import world as _world
+from learnkit.distributed.batchnorm import GlobalBatchNorm as GlobalBatchNorm
+from learnkit.distributed.batchnorm import restore_batchnorm as restore_batchnorm
+from learnkit.distributed.batchnorm import sync_batchnorm as sync_batchnorm
 from learnkit.distributed.compare import check_same as check_same
 from learnkit.distributed.fully_shard import shard_model as shard_model
 from learnkit.distributed.guard import Guard as Guard
 from learnkit.distributed.guard import guard as guard
 from learnkit.distributed.launch import RankFailed as RankFailed
 from learnkit.distributed.launch import launch as launch
-from learnkit.distributed.prepare import GlobalBatchNorm as GlobalBatchNorm
+from learnkit.distributed.prepare import communication_of as communication_of
 from learnkit.distributed.prepare import prepare_model as prepare_model
-from learnkit.distributed.prepare import restore_batchnorm as restore_batchnorm
-from learnkit.distributed.prepare import sync_batchnorm as sync_batchnorm
+from learnkit.distributed.prepare import prepare_optimizer as prepare_optimizer
 from learnkit.distributed.prepare import unwrap_model as unwrap_model
 from learnkit.distributed.reduce import agree as agree
 from learnkit.distributed.reduce import all_sum as all_sum
@@ -62,6 +64,7 @@ __all__ = [  # the submodules stay out of a star import
     "barrier",
     "broadcast_from_main",
     "check_same",
+    "communication_of",
     "dataset_order",
     "destroy_process_group",
     "gather_for_metrics",
@@ -78,6 +81,7 @@ __all__ = [  # the submodules stay out of a star import
     "on_main",
     "prepare_data_loader",
     "prepare_model",
+    "prepare_optimizer",
     "rank0_first",
     "rank_batches",
     "restore_batchnorm",

@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
-from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from learnkit.checkpoint import load_optimizer
 from learnkit.distributed.world import get_local_world_size, get_world_size
 
 Hook = Callable[[Any, Any], Any]
@@ -36,6 +38,11 @@ class Algorithm(NamedTuple):
     @property
     def averages(self) -> bool: return self.name in AVERAGING
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether ranks have something for themselves from one step to the next."""
+        return self.averages or self.name == "powersgd"
+
 
 def as_algorithm(algorithm: str | Hook, *, period: int | None = None, warmup_steps: int | None = None,
                  rank: int | None = None) -> Algorithm:
@@ -59,6 +66,57 @@ def as_algorithm(algorithm: str | Hook, *, period: int | None = None, warmup_ste
             raise ValueError(f"{option}={value!r}: expected a whole number, {least} or more.")
     warmup = {"powersgd": 10, "local_sgd": 100, "hierarchical": 100}.get(name, 0) if warmup_steps is None else warmup_steps
     return Algorithm(name, hook, period or 4, warmup, rank or 1)
+
+
+class Communication:
+    """An algorithm at work on one model that is wrapped in DistributedDataParallel: the state of its hook, the averager of its weights."""
+
+    def __init__(self, algorithm: Algorithm, ddp: DistributedDataParallel, *, step: int = 0) -> None:
+        """`step`: steps that were done before, as by one rank alone, count as its warm-up."""
+        self.algorithm, self.parameters = algorithm, list(ddp.module.parameters())
+        self.state = state_of(algorithm)
+        self.averager = averager_of(algorithm) if algorithm.averages else None
+        if self.averager is not None: self.averager.step = self.state.iter = step
+        elif isinstance(self.state, PowerSGD): self.state.state.iter = step
+        self.n_followed = 0                     # optimizers whose steps it follows
+        hook = hook_of(algorithm, self.state)
+        if hook is not None: ddp.register_comm_hook(self.state, hook)
+
+    def follow(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Average the weights after this optimizer's steps, where the algorithm does so; returns what ends it."""
+        if self.averager is None: return lambda: None
+        self.n_followed += 1
+        # torch averages what has a gradient, so before they are let go.
+        return optimizer.register_step_post_hook(self.after_step).remove
+
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.averager is not None
+        self.averager.average_parameters([p for group in optimizer.param_groups for p in group["params"]])
+
+    def average_now(self) -> None:
+        """One model on all ranks, as an evaluation or a file needs it; in one collective a type. Of other algorithms it is one already."""
+        if self.averager is None: return
+        from torch.distributed.algorithms.model_averaging.utils import average_parameters
+        average_parameters(iter(self.parameters), dist.group.WORLD)  # type: ignore[arg-type]
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What this rank keeps from step to step, PowerSGD's errors or its own weights and optimizer state: of each rank another."""
+        if isinstance(self.state, PowerSGD): return {"powersgd": self.state.state_dict(self.parameters)}
+        if self.averager is None: return {}
+        return {"iter": self.state.iter, "step": self.averager.step, "weights": [p.detach() for p in self.parameters],
+                "optimizer": optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        if isinstance(self.state, PowerSGD): self.state.load_state_dict(state["powersgd"], self.parameters)
+        elif self.averager is not None:
+            self.state.iter, self.averager.step = state["iter"], state["step"]
+            put_weights(self.parameters, state, optimizer)
+
+
+def put_weights(parameters: Sequence[Tensor], state: dict[str, Any], optimizer: Optimizer) -> None:
+    """A rank's own weights between two averages, and their optimizer's state."""
+    for p, value in zip(parameters, state["weights"], strict=True): p.data.copy_(value)
+    load_optimizer(optimizer, state["optimizer"])
 
 
 def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
@@ -104,12 +162,6 @@ def machine_group() -> Any:
     n_local, n = get_local_world_size(), get_world_size()
     if n_local in (1, n) or n % n_local: return None
     return dist.new_subgroups(group_size=n_local)[0]
-
-
-def average_weights(parameters: Iterable[Parameter]) -> None:
-    """The mean of all ranks' weights, on all; in one collective a type."""
-    from torch.distributed.algorithms.model_averaging.utils import average_parameters
-    average_parameters(iter(list(parameters)), dist.group.WORLD)  # type: ignore[arg-type]
 
 
 def waited_for(hook: Hook) -> Hook:

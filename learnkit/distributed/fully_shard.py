@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
+from learnkit.distributed.weights import share_weights
 from learnkit.distributed.world import get_device, get_world_size
 from learnkit.order import EpochOrder
 from learnkit.order import set_epoch as set_seed_and_epoch
@@ -32,7 +33,7 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
     cpu_offload                 keep weights, gradients and optimizer states in the CPU's memory, and step there
     mixed_precision             torch.bfloat16: gather and compute in it, batch norm excepted, reduce in float32; or a MixedPrecisionPolicy
 
-    Every rank must have the same weights; those on the meta device are drawn, block by block, by each module's `reset_parameters`
+    Rank 0's weights become everybody's; those on the meta device are drawn, block by block, by each module's `reset_parameters`
     from rank 0's random state, so that no rank ever has them all. Build the optimizer afterwards.
 
     >>> shard_model(nn.Sequential(nn.Linear(2, 2)), blocks=nn.Linear)
@@ -48,6 +49,7 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
         with shared_random_state(device): materialize(model, device)
         return model
     check_shardable(model)
+    share_weights(model)
     if activation_checkpointing:
         for block in found: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     options = {"mesh": mesh_of(device), "reshard_after_forward": True}

@@ -47,7 +47,7 @@ from learnkit.distributed.process import (
     stack_of,
 )
 from learnkit.distributed.stop import StopTogether
-from learnkit.distributed.world import get_rank, get_world_size, has_group
+from learnkit.distributed.world import agent_serves, get_rank, get_world_size, has_group
 
 POLL = 0.2  # seconds between two looks into the store, of up to MANY ranks; then more, up to FEWER times, as one process serves it
 MANY, FEWER = 256, 4
@@ -129,7 +129,7 @@ class Guard:
     def start(self) -> None:
         global _n_guards
         _n_guards += 1
-        keys = f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_n_guards}"
+        keys = f"guard/{_n_guards}"
         self.store, self.own_store = (dist.PrefixStore(keys, store) for store in cloned_stores())
         if parent_is_torchrun(): die_with_parent(os.getppid())  # killed, it would leave its ranks behind
         describe, self.describe = self.describe, lambda: "at its start"  # it may speak of what the block makes
@@ -463,11 +463,6 @@ def where_main_is() -> tuple[str, bool]:
         waits = waits or name.startswith(WAITS)
         frame = frame.f_back
     return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
-
-
-def agent_serves() -> bool:
-    """Whether the launcher's process serves the store, else rank 0's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def told(life: dict[str, Any]) -> str: return f" ({life['stage']})" if life["stage"] else ""

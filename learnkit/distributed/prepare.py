@@ -1,38 +1,109 @@
-"""A model on this rank's device, replicated; batch normalization over the global batch."""
+"""A model and an optimizer for a loop of one's own: what `learn.to_distributed` does to them, with the same options."""
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from learnkit.batch import as_float32, map_tensors
+from learnkit.distributed.algorithms import Communication, Hook, as_algorithm
+from learnkit.distributed.batchnorm import sync_batchnorm
 from learnkit.distributed.reduce import needs_group
+from learnkit.distributed.weights import reduce_after_backward, share_weights
 from learnkit.distributed.world import get_device
 
-M = TypeVar("M", bound=nn.Module)
+UNPREPARED = ("algorithm={name!r} averages the weights after the optimizer's steps, and knows no optimizer of this model yet: write "
+              "optimizer = prepare_optimizer(optimizer, model) before the loop.")
 
 
 def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, device: torch.device | None = None,
-                  sync_bn: bool = False, **ddp_options: Any) -> nn.Module:
-    """The model on this rank's device, wrapped in DistributedDataParallel unless alone.
+                  algorithm: str | Hook = "allreduce", period: int | None = None, warmup_steps: int | None = None, rank: int | None = None,
+                  sync_bn: bool = False, delay_allreduce: bool = False, mixed_precision: torch.dtype | None = None,
+                  **ddp_options: Any) -> nn.Module:
+    """The model on this rank's device, wrapped in DistributedDataParallel unless alone; rank 0's weights and buffers become everybody's.
 
-    `device`: another one than `get_device(local_rank)`. Rank 0's weights and buffers become everybody's.
-    `sync_bn`: batch
-    normalization over the global batch (`sync_batchnorm`). `ddp_options` are DistributedDataParallel's; gradients are
-    views into its buckets unless you say otherwise. Build the optimizer from the model afterwards. A model without
-    trainable weights is not wrapped.
+    device          another one than `get_device(local_rank)`
+    algorithm, period, warmup_steps, rank, sync_bn      as in `Learner.to_distributed`; those that average weights need `prepare_optimizer`
+    delay_allreduce one reduction of all gradients when a backward pass is over, of which a step may have several; the model is not wrapped
+    mixed_precision torch.bfloat16 or torch.float16: forward passes by autocast, outputs in float32; float16 needs a torch.amp.GradScaler
+    ddp_options     DistributedDataParallel's; gradients are views into its buckets unless you say otherwise
+
+    Build the optimizer from the model afterwards. A model without trainable weights is not wrapped. For a model that no rank can hold,
+    `shard_model`. What the algorithm keeps from step to step is in `communication_of(model).state_dict(optimizer)`.
     """
+    chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
+    if delay_allreduce and chosen.name != "allreduce": raise ValueError(ONE_REDUCTION.format(name=chosen.name))
+    if mixed_precision not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"mixed_precision={mixed_precision!r}: expected torch.bfloat16, torch.float16 or None.")
     device = get_device(local_rank) if device is None else device
     model = model.to(device)
-    if not needs_group(): return model
     if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
+    if mixed_precision is not None: compute_in(model, mixed_precision, device)
+    if not needs_group(): return model
     if sync_bn: model = sync_batchnorm(model)
     if not any(p.requires_grad for p in model.parameters()): return model  # which DDP refuses
+    if delay_allreduce:
+        share_weights(model)
+        reduce_after_backward(model)
+        return model
     devices = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(model, device_ids=devices, **{"gradient_as_bucket_view": True, **ddp_options})
+    ddp = DistributedDataParallel(model, device_ids=devices, **{"gradient_as_bucket_view": True, **ddp_options})
+    if chosen.name != "allreduce": communicate(ddp, Communication(chosen, ddp))
+    return ddp
+
+
+ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, which algorithm={name!r} has none of: take one."
+
+
+def prepare_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    """The same optimizer, after whose steps the weights are averaged where the `algorithm` of `prepare_model` does so; else as it is.
+
+    >>> model = prepare_model(nn.Linear(2, 2), algorithm="local_sgd")
+    >>> optimizer = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    """
+    communication = communication_of(model)
+    if communication is not None:
+        own, given = set(map(id, communication.parameters)), [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in own for p in given):
+            raise ValueError("the optimizer has none of this model's parameters: build it from model.parameters().")
+        communication.follow(optimizer)
+    return optimizer
+
+
+def communication_of(model: nn.Module) -> Communication | None:
+    """The algorithm at work on a model that `prepare_model` has wrapped; None where gradients are all-reduced, or alone."""
+    found = model.__dict__.get("communication")
+    return found if isinstance(found, Communication) else None
+
+
+def communicate(ddp: DistributedDataParallel, communication: Communication) -> None:
+    """Keep the algorithm with its model; a training loop that never told it its optimizer hears of it before its second step."""
+    object.__setattr__(ddp, "communication", communication)     # no module, and no part of its state
+    if not communication.algorithm.averages: return
+    n_forwards = 0
+
+    def check(module: nn.Module, args: Any) -> None:
+        nonlocal n_forwards
+        n_forwards += module.training and torch.is_grad_enabled()
+        if communication.n_followed: handle.remove()
+        elif n_forwards > 1: raise RuntimeError(UNPREPARED.format(name=communication.algorithm.name))
+    handle = ddp.register_forward_pre_hook(check)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the model's forward run by autocast, and give float32."""
+    forward: Callable[..., Any] = model.forward
+
+    @wraps(forward)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, dtype): outputs = forward(*args, **kwargs)     # type: ignore[reportPrivateImportUsage]
+        return map_tensors(as_float32, outputs)
+    model.forward = cast
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -42,114 +113,3 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     batches, and its state_dict says `module.` before every name.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-# --- batch normalization ------------------------------------------------------------------------------------------------
-
-
-def sync_batchnorm(model: M) -> M:
-    """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
-
-    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `restore_batchnorm` turns it back.
-    """
-    return replaced(model, synchronized)
-
-
-def restore_batchnorm(model: M) -> M:
-    """Undoes `sync_batchnorm`: the original modules again, with the weights and statistics as they are now."""
-    return replaced(model, restored)
-
-
-class GlobalBatchNorm(_BatchNorm):
-    """Batch normalization over the global batch, on any backend, with any number of samples a rank.
-
-    One collective forward and one backward. Equals BatchNorm on the joined batch; the gradients of its inputs are those of
-    the sum of the ranks' losses, as torch's SyncBatchNorm has them.
-
-    >>> GlobalBatchNorm(3)(torch.randn(4, 3, 2, 2)).shape
-    torch.Size([4, 3, 2, 2])
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2: raise ValueError(f"expected (batch, channels, …), got a tensor of shape {tuple(input.shape)}.")
-
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        from_batch = self.training or self.running_mean is None
-        if not from_batch or not needs_group(): return super().forward(input)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        n, mean, var = global_moments(x)
-        if self.training and self.track_running_stats: self.update(n, mean, var)
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        output = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(x.dtype).view(shape)
-        if self.weight is not None: output = output * self.weight.view(shape)
-        if self.bias is not None: output = output + self.bias.view(shape)
-        return output.to(input.dtype)
-
-    @torch.no_grad()
-    def update(self, n: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Running statistics, of the unbiased variance, as BatchNorm keeps them."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        unbiased = var * (n / (n - 1).clamp(min=1))
-        for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.mul_(1 - momentum).add_(now.to(running.dtype) * momentum)
-
-
-def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, mean, variance) per channel over all ranks, float64, in one collective.
-
-    Each rank sums about its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
-    """
-    dims, n_channels, n_own = [d for d in range(x.dim()) if d != 1], x.shape[1], x.numel() // x.shape[1]
-    own_mean = x.detach().sum(dims) / max(n_own, 1)  # any constant would do
-    centred, shift = x - own_mean.view(1, -1, *(1,) * (x.dim() - 2)), own_mean.double()
-    rest = centred.sum(dims).double()
-    squares = centred.square().sum(dims).double() + 2 * shift * rest + n_own * shift.square()
-    own = torch.cat([rest + n_own * shift, squares, shift.new_tensor([n_own])])
-    total, squares, n = SumOverRanks.apply(own).split([n_channels, n_channels, 1])
-    mean = total / n
-    return n, mean, (squares / n - mean.square()).clamp(min=0)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """A differentiable all-reduce: gradients are summed over the ranks too, as each rank's loss depends on all inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
-def replaced(module: Any, replace: Any) -> Any:
-    for name, child in module.named_children():
-        twin = replaced(child, replace)
-        if twin is not child: setattr(module, name, twin)
-    return replace(module)
-
-
-def synchronized(module: nn.Module) -> nn.Module:
-    done = (GlobalBatchNorm, nn.SyncBatchNorm)
-    if not isinstance(module, _BatchNorm) or isinstance(module, done): return module
-    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
-    kind: Any = GlobalBatchNorm if on_cpu else nn.SyncBatchNorm
-    twin = kind.__new__(kind)  # shares all that the module has: parameters, buffers, hooks and settings are the same objects
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["replaces"] = module  # not as an attribute, which would register it as a child
-    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
-    return twin
-
-
-def restored(module: nn.Module) -> nn.Module:
-    original = module.__dict__.get("replaces")
-    if not isinstance(original, nn.Module): return module
-    original.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("replaces", "process_group")})
-    return original

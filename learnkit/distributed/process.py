@@ -60,6 +60,13 @@ def parent_is_torchrun() -> bool:
     except OSError: return False
 
 
+def parent_arguments() -> list[str]:
+    """Of the command that started this process's parent, as far as that can be seen."""
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file: return file.read().decode(errors="replace").split("\0")
+    except OSError: return []
+
+
 def record_failure(message: str, stack: str, *, dragged_along: bool = False, delay: float = 0.0) -> None:
     """Leaves the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest.
 

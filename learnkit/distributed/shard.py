@@ -43,6 +43,7 @@ from learnkit.order import (
     with_rest,
 )
 from learnkit.order import set_epoch as set_seed_and_epoch
+from learnkit.transfer import Moved
 
 T = TypeVar("T")
 
@@ -168,8 +169,12 @@ class ShardedBatchSampler(EpochOrder):
     def order(self, seed: int) -> Iterator[Any]:
         """The sampler's items; under borrowed global generators only where it may draw from them, which costs 0.17 ms a batch."""
         generator = generator_of(self.sampler)
-        if draws_globally(self.sampler) or (isinstance(self.sampler, Sampler) and generator is None and hasattr(self.sampler, "generator")):
+        if draws_globally(self.sampler):
             order = privately(self.sampler, seed, self.items_per_batch, reseed=not self.keep_generator)
+        elif generator is None and isinstance(self.sampler, Sampler) and hasattr(self.sampler, "generator"):
+            own: Any = copy.copy(self.sampler)  # torch's would draw from the global one
+            own.generator = torch.Generator().manual_seed(seed)
+            order = iter(own)
         else:
             if generator is not None and not self.keep_generator: generator.manual_seed(seed)
             order = iter(self.sampler)
@@ -300,17 +305,26 @@ class ShardedStream(IterableDataset):
         for batch in islice(batches, number, None, n_workers): yield from batch  # a DataLoader asks its workers in turn
 
 
-def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None, keep_generator: bool = False) -> Any:
+def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool | None = None, keep_generator: bool = False,
+                        device: torch.device | None = None) -> Any:
     """A loader of this rank's part: the same kind, with all its settings, over a sharded order. See `set_epoch`.
 
     In a world of one the loader itself, unless a `seed` is given, which fixes the order of a shuffled one at any world
     size. `training=None`: a loader is for training if it shuffles, drops the last batch or has a sampler of its own. For
     an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
     A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
-    is dealt out batch by batch; one with a DistributedSampler stays as it is. An IterableDataset is refused, with advice.
-    `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state.
+    is dealt out batch by batch; one with a DistributedSampler, or with an attribute `is_sharded = True`, stays as it is. An
+    IterableDataset is refused, with advice.
+    `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state. `device`, such as
+    `get_device()`: batches come there, alone too; to a GPU beside the work on the batch before.
     """
+    own = share_of(loader, seed, training, keep_generator)
+    return own if device is None else Moved(own, device)
+
+
+def share_of(loader: Any, seed: int | None, training: bool | None, keep_generator: bool) -> Any:
     if get_world_size() == 1 and seed is None: return loader
+    if getattr(loader, "is_sharded", False): return loader
     if not isinstance(loader, DataLoader): return as_sharded(loader, training)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
     if isinstance(loader.sampler, DistributedSampler): return loader

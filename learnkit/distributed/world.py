@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from learnkit.distributed.round import name_of_round, warn_where_no_node_can_join
+
 COMMAND = "torchrun --nproc-per-node=2 train.py"
 N_ATTEMPTS, AT_ONCE = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
 SPELLINGS = ("--local_rank", "--local-rank")
@@ -230,6 +232,8 @@ def init_process_group(backend: str | None = None, seed: int | None = None, time
     if has_group():
         return False
     _check_environment()
+    if agent_serves() and is_main():
+        warn_where_no_node_can_join()
     if get_world_size() == 1:
         return False
     device = get_device(local_rank)
@@ -309,19 +313,30 @@ def interface_to(address: str) -> str | None:
 def _rendezvous(timeout: timedelta | None) -> dist.Store:
     """The store of this launch, opened once: torchelastic's if it runs one, else rank 0's.
 
-    torchelastic keeps its store over a restart: without a prefix of its own a restarted gloo group reads the dead one's
-    addresses and fails (4 of 4 with --master-port, torch 2.15; 0 of 3 with the prefix).
+    torchelastic keeps its store over restarts, and a gloo group that reads a dead one's addresses there fails (4 of 4 with
+    --master-port, torch 2.15): the ranks of each start have a part of their own in it.
     """
     given = launch_environment()
     place = (given["MASTER_ADDR"], _integer("MASTER_PORT", 0), get_rank(), get_world_size())
     if place not in _stores:
-        _stores[place] = _open_store(*place, timeout or dist.default_pg_timeout)
-    n_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"learnkit/{n_restarts}", _stores[place])
+        _stores[place] = _own_part(_open_store(*place, timeout or dist.default_pg_timeout), timeout or dist.default_pg_timeout)
+    return _stores[place]
+
+
+def _own_part(store: dist.Store, timeout: timedelta) -> dist.Store:
+    if not agent_serves(): return dist.PrefixStore("learnkit", store)  # it begins and ends with these ranks
+    try: name = name_of_round(dist.PrefixStore("learnkit/rounds", store), get_rank(), get_world_size(), timeout)
+    except (dist.DistError, RuntimeError, TimeoutError) as error: raise _cannot_join(error, timeout) from error
+    return dist.PrefixStore(f"learnkit/{name}", store)
+
+
+def agent_serves() -> bool:
+    """Whether the launcher's process serves the store, else rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _open_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not agent_serves()
     try:
         return dist.TCPStore(address, port, world_size, serves, timeout, multi_tenant=True)
     except (dist.DistError, RuntimeError) as error:
@@ -342,7 +357,7 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
         advice = f"see that all {get_world_size()} ranks were started, reach {address}, and have not failed before"
     limit = f" within {timeout.total_seconds():g} s" if timeout and not in_use else ""
     return RuntimeError(f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{limit}: "
-                        f"{advice}. PyTorch says: {str(error).splitlines()[0]}")
+                        f"{advice}. {'' if isinstance(error, TimeoutError) else 'PyTorch says: '}{str(error).splitlines()[0]}")
 
 
 def _checked_backend(backend: str | None, device: torch.device) -> str:

@@ -304,3 +304,16 @@ def test_a_wrapped_stream_follows_the_rule_for_any_number_of_workers(n_workers, 
 def test_a_world_of_one_leaves_loaders_alone():
     for loader in (DataLoader(range(4), shuffle=True), DataLoader(Stream(4)), [1, 2]):
         assert prepare_data_loader(loader) is loader
+
+
+class Dealt(list):
+    """A loader whose batches are this rank's own already, as those of a Ray dataset."""
+    is_sharded = True
+
+
+def test_a_loader_that_says_that_it_is_sharded_stays_as_it_is(ranks):
+    def fn():
+        loader = Dealt([get_rank()])
+        return prepare_data_loader(loader) is loader and prepare_data_loader(loader, seed=1) is loader
+
+    assert ranks(2, fn) == [True, True]

@@ -1,6 +1,8 @@
 """The unchanged script inside Ray Train, on a real cluster of this machine: `make test-ray`."""
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ pytest.importorskip("ray.train", reason="needs ray[train]: make test-ray install
 import ray
 
 from learnkit.ray import RayReport, fit_on_ray
+from tests.pages import Page
+from tests.test_coming_from import PAGE as COMING_FROM
+from tests.test_coming_from import blocks
 
 pytestmark = pytest.mark.filterwarnings("default")      # Ray warns of its own deprecated settings
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +43,14 @@ def learner(*callbacks):
 def weights(learn): return [p.tolist() for p in learn.model.parameters()]
 
 
+def wait_for_ray(snapshot: Path) -> None:
+    """Until Ray has taken up the first epoch's checkpoint, which it does about once a second; without it a run begins anew."""
+    deadline = time.monotonic() + 60
+    while not (snapshot.exists() and json.loads(snapshot.read_text())["checkpoint_results"]):
+        assert time.monotonic() < deadline, "Ray has not taken up the checkpoint"
+        time.sleep(.1)
+
+
 def script(config):
     """What a user runs; `config["kill"]`: the first start loses a worker in the middle of the second epoch."""
     import torch.distributed as dist
@@ -51,6 +64,7 @@ def script(config):
         def before_batch(self, learn):
             mark = Path(config["folder"]) / "killed"
             if config["kill"] and learn.training and learn.epoch == 1 and learn.batch_index == 2 and learn.rank == 1 and not mark.exists():
+                wait_for_ray(Path(config["folder"]) / "storage/run/checkpoint_manager_snapshot.json")
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -108,8 +122,21 @@ def shards(config):
     loader = RayLoader(ray.train.get_dataset_shard("train"), bs=4, target="label")
     learn = Learner(DataBunch(loader), Net(), callbacks=[See()]).to_distributed()
     learn.fit(2, 1e-2)
-    Path(config["folder"], f"rank{learn.rank}.pt").write_bytes(b"")
     torch.save(seen, Path(config["folder"]) / f"rank{learn.rank}.pt")
+
+
+def spread(config):
+    """The model spread over the workers, and reported whole."""
+    from torch import nn
+
+    from learnkit import DataBunch, Learner
+    from learnkit.distributed.fully_shard import is_fully_sharded
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    learn = Learner(DataBunch.from_tensors((x, (x[:, 0] > 0).long()), bs=4), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), seed=1,
+                    callbacks=[RayReport()]).to_fsdp(blocks=nn.Linear)
+    learn.fit(1, 1e-2)
+    assert is_fully_sharded(learn.model)
 
 
 def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_path):
@@ -121,6 +148,55 @@ def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_pat
     seen = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert sorted(seen[0] + seen[1]) == sorted(2 * [float(i) for i in range(32)])
     assert set(seen[0]).isdisjoint(seen[1])
+
+
+def test_a_model_that_is_spread_over_the_workers_is_in_rays_checkpoint_as_a_plain_one(tmp_path):
+    from torch import nn
+    result = fit_on_ray(spread, num_workers=2, config={}, storage_path=tmp_path / "storage")
+    with result.checkpoint.as_directory() as folder:
+        [state] = Path(folder).glob("*/model.pt")
+        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).load_state_dict(torch.load(state, weights_only=True))
+
+
+def guide(which: int) -> list[str]:
+    """The data, and one of the blocks, of docs/coming-from.md's guide of Ray."""
+    first = next(block for block in COMING_FROM.blocks if block.language == "python").code
+    return [first, blocks("Ray Train")[which].code]
+
+
+def results_of(codes: list[str]):
+    names = {"__name__": "__main__"}        # whose functions travel to the workers whole
+    for code in codes: exec(compile(code, "train.py", "exec"), names)
+    return names["result"]
+
+
+def test_the_guides_blocks_reach_one_accuracy_and_both_of_ours_the_same():
+    before, own, learner = (results_of(guide(which)) for which in range(3))
+    accuracies = [result.metrics["accuracy"] for result in (before, own, learner)]
+    assert min(accuracies) > .92 and max(accuracies) - min(accuracies) < .06
+    assert accuracies[1] == pytest.approx(accuracies[2], abs=1e-6)
+    assert learner.checkpoint is not None and learner.metrics["epoch"] == 5
+
+
+def test_the_block_of_the_page_on_many_processes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = [block for block in Page("docs/distributed.md").blocks if block.language == "py" and "learnkit.ray" in block.code]
+    result = results_of([DATA_AND_MODEL, block.code])
+    assert result.error is None and result.metrics["epoch"] == 2
+    assert (tmp_path / "runs/first").is_dir()
+
+
+DATA_AND_MODEL = """
+import torch
+from torch import nn
+from learnkit import DataBunch, Learner
+
+def data():
+    x = torch.randn(64, 4)
+    return DataBunch.from_tensors((x, (x[:, 0] > 0).long()), (x, (x[:, 0] > 0).long()), bs=8)
+
+def model(): return nn.Linear(4, 2)
+"""
 
 
 def test_without_ray_train_about_the_report_says_what_to_do():

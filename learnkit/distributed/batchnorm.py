@@ -1,0 +1,121 @@
+"""Batch normalization over the batch of all ranks, on any backend."""
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from learnkit.distributed.reduce import needs_group
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sync_batchnorm(model: M) -> M:
+    """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
+
+    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `restore_batchnorm` turns it back.
+    """
+    return replaced(model, synchronized)
+
+
+def restore_batchnorm(model: M) -> M:
+    """Undoes `sync_batchnorm`: the original modules again, with the weights and statistics as they are now."""
+    return replaced(model, restored)
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalization over the global batch, on any backend, with any number of samples a rank.
+
+    One collective forward and one backward. Equals BatchNorm on the joined batch; the gradients of its inputs are those of
+    the sum of the ranks' losses, as torch's SyncBatchNorm has them.
+
+    >>> GlobalBatchNorm(3)(torch.randn(4, 3, 2, 2)).shape
+    torch.Size([4, 3, 2, 2])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2: raise ValueError(f"expected (batch, channels, …), got a tensor of shape {tuple(input.shape)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        from_batch = self.training or self.running_mean is None
+        if not from_batch or not needs_group(): return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        n, mean, var = global_moments(x)
+        if self.training and self.track_running_stats: self.update(n, mean, var)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        output = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(x.dtype).view(shape)
+        if self.weight is not None: output = output * self.weight.view(shape)
+        if self.bias is not None: output = output + self.bias.view(shape)
+        return output.to(input.dtype)
+
+    @torch.no_grad()
+    def update(self, n: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Running statistics, of the unbiased variance, as BatchNorm keeps them."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        unbiased = var * (n / (n - 1).clamp(min=1))
+        for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.mul_(1 - momentum).add_(now.to(running.dtype) * momentum)
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, mean, variance) per channel over all ranks, float64, in one collective.
+
+    Each rank sums about its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
+    """
+    dims, n_channels, n_own = [d for d in range(x.dim()) if d != 1], x.shape[1], x.numel() // x.shape[1]
+    own_mean = x.detach().sum(dims) / max(n_own, 1)  # any constant would do
+    centred, shift = x - own_mean.view(1, -1, *(1,) * (x.dim() - 2)), own_mean.double()
+    rest = centred.sum(dims).double()
+    squares = centred.square().sum(dims).double() + 2 * shift * rest + n_own * shift.square()
+    own = torch.cat([rest + n_own * shift, squares, shift.new_tensor([n_own])])
+    total, squares, n = SumOverRanks.apply(own).split([n_channels, n_channels, 1])
+    mean = total / n
+    return n, mean, (squares / n - mean.square()).clamp(min=0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A differentiable all-reduce: gradients are summed over the ranks too, as each rank's loss depends on all inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def replaced(module: Any, replace: Any) -> Any:
+    for name, child in module.named_children():
+        twin = replaced(child, replace)
+        if twin is not child: setattr(module, name, twin)
+    return replace(module)
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    done = (GlobalBatchNorm, nn.SyncBatchNorm)
+    if not isinstance(module, _BatchNorm) or isinstance(module, done): return module
+    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+    kind: Any = GlobalBatchNorm if on_cpu else nn.SyncBatchNorm
+    twin = kind.__new__(kind)  # shares all that the module has: parameters, buffers, hooks and settings are the same objects
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["replaces"] = module  # not as an attribute, which would register it as a child
+    if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
+    return twin
+
+
+def restored(module: nn.Module) -> nn.Module:
+    original = module.__dict__.get("replaces")
+    if not isinstance(original, nn.Module): return module
+    original.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("replaces", "process_group")})
+    return original
