@@ -50,7 +50,8 @@ def ring(w: int, n_bytes: float) -> float:
 
 
 LAWS = {
-    "join": Law("requests to the store until the group is there", "a rank", "3w + 7; PyTorch's own: 3w", lambda w: 3 * w + 7, 3),
+    "join": Law("requests to the store until the group is there", "a rank", "3w + 16, of which PyTorch's 3w; some more while it waits",
+                lambda w: 3 * w + 16, 10),
     "connections": Law("connections of gloo", "a rank", "w − 1", lambda w: w - 1),
     "guard of rank 0": Law("requests of the guard a second", "rank 0", "constant; fewer beyond 256",
                            lambda w: 2 * looks(w) + 5 * signs(w), 1.5),
