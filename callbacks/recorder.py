@@ -95,12 +95,10 @@ class Recorder(Callback):
         start = self.ends[-1] if self.ends else 0
         own = self.trace.since(start).cpu().double()                                # reads the device, once an epoch
         counts = torch.tensor(read(self.counts[start:]), dtype=torch.float64)
-        of_ranks = zip(*learn.ranks.gather([own * counts, counts]), strict=True)    # (sums, counts), each by rank; once an epoch
-        all_sums, all_counts = map(list, of_ranks)
-        if len(set(map(len, all_counts))) > 1:
-            raise ValueError(f"the ranks have done different numbers of steps in this epoch: {list(map(len, all_counts))}. {ALIKE}")
+        n_steps = learn.ranks.gather(len(counts))
+        if len(set(n_steps)) > 1: raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
         if len(counts) == 0: return
-        sums, counts = torch.stack(all_sums).sum(0), torch.stack(all_counts).sum(0)
+        sums, counts = learn.ranks.all_sum([own * counts, counts])      # once an epoch; gathered, they would be as many as ranks
         self.counts[start:] = counts.tolist()
         self.trace.replace(start, (sums / counts).to(self.trace.since(start)))
         learn.values["train_loss"] = float(sums.sum() / counts.sum())

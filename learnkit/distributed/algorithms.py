@@ -131,7 +131,7 @@ def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
     if algorithm.name == "powersgd": return state.hook
     if algorithm.averages:
         from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import post_localSGD_hook
-        return waited_for(post_localSGD_hook)
+        return post_localSGD_hook
     return None
 
 
@@ -141,7 +141,8 @@ def state_of(algorithm: Algorithm) -> Any:
     if algorithm.name == "powersgd": return PowerSGD(algorithm)
     if not algorithm.averages: return None
     from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
-    groups = machine_group() if algorithm.name in ("local_sgd", "hierarchical") else None
+    # Not of hierarchical: its averages within the machine would be of weights that are equal already, and bytes for nothing.
+    groups = machine_group() if algorithm.name == "local_sgd" else None
     return PostLocalSGDState(process_group=None, subgroup=groups, start_localSGD_iter=algorithm.warmup_steps,
                              post_local_gradient_allreduce=groups is not None)
 

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,8 @@ from learnkit.distributed.process import (
 from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.world import agent_serves, get_rank, get_world_size, has_group
 
-POLL = 0.2  # seconds between two looks into the store
+POLL = 0.2  # seconds between two looks into the store, of up to MANY ranks; then more, up to FEWER times, as one process serves it
+MANY, FEWER = 256, 4
 LIFE = 0.5  # seconds between two signs of life
 MISSED = 4  # signs of life that a rank has left out when it is taken for gone, where nobody gets on or a connection is lost
 SEEN = 0.7  # seconds that a failing rank waits until the others have seen why
@@ -119,7 +120,9 @@ class Guard:
         self.connection_lost = False  # as rank 0 knows, some rank's to another one
         self.progress, self.last_progress, self.progress_at = 0, "", 0.0
         self.clock = Clock()
-        self.peers: dict[int, Peer] = {}
+        self.peers: dict[int, Peer] = {}  # rank 0's are all, another's rank 0 and those of its machine
+        self.met = False  # whether all have come
+        self.own_machine = f"machine/{machine_id()}"  # the key under which its ranks are
         self.stops: StopTogether | None = None  # answered for the main thread, where there is one
 
     # -------------------------------------------------------------------------------------------------- main thread
@@ -131,6 +134,7 @@ class Guard:
         if parent_is_torchrun(): die_with_parent(os.getppid())  # killed, it would leave its ranks behind
         describe, self.describe = self.describe, lambda: "at its start"  # it may speak of what the block makes
         self.show_life()
+        self.own_store.append(self.own_machine, f"{self.rank} ")  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs lack it
         self.describe = describe
         self.thread = threading.Thread(target=self.watch, name="guard", daemon=True)
         self.watchdog = threading.Thread(target=self.watch_looks, name="guard of the guard", daemon=True)
@@ -213,7 +217,7 @@ class Guard:
         """Looks again and again; another thread watches that a look does not take for ever."""
         self.watchdog.start()
         try:
-            while not self.stopping.wait(POLL): self.look()
+            while not self.stopping.wait(pause_between_looks(self.world_size)): self.look()
         except (dist.DistError, RuntimeError) as error:
             if not self.stopping.is_set() and self.error is None: self.lost_store(error)
         except Exception:  # our own mistake: a training must not die of it, nor a rank survive because of it
@@ -272,31 +276,44 @@ class Guard:
 
     def look_at_others(self) -> None:
         """Rank 0 looks at all, the others at rank 0 and at their own machine: no more than the store can bear."""
-        if not self.peers: return self.meet()
+        if not self.met: self.meet()
         self.connection_lost = self.connection_lost or (self.rank == 0 and self.store.check(["lost"]))
+        lives = self.lives_of(rank for rank in self.peers if self.rank == 0 or rank == 0)
         for rank, peer in self.peers.items():
             if peer.is_local: self.look_for_death(rank, peer)
-            if self.rank == 0 or rank == 0: self.look_for_life(rank, peer)
-        if self.rank == 0: self.look_for_progress()
+            if rank in lives: self.look_for_life(rank, peer, lives[rank])
+        if self.rank == 0 and self.met: self.look_for_progress()
 
     def meet(self) -> None:
-        """Wait until all ranks have come."""
-        keys = [f"life/{rank}" for rank in range(self.world_size)]
-        if self.store.check(keys):
-            lives = map(json.loads, self.store.multi_get(keys))
-            self.peers = {rank: Peer(life, self.clock.now, self.clock.now) for rank, life in enumerate(lives)
-                          if rank != self.rank}
-        elif self.too_long(0.0):
-            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            self.accuse(missing[0], f"ranks {missing} did not come within {self.hang_timeout:g} s", show_stacks=True)
+        """Who has come so far, until all have, which rank 0 sees. The others read of none but it and their own machine: w ranks that
+        read w signs of life would ask one store for w²."""
+        met = self.store.check(["met"] if self.rank else self.keys_of_lives(range(self.world_size)))
+        if met and self.rank == 0: self.store.set("met", "")
+        if not met and self.too_long(0.0): self.accuse_missing()
+        come = range(self.world_size) if met and self.rank == 0 else map(int, self.store.get(self.own_machine).split())
+        leader = [0] if self.store.check(self.keys_of_lives([0])) else []
+        lives = self.lives_of({*leader, *come} - {self.rank, *self.peers})
+        self.peers |= {rank: Peer(life, self.clock.now, self.clock.now) for rank, life in lives.items()}
+        self.met = met
+
+    def accuse_missing(self) -> None:
+        missing = [rank for rank in range(self.world_size) if not self.store.check(self.keys_of_lives([rank]))]
+        if missing: self.accuse(missing[0], f"ranks {missing} did not come within {self.hang_timeout:g} s", show_stacks=True)
+
+    def lives_of(self, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """The last signs of life of ranks that have come, by one request."""
+        keys = self.keys_of_lives(asked := sorted(ranks))
+        return dict(zip(asked, map(json.loads, self.store.multi_get(keys) if keys else []), strict=True))
+
+    def keys_of_lives(self, ranks: Iterable[int]) -> list[str]: return [f"life/{rank}" for rank in ranks]
 
     def look_for_death(self, rank: int, peer: Peer) -> None:
         pid = peer.life["pid"]
         if is_alive(pid) or self.store.check(["all_done"]): return
         self.accuse(rank, f"rank {rank} is gone: its process {pid} was killed, or left by os._exit{told(peer.life)}")
 
-    def look_for_life(self, rank: int, peer: Peer) -> None:
-        life, now = json.loads(self.store.get(f"life/{rank}")), self.clock.now
+    def look_for_life(self, rank: int, peer: Peer, life: dict[str, Any]) -> None:
+        now = self.clock.now
         if life["tick"] != peer.life["tick"]: peer.seen_at = now
         if life["progress"] != peer.life["progress"]: peer.progress_at = now
         peer.life = life
@@ -395,12 +412,12 @@ class Guard:
             elif clock.now - since > self.hang_timeout + 2 * LIFE: self.silent_store()
 
     def silent_store(self) -> None:
-        holder = "the launcher" if agent_serves() else f"rank 0{told(self.peers[0].life) if self.peers else ''}"
+        holder = "the launcher" if agent_serves() else f"rank 0{told(self.peers[0].life) if 0 in self.peers else ''}"
         reason = f"the store that the ranks share has not answered for {self.hang_timeout:g} s; it is held by {holder}"
         self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.show_stacks()
         self.note(reason)
-        if not agent_serves() and self.peers and self.peers[0].is_local: kill(self.peers[0].life["pid"])
+        if not agent_serves() and 0 in self.peers and self.peers[0].is_local: kill(self.peers[0].life["pid"])
         self.end()
 
 
@@ -432,6 +449,11 @@ class Clock:
         if self.now < self.due: return False
         self.due = self.now + seconds
         return True
+
+
+def pause_between_looks(world_size: int) -> float:
+    """Seconds. 1,024 ranks ask the store no more often than 256, and two signs of life still come within MISSED * LIFE."""
+    return POLL * min(FEWER, max(1.0, world_size / MANY))
 
 
 def where_main_is() -> tuple[str, bool]:

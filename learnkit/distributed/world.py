@@ -277,7 +277,7 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
         may_try = error is not None and "connectFullMesh" in str(error) and time.monotonic() - start < AT_ONCE and attempt < N_ATTEMPTS - 1
         store.set(f"joined/{get_rank()}", "yes" if error is None else "again" if may_try else "no")
         if error is not None and not may_try: raise _cannot_join(error, timeout) from error
-        outcomes = [store.get(f"joined/{rank}") for rank in range(get_world_size())]  # waits for each
+        outcomes = store.multi_get([f"joined/{rank}" for rank in range(get_world_size())])  # waits for each
         if b"again" not in outcomes: return
         if has_group(): dist.destroy_process_group()
 

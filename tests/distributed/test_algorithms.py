@@ -1,5 +1,9 @@
 """`to_distributed(algorithm=…)`: PyTorch's communication hooks and averages of weights, as one word each."""
+import os
 from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +76,19 @@ def test_every_algorithm_ends_with_one_model_on_all_ranks_near_that_of_allreduce
         assert abs(first[name][1] - loss) < {"fp16": 1e-3, "bf16": 3e-3, "bytegrad": .01}.get(name, .1), name
 
 
+def test_final_losses_on_digits_are_as_near_to_allreduces_as_benchmarks_algorithms_says(ranks, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark: Any = import_module("algorithms")
+    words = ["allreduce", "fp16", "bf16", "powersgd", "bytegrad", "local_sgd", "decentralized", "to_fsdp"]
+
+    def fn(): return {word: benchmark.final_loss(word, seed=0, n_epochs=3) for word in words}
+
+    losses = ranks(2, fn, timeout=60)[0]
+    assert losses["allreduce"] < .5                                                 # of 2.3 at the start
+    for word in words[1:]: assert abs(losses[word] - losses["allreduce"]) < benchmark.BOUNDS[word], word
+    assert len(set(losses.values())) >= len(words) - 1                              # by other ways; to_fsdp's may be allreduce's very own
+
+
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_a_hook_of_torch_and_its_name_are_the_same(name, ranks):
     def fn():
@@ -98,6 +115,41 @@ def test_decentralized_is_a_loop_by_hand_that_averages_weights_every_so_many_ste
         return float((weights(fitted("decentralized", period=4)) - by_hand).abs().max())
 
     assert max(ranks(2, fn)) < 1e-6
+
+
+def on_two_machines(name, options, among_gradients, among_weights):
+    """Largest difference between a fit on two machines of two ranks and a loop by hand, which in step k averages gradients and then weights
+    among that many ranks: 4, the 2 of a machine, or 1."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    own = batches_of(learner(name, **options))
+    model, pair = net(), dist.new_subgroups(group_size=2)[0]
+    opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+
+    def average(tensors, n):
+        for t in tensors if n > 1 else []:
+            dist.all_reduce(t, group=pair if n == 2 else None)
+            t /= n
+    for k, (x, y) in enumerate(own):
+        F.cross_entropy(model(x), y).backward()
+        average([p.grad for p in model.parameters()], among_gradients(k))
+        opt.step()
+        opt.zero_grad()
+        average([p.data for p in model.parameters()], 4 if k + 1 in (len(own) // 2, len(own)) else among_weights(k))
+    by_hand = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return float((weights(fitted(name, **options)) - by_hand).abs().max())
+
+
+def test_on_two_machines_hierarchical_averages_weights_within_a_machine_and_every_fourth_time_between_them(ranks):
+    def fn(): return on_two_machines("hierarchical", dict(period=1, warmup_steps=0), lambda k: 1, lambda k: 2 if k % 4 else 4)
+
+    assert max(ranks(4, fn, timeout=60)) < 1e-6
+
+
+def test_on_two_machines_local_sgd_averages_gradients_within_a_machine_and_weights_between_them(ranks):
+    def fn():
+        return on_two_machines("local_sgd", dict(period=2, warmup_steps=1), lambda k: 4 if k < 1 else 2, lambda k: 4 if k % 2 else 1)
+
+    assert max(ranks(4, fn, timeout=60)) < 1e-6
 
 
 def test_local_sgd_is_ddp_until_its_warm_up_is_over(ranks):
