@@ -20,7 +20,8 @@ install = install() { \
 	if [ -x "$(VENV)/bin/uv" ]; then "$(VENV)/bin/uv" pip install --python $(python) "$$@"; \
 	else $(python) -m pip install --no-compile "$$@"; fi; }; install
 benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost.py benchmarks/ddp.py benchmarks/checkpoint.py \
-	benchmarks/compiled.py benchmarks/vision.py benchmarks/callbacks.py benchmarks/algorithms.py benchmarks/scale.py
+	benchmarks/compiled.py benchmarks/vision.py benchmarks/callbacks.py benchmarks/algorithms.py benchmarks/scale.py \
+	benchmarks/growth.py benchmarks/scaling.py
 PEERS ?= raw learnkit fastai lightning accelerate ignite keras skorch pytorch-accelerated poutyne
 
 .PHONY: help train test test-ray reliability lint bench bench-peers clean
