@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Accumulate, Checkpoint
+from learnkit.distributed import communication_of, gather_objects, get_rank, get_world_size, prepare_model
 from learnkit.distributed.algorithms import NAMES, as_algorithm
 
 ALL = [("fp16", {}), ("bf16", {}), ("powersgd", dict(warmup_steps=2)), ("bytegrad", {}), ("local_sgd", dict(period=3, warmup_steps=2)),
@@ -182,6 +183,69 @@ def test_powersgd_is_torchs_hook_by_hand(ranks):
         return float((weights(fitted("powersgd", rank=2, warmup_steps=3)) - by_hand).abs().max())
 
     assert max(ranks(2, fn)) < 1e-6
+
+
+# ---------------------------------------------------------------------- what compression loses in a step, against its formula
+def gradients(name, **options):
+    """(the mean that the hook gives, as float64; each rank's own) of one backward pass, and the state of the hook."""
+    x, y = (part.tensor_split(get_world_size())[get_rank()] for part in samples())
+    own, model = net(), prepare_model(net(), algorithm=name, **options)
+    for _ in range(1 + options.get("warmup_steps", 0)):
+        own.zero_grad()
+        model.zero_grad()
+        for each in (own, model): F.cross_entropy(each(x), y).backward()
+    given, communication = [p.grad.double() for p in model.parameters()], communication_of(model)
+    return given, gather_objects([p.grad.double() for p in own.parameters()]), communication and communication.state
+
+
+@pytest.mark.parametrize("name, rounding", [("fp16", 2 ** -11), ("bf16", 2 ** -9)])
+def test_rounded_gradients_are_off_by_a_rounding_of_the_number_the_quotient_and_each_sum_at_most_and_by_some_at_all(name, rounding, ranks):
+    def fn():
+        given, of_ranks, _ = gradients(name)
+        off = [(got - torch.stack(own).mean(0)).abs() for got, *own in zip(given, *of_ranks, strict=True)]
+        n = get_world_size() + 1
+        bounds = [1.02 * n * rounding * torch.stack(own).abs().mean(0) + n * 2 ** -25 for own in zip(*of_ranks, strict=True)]
+        return all(bool((a <= b).all()) for a, b in zip(off, bounds, strict=True)), max(float(a.max()) for a in off)
+
+    for n in (2, 3):
+        for within, most in ranks(n, fn): assert within and most > rounding * 1e-3
+
+
+def test_gradients_of_8_bits_are_off_by_half_a_step_of_each_ranks_range(ranks):
+    def fn():
+        given, of_ranks, _ = gradients("bytegrad")
+        rows = torch.stack([torch.cat([g.flatten() for g in own]) for own in of_ranks])
+        steps = (rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)) / 255
+        off = (torch.cat([g.flatten() for g in given]) - rows.mean(0)).abs().max()
+        return float(off / steps.mean())
+
+    for n in (2, 3):
+        for ratio in ranks(n, fn): assert .1 < ratio <= .505
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_powersgd_gives_a_matrix_of_its_rank_near_the_best_one_and_keeps_all_that_it_lost(rank, ranks):
+    def fn():
+        given, of_ranks, state = gradients("powersgd", rank=rank, warmup_steps=2)
+        shapes = [g.shape for g in given]
+        kept = torch.stack(gather_objects(next(iter(state.state.error_dict.values())))).double().mean(0)
+        kept = [part.view(shape) for part, shape in zip(kept.split([s.numel() for s in order_of(state)]), order_of(state), strict=True)]
+        exact = [torch.stack(own).mean(0) for own in zip(*of_ranks, strict=True)]
+        found = []
+        for got, mean in zip(given, exact, strict=True):
+            [error] = [e for e in kept if e.shape == got.shape]
+            lost, best = (got - mean).norm(), torch.linalg.svdvals(mean)[rank:].norm() if mean.ndim == 2 else 0.
+            found.append((float((got + error - mean).abs().max()), int(torch.linalg.matrix_rank(got, rtol=1e-4)) if got.ndim == 2 else 0,
+                          float(lost / mean.norm()), float(best / mean.norm())))
+        return found, [tuple(s) for s in shapes]
+
+    def order_of(state): return [p.shape for p in next(iter(state.layouts.values()))]
+
+    for found, shapes in ranks(2, fn):
+        for (missing, own_rank, lost, best), shape in zip(found, shapes, strict=True):
+            assert missing < 1e-6, "given and kept are all there was"
+            if len(shape) == 2 and sum(shape) * rank * 2 < shape[0] * shape[1]: assert own_rank <= rank and best - 1e-6 <= lost < min(1., 1.5 * best + .05)
+            else: assert lost < 1e-6        # not worth compressing
 
 
 class Killed(Exception): pass
