@@ -40,8 +40,9 @@ class Communicate(Callback):
             if self.algorithm.averages: learn.reduce_gradients = nothing
         try: run()
         finally:
-            self.learn, self.communication, learn.reduce_gradients = None, None, reduce
             leave()
+            if self.communication is not None: self.communication.close()
+            self.learn, self.communication, learn.reduce_gradients = None, None, reduce
 
     def around_train(self, learn: Learner, run: Run) -> None:
         """All ranks end an epoch with one model, also where they have agreed to end it early."""

@@ -89,6 +89,12 @@ class Communication:
         # torch averages what has a gradient, so before they are let go.
         return optimizer.register_step_post_hook(self.after_step).remove
 
+    def close(self) -> None:
+        """Let go of the groups of some ranks that were made for it, which PyTorch would keep as long as that of all."""
+        levels = getattr(self.averager, "period_process_group_dict", None) or {}      # of the hierarchical one alone
+        for group in (getattr(self.state, "subgroup", None), *levels.values()):
+            if group is not None and group is not dist.group.WORLD: dist.destroy_process_group(group)
+
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.averager is not None
         self.averager.average_parameters([p for group in optimizer.param_groups for p in group["params"]])

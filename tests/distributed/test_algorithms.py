@@ -153,6 +153,21 @@ def test_on_two_machines_local_sgd_averages_gradients_within_a_machine_and_weigh
     assert max(ranks(4, fn, timeout=60)) < 1e-6
 
 
+def test_on_two_machines_a_fit_leaves_no_group_behind(ranks):
+    def fn():
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        counts = []
+        for name in ("local_sgd", "hierarchical"):
+            learn = learner(name, period=2, warmup_steps=0)
+            with learn.no_logging():
+                for _ in range(2):
+                    learn.fit(1, .1)
+                    counts.append(len(dist.distributed_c10d._world.pg_map))
+        return counts
+
+    assert ranks(4, fn, timeout=60) == [[1, 1, 1, 1]] * 4
+
+
 def test_local_sgd_is_ddp_until_its_warm_up_is_over(ranks):
     def fn():
         return [torch.equal(weights(fitted("local_sgd", warmup_steps=n, period=3, epochs=1)), weights(fitted(epochs=1))) for n in (100, 2)]
