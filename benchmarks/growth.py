@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 WORLDS, TOLERANCE = (2, 3, 4), .05
 N_SAMPLES, BATCH, N_STEPS, WATCHED = 960, 8, 40, 6.         # WATCHED: seconds
 SIGN = 222                                  # bytes of a sign of life
-STATE, REST, SENT = 14_440, 2_000, 21_860   # of random states (torch, Python, numpy) in a file; beside them; as they travel
+STATE, REST, SENT = 14_440, 2_000, 20_360   # of random states (torch, Python, numpy) in a file; beside them; as they travel
 HEADER, MESSAGE = 1024, 288                 # with which each part of a gather begins (learnkit.distributed.reduce); gloo's own, a message
 
 
@@ -68,7 +68,9 @@ LAWS = {
                     lambda w: (HEADER + 3 * MESSAGE) * (w - 1) + ring(w, 16 * N_STEPS)),
     "predicted": Law(f"bytes for {N_SAMPLES} predictions of 10 numbers", "a rank", "48 n (w − 1) / w, and descriptions",
                      lambda w: (w - 1) / w * N_SAMPLES * 48 + (w - 1) * (HEADER + 110 * N_SAMPLES / BATCH / w), 500),
-    "states": Law("bytes of the ranks' states, at a save", "a rank", f"{SENT:,} (w − 1)", lambda w: SENT * (w - 1)),
+    "states": Law("bytes of the ranks' states, at a save", "rank 0", f"{SENT:,} (w − 1)", lambda w: SENT * (w - 1)),
+    "states of another": Law("bytes of the ranks' states, at a save", "another rank", "240 (w − 1): their lengths",
+                             lambda w: 240 * (w - 1), 500),
     "saved": Law("bytes of a checkpoint, without model and optimizer", "rank 0", f"{REST:,} + {STATE:,} w", lambda w: REST + STATE * w)}
 
 
@@ -91,8 +93,8 @@ def counted(folder: str) -> dict[str, float]:
     learn = learner(N_STEPS)
     states = {"random": resume.random_state(learn.device), "callbacks": {}}
     found |= {"compared": received(lambda: check_same({"a fact": 1})), "measured": received(lambda: learn.ranks.all_sum([1., 2., 3., 4.])),
-              "states": received(lambda: learn.ranks.gather(states)), "predicted": received(learn.get_preds),
-              "recorded": received(lambda: losses_of_all(learn))}
+              "states of another" if get_rank() else "states": received(lambda: learn.ranks.gather_on_main(states)),
+              "predicted": received(learn.get_preds), "recorded": received(lambda: losses_of_all(learn))}
     once, twice, longer = (collectives_of(learner(n), epochs) for n, epochs in ((N_STEPS, 1), (N_STEPS, 2), (2 * N_STEPS, 1)))
     found |= {"step": (longer - once) / N_STEPS - 1, "epoch": twice - once - N_STEPS}       # 1: the all-reduce of DDP's only bucket
     found["fit"] = once - found["epoch"] - N_STEPS

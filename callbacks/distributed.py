@@ -22,7 +22,7 @@ from learnkit.distributed.batchnorm import restore_batchnorm
 from learnkit.distributed.compare import check_same
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import ONE_REDUCTION, prepare_model
-from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, on_main
+from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
 from learnkit.distributed.weights import average_gradients, model_in_words, share, share_weights
@@ -233,6 +233,7 @@ class Group:
     def share(self, tensors: Any) -> None: share(list(tensors))
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
     def gather(self, state: Any) -> list[Any]: return gather_objects(state)
+    def gather_on_main(self, state: Any) -> list[Any]: return gather_on_main(state)
     def on_main(self, action: Callable[[], object], name: str) -> None: on_main(action, name)
 
     def from_main(self, action: Callable[[], Any]) -> Any:

@@ -31,6 +31,10 @@ class Ranks(Protocol):
         """What each rank gave, in rank order: plain types and tensors."""
         ...
 
+    def gather_on_main(self, state: Any) -> list[Any]:
+        """As `gather`, on rank 0 alone; [] on the others."""
+        ...
+
     def from_main(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on all ranks: plain types and tensors; all raise if it fails."""
         ...
@@ -51,6 +55,7 @@ class Alone:
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
     def on_main(self, action: Callable[[], object], name: str) -> None: action()
     def gather(self, state: Any) -> list[Any]: return [state]
+    def gather_on_main(self, state: Any) -> list[Any]: return [state]
     def from_main(self, action: Callable[[], Any]) -> Any: return action()
     def share(self, tensors: Sequence[Tensor]) -> None: pass
     def agree(self, flag: bool) -> bool: return flag

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict[str, Any], *, gathered: bool = True) -> dict[str, Any]:
-    """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for.
+    """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for, which rank 0 has.
 
     `keeper`: the callback that keeps it, whose own state is left out. `generators`: `generator_states` at the epoch's start, from which
     its order is drawn anew. `gathered`: a model that is spread over ranks is whole in rank 0's parts, else each rank has its own.
@@ -32,7 +32,7 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
         check_plain(state, f"the state of {type(callback).__name__}")
         if state: states[callback.per_rank][key] = state
     own = {"random": random_state(learn.device), "callbacks": states[True]}
-    run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather(own)}
+    run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather_on_main(own)}
     model, optimizer = checkpoint.plain_state(learn.model), learn.opt.state_dict()
     if not gathered: return {"model": model, "optimizer": optimizer, "run": run}
     return {"model": on_main(model, learn.rank), "optimizer": on_main(optimizer, learn.rank), "run": run}

@@ -30,6 +30,7 @@ from learnkit.distributed.reduce import barrier as barrier
 from learnkit.distributed.reduce import broadcast_from_main as broadcast_from_main
 from learnkit.distributed.reduce import gather_for_metrics as gather_for_metrics
 from learnkit.distributed.reduce import gather_objects as gather_objects
+from learnkit.distributed.reduce import gather_on_main as gather_on_main
 from learnkit.distributed.reduce import on_main as on_main
 from learnkit.distributed.reduce import rank0_first as rank0_first
 from learnkit.distributed.shard import ShardedBatchSampler as ShardedBatchSampler
@@ -69,6 +70,7 @@ __all__ = [  # the submodules stay out of a star import
     "destroy_process_group",
     "gather_for_metrics",
     "gather_objects",
+    "gather_on_main",
     "get_device",
     "get_local_rank",
     "get_rank",

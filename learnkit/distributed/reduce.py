@@ -125,6 +125,21 @@ def gather_objects(obj: Any) -> list[Any]:
     return [unpacked(d, p, payload.device) for d, p in zip(descriptions, payloads, strict=True)]
 
 
+def gather_on_main(obj: Any) -> list[Any]:
+    """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where the group has it."""
+    if not needs_group(): return [obj]
+    description, payload = packed(obj)
+    text, error = as_bytes(description.encode()), json.loads(description).get("error", "")
+    told = [n.tolist() for n in all_gather(torch.tensor([len(text), len(payload), bool(error)], device=text.device))]
+    failed = [rank for rank, (_, _, fails) in enumerate(told) if fails]
+    if failed: raise TypeError(error or f"rank {failed[0]} has something that cannot be sent; its own error says what.")
+    longest = max(n + m for n, m, _ in told)
+    own = torch.cat([text, payload.to(text.device), text.new_zeros(longest - len(text) - len(payload))])
+    shares = [torch.empty_like(own) for _ in told] if get_rank() == 0 else []
+    finish(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
+    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], own.device) for share, (n, _, _) in zip(shares, told, strict=False)]
+
+
 def broadcast_from_main(obj: Any = None) -> Any:
     """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes."""
     if not needs_group(): return obj

@@ -16,9 +16,11 @@ from learnkit.distributed import (
     destroy_process_group,
     gather_for_metrics,
     gather_objects,
+    gather_on_main,
     get_rank,
     init_process_group,
     launch,
+    on_main,
     rank0_first,
 )
 
@@ -212,3 +214,29 @@ def test_a_death_of_the_first_one_is_noticed_by_those_who_wait():
 
     with pytest.raises(RankFailed, match=r"rank 0, which goes first on this machine, is gone|rank 0 of 2 failed: it ended with"):
         launch(fn, 2, timeout=20)
+
+
+# ---------------------------------------------------------------------- for rank 0 alone
+def test_rank_0_alone_gets_what_all_get_and_turns_stay_in_step(ranks, tmp_path):
+    def fn():
+        own = {"rank": get_rank(), "rows": torch.arange(get_rank() * 1000.), "none": None, (1, "a"): [torch.tensor(True), 2.5]}
+        found, of_all = gather_on_main(own), gather_objects(own)
+        for k in range(2): on_main(lambda k=k: (tmp_path / f"{k}").touch(), "touch a file")
+        barrier()
+        if get_rank(): return found
+        return [[str(a) == str(b) for a, b in zip(found, of_all, strict=True)], len(found), len(list(tmp_path.iterdir()))]
+
+    first, *others = ranks(3, fn)
+    assert first == [[True] * 3, 3, 2] and others == [[], []]
+
+
+def test_what_cannot_be_sent_to_rank_0_is_told_to_all(ranks):
+    def fn():
+        try: gather_on_main(object() if get_rank() == 1 else 1)
+        except TypeError as error: return str(error)
+
+    first, second = ranks(2, fn)
+    assert "rank 1 has something" in first and "cannot send a object" in second
+
+
+def test_alone_rank_0_has_its_own(): assert gather_on_main([1]) == [[1]]
