@@ -41,7 +41,7 @@ train: $(VENV)/.installed
 	$(python) examples/01_digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest --ignore tests/ray -n $(JOBS) --dist loadfile $(ARGS)
+	$(python) -m pytest --ignore tests/ray -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-ray: $(VENV)/.installed-ray
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(python) -m pytest tests/ray $(ARGS)

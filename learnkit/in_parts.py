@@ -31,13 +31,13 @@ def check_safetensors() -> None:
 
 
 # ---------------------------------------------------------------------- writing
-def is_spread(parts: Mapping[str, Any]) -> bool: return bool(spread_in(parts["model"]))
+def is_spread(parts: Mapping[str, Any]) -> bool: return any(map(is_shard, parts["model"].values()))
 
 
 def begin(learn: Learner, folder: Path, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[], Path]:
     """By all ranks: each writes its own of what is spread in `parts`, under the next name. What rank 0 then calls writes the rest, puts it
     all in place and returns its path, as `snapshots.write`; it raises where any rank has failed."""
-    spread = {f"{part}.{key}": tensor for part in ("model", "optimizer") for key, tensor in spread_in(parts[part]).items()}
+    spread = {key: tensor.detach() for key, tensor in leaves_of(parts).items() if is_shard(tensor)}
     final, hidden = map(Path, learn.ranks.from_main(lambda: list(map(str, snapshots.begin(folder, about["step"], size_of(parts))))))
     own, error = {}, None
     try: own = save(spread, hidden, learn.rank)
@@ -69,12 +69,12 @@ def reason_of(error: Any) -> str:
     return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
-def spread_in(tree: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The spread tensors of nested dicts, by the keys that lead to them."""
-    if is_shard(tree): return {prefix: tree.detach()}
-    if not isinstance(tree, dict): return {}
-    return {name: tensor for key, value in tree.items()
-            for name, tensor in spread_in(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+def leaves_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in the model's and the optimizer's nested dicts, by the keys that lead to it."""
+    def leaves(tree: Any, key: str) -> dict[str, Any]:
+        if not isinstance(tree, dict): return {key: tree}
+        return {name: leaf for own, value in tree.items() for name, leaf in leaves(value, f"{key}.{own}").items()}
+    return {**leaves(parts["model"], "model"), **leaves(parts["optimizer"], "optimizer")}
 
 
 def outlined(tree: Any) -> Any:
@@ -85,7 +85,10 @@ def outlined(tree: Any) -> Any:
 # ---------------------------------------------------------------------- reading
 def is_apart(parts: Mapping[str, Any]) -> bool:
     """Whether a snapshot's tensors lie in files of their own."""
-    return any(isinstance(value, Tensor) and value.is_meta for value in parts["model"].values())
+    return any(map(is_absent, parts["model"].values()))
+
+
+def is_absent(value: Any) -> bool: return isinstance(value, Tensor) and value.is_meta
 
 
 def filled(learn: Learner, parts: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -96,25 +99,18 @@ def filled(learn: Learner, parts: Mapping[str, Any], path: Path) -> dict[str, An
     model = {name: room(value, own.get(name)) for name, value in parts["model"].items()}
     of_number = dict(zip(numbers, parameters, strict=True))
     state = {n: {name: room(value, of_number.get(n)) for name, value in kept.items()} for n, kept in parts["optimizer"]["state"].items()}
-    optimizer = {**parts["optimizer"], "state": state}
-    load({f"{part}.{name}": tensor for part, tree in (("model", model), ("optimizer", optimizer))
-          for name, tensor in rooms_in(tree, parts[part]).items()}, path, learn.world_size)
-    return {**parts, "model": model, "optimizer": optimizer}
+    rooms = {**parts, "model": model, "optimizer": {**parts["optimizer"], "state": state}}
+    absent = [key for key, value in leaves_of(parts).items() if is_absent(value)]
+    of_rooms = leaves_of(rooms)
+    load({key: of_rooms[key] for key in absent}, path, learn.world_size)
+    return rooms
 
 
 def room(value: Any, own: Any) -> Any:
     """Where an absent tensor is read to: in the parts that `own` is in."""
-    if not isinstance(value, Tensor) or not value.is_meta: return value
+    if not is_absent(value): return value
     if is_shard(own) and own.shape == value.shape: return torch.empty_like(own.detach(), dtype=value.dtype)
     return torch.empty(value.shape, dtype=value.dtype)
-
-
-def rooms_in(tree: Any, outline: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of `tree` that `outline` has the shape of alone, by the keys that lead to them."""
-    if isinstance(outline, Tensor): return {prefix: tree} if outline.is_meta else {}
-    if not isinstance(tree, dict): return {}
-    return {name: tensor for key, value in tree.items()
-            for name, tensor in rooms_in(value, outline[key], f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def load(tensors: dict[str, Tensor], path: Path, world_size: int) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,21 @@ ROOT = Path(__file__).resolve().parents[2]
 def cluster():
     os.environ["RAY_AUTH_MODE"] = "disabled"
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, tmp_path_factory):
+    """All runs of this file, as futures: three at a time, as each waits for its workers longer than it computes."""
+    folder = tmp_path_factory.mktemp("runs")
+    guides = [(names_after(first_block()), blocks("Ray Train")[which].code) for which in range(3)]
+    page = names_after(DATA_AND_MODEL), page_block().replace('"runs"', repr(str(folder / "page")))
+    with ThreadPoolExecutor(3) as pool:
+        yield {"folder": folder, "killed": pool.submit(run, folder / "killed", True), "spread": pool.submit(spread_twice, folder / "spread"),
+               "plain": pool.submit(run, folder / "plain", False), "shards": pool.submit(sharded, folder / "shards"),
+               "guide": [pool.submit(result_of, *guide) for guide in guides], "page": pool.submit(result_of, *page)}
 
 
 def learner(*callbacks):
@@ -85,11 +98,10 @@ def run(folder: Path, kill: bool):
     return result, torch.load(folder / "result.pt", weights_only=True)
 
 
-def test_a_run_that_lost_a_worker_in_an_epoch_ends_as_one_that_did_not(tmp_path):
-    plain, whole = run(tmp_path / "plain", False)
-    killed, again = run(tmp_path / "killed", True)
+def test_a_run_that_lost_a_worker_in_an_epoch_ends_as_one_that_did_not(runs):
+    (plain, whole), (killed, again) = runs["plain"].result(), runs["killed"].result()
     assert plain.error is None and killed.error is None
-    assert (tmp_path / "killed" / "killed").exists() and again["resumed"] and not whole["resumed"]
+    assert (runs["folder"] / "killed/killed").exists() and again["resumed"] and not whole["resumed"]
     assert whole["world"] == 2
     for name in ("weights", "losses", "valid"): assert again[name] == whole[name], name
     assert plain.metrics["valid_loss"] == killed.metrics["valid_loss"] == whole["valid"]
@@ -140,54 +152,70 @@ def spread(config):
     (Path(config["folder"]) / f"resumed {learn.resumed is not None}").touch()
 
 
-def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(tmp_path):
+def sharded(folder: Path):
     import numpy as np
+    folder.mkdir()
     rows = [{"x": np.array([i, 1., 2.], dtype=np.float32), "label": i % 2} for i in range(32)]
-    result = fit_on_ray(shards, num_workers=2, config={"folder": str(tmp_path)}, datasets={"train": ray.data.from_items(rows)},
-                        storage_path=tmp_path / "storage")
-    assert result.error is None
-    seen = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return fit_on_ray(shards, num_workers=2, config={"folder": str(folder)}, datasets={"train": ray.data.from_items(rows)},
+                      storage_path=folder / "storage")
+
+
+def test_shards_of_a_ray_dataset_are_loaders_and_each_row_is_one_workers(runs):
+    assert runs["shards"].result().error is None
+    seen = [torch.load(runs["folder"] / f"shards/rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert sorted(seen[0] + seen[1]) == sorted(2 * [float(i) for i in range(32)])
     assert set(seen[0]).isdisjoint(seen[1])
 
 
-def test_a_model_that_is_spread_over_the_workers_is_in_rays_checkpoint_as_a_plain_one_from_which_a_run_of_that_name_goes_on(tmp_path):
+def spread_twice(folder: Path):
+    """The results of a run, and of one of the same name afterwards."""
+    folder.mkdir()
+    return [fit_on_ray(spread, num_workers=2, config={"resumed": resumed, "folder": str(folder)}, storage_path=folder / "storage", name="run")
+            for resumed in (False, True)]
+
+
+def test_a_model_that_is_spread_over_the_workers_is_in_rays_checkpoint_as_a_plain_one_from_which_a_run_of_that_name_goes_on(runs):
     from torch import nn
-    for resumed in (False, True):
-        config = {"resumed": resumed, "folder": str(tmp_path)}
-        result = fit_on_ray(spread, num_workers=2, config=config, storage_path=tmp_path / "storage", name="run")
+    for result in runs["spread"].result():
         with result.checkpoint.as_directory() as folder:
             [state] = Path(folder).glob("*/model.pt")
             nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).load_state_dict(torch.load(state, weights_only=True))
-        assert (tmp_path / f"resumed {resumed}").exists()
+    for resumed in (False, True): assert (runs["folder"] / f"spread/resumed {resumed}").exists()
 
 
-def guide(which: int) -> list[str]:
-    """The data, and one of the blocks, of docs/coming-from.md's guide of Ray."""
-    first = next(block for block in COMING_FROM.blocks if block.language == "python").code
-    return [first, blocks("Ray Train")[which].code]
+# ---------------------------------------------------------------------- what the pages show
+def first_block() -> str: return next(block for block in COMING_FROM.blocks if block.language == "python").code
 
 
-def results_of(codes: list[str]):
-    names = {"__name__": "__main__"}        # whose functions travel to the workers whole
-    for code in codes: exec(compile(code, "train.py", "exec"), names)
+def page_block() -> str:
+    [block] = [block for block in Page("docs/distributed.md").blocks if block.language == "py" and "learnkit.ray" in block.code]
+    return block.code
+
+
+def names_after(code: str) -> dict[str, object]:
+    """What a block has made, as a script's: functions of these travel to the workers whole. It may draw numbers: one block at a time."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(code, "train.py", "exec"), names)
+    return names
+
+
+def result_of(names: dict[str, object], code: str):
+    exec(compile(code, "train.py", "exec"), names)
     return names["result"]
 
 
-def test_the_guides_blocks_reach_one_accuracy_and_both_of_ours_the_same():
-    before, own, learner = (results_of(guide(which)) for which in range(3))
+def test_the_guides_blocks_reach_one_accuracy_and_both_of_ours_the_same(runs):
+    before, own, learner = (future.result() for future in runs["guide"])
     accuracies = [result.metrics["accuracy"] for result in (before, own, learner)]
     assert min(accuracies) > .92 and max(accuracies) - min(accuracies) < .06
     assert accuracies[1] == pytest.approx(accuracies[2], abs=1e-6)
     assert learner.checkpoint is not None and learner.metrics["epoch"] == 5
 
 
-def test_the_block_of_the_page_on_many_processes_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    [block] = [block for block in Page("docs/distributed.md").blocks if block.language == "py" and "learnkit.ray" in block.code]
-    result = results_of([DATA_AND_MODEL, block.code])
+def test_the_block_of_the_page_on_many_processes_runs(runs):
+    result = runs["page"].result()
     assert result.error is None and result.metrics["epoch"] == 2
-    assert (tmp_path / "runs/first").is_dir()
+    assert (runs["folder"] / "page/first").is_dir()
 
 
 DATA_AND_MODEL = """
