@@ -19,7 +19,7 @@ from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data import TensorLoader, in_order, n_batches
 from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.batchnorm import restore_batchnorm
-from learnkit.distributed.compare import check_same
+from learnkit.distributed.compare import check_same, digest
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.prepare import ONE_REDUCTION, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
@@ -217,9 +217,9 @@ def name_of(number: int) -> str: return f"signal {number}" if number else "save"
 
 def settle(own: int, facts: dict[str, int]) -> int:
     """The largest `own` of all ranks; raises ValueError where facts differ. One collective."""
-    values = list(facts.values())
-    settled, *extremes = agree_all([own, *values, *(-value for value in values)])
-    if any(extremes[i] != -extremes[len(values) + i] for i in range(len(values))): check_same(facts)
+    found = digest(facts)
+    settled, largest, negative = agree_all([own, found, -found])
+    if largest != -negative: check_same(facts)
     return settled
 
 

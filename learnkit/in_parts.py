@@ -42,7 +42,7 @@ def begin(learn: Learner, folder: Path, parts: Mapping[str, Any], about: Mapping
     own, error = {}, None
     try: own = save(spread, hidden, learn.rank)
     except OSError as raised: error = str(raised)
-    told = learn.ranks.gather([own, error])
+    told = learn.ranks.gather_on_main([own, error])
     others = {name: kept for own, _ in told for name, kept in own.items()}
     failed = [error for _, error in told if error]
     rest = {part: outlined(state) for part, state in parts.items()}

@@ -320,7 +320,8 @@ def _rendezvous(timeout: timedelta | None) -> dist.Store:
     given = launch_environment()
     place = (given["MASTER_ADDR"], _integer("MASTER_PORT", 0), get_rank(), get_world_size())
     if place not in _stores:
-        _stores[place] = _own_part(_open_store(*place, timeout or dist.default_pg_timeout), timeout or dist.default_pg_timeout)
+        limit = timeout or dist.default_pg_timeout
+        _stores[place] = _own_part(_open_store(*place, limit), limit)
     return _stores[place]
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -29,20 +29,10 @@ from learnkit.distributed import all_sum, get_rank, guard, init_process_group, l
 from learnkit.shards import is_shard
 from tests.distributed.hosts import two_hosts
 from tests.distributed.processes import ROOT, TORCHRUN, Processes, Started, free_port
+from tests.reliability import conftest as children
 from tests.reliability.conftest import Child
 
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Child]]:
-    """start(fn, *args, **environment): a forked process; none outlives the test."""
-    children: list[Child] = []
-
-    def begin(fn: Callable[..., Any], *args: Any, **environment: Any) -> Child:
-        children.append(Child(fn, *args, **environment))
-        return children[-1]
-
-    yield begin
-    for child in children: child.kill()
+start = children.start       # a fixture: forked processes, of which none outlives the test
 
 
 # ---------------------------------------------------------------------- ranks of one round find each other
