@@ -23,12 +23,8 @@ _lasting: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionar
 
 def mix(*numbers: int) -> int:
     """One 63-bit seed made of several numbers, so that neighbouring epochs or ranks get unrelated streams."""
-    return hashed(",".join(map(str, numbers)))
-
-
-def hashed(text: str) -> int:
-    """63 bits that are the same for the same text, in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
