@@ -1,6 +1,7 @@
 """Tests on the stand-in accelerator: run where LEARNKIT_ACCELERATOR=twin is set, each in a process of its own."""
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -47,9 +48,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def forked(item: pytest.Item) -> list[pytest.TestReport]:
+    from _pytest.faulthandler import fault_handler_stderr_fd_key, get_timeout_config_value
     from _pytest.runner import runtestprotocol
 
     for stream in (sys.stdout, sys.stderr): stream.flush()
+    faulthandler.cancel_dump_traceback_later()  # its thread would be missing in the child, which begins its own
     receiver, sender = os.pipe()
     parent = os.getpid()
     pid = os.fork()
@@ -58,7 +61,10 @@ def forked(item: pytest.Item) -> list[pytest.TestReport]:
         try:
             os.close(receiver)
             die_with_parent(parent)
+            if limit := get_timeout_config_value(item.config):
+                faulthandler.dump_traceback_later(limit, file=item.config.stash[fault_handler_stderr_fd_key], exit=True)
             twin.load()
+            torch.random._fork_rng_warned_already = True  # tests/conftest.py saves the state of every device, and means it
             reports = runtestprotocol(item, nextitem=None, log=False)
             with os.fdopen(sender, "wb") as file: pickle.dump([report._to_json() for report in reports], file)
             code = 0
