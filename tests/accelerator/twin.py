@@ -25,6 +25,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [Path(__file__).with_name(name) for name in ("twin.cpp", "streams.h", "device.h", "operators.h", "twinccl.h")]
 OWN = (str(ROOT / "learnkit") + os.sep, str(ROOT / "callbacks") + os.sep)  # whose lines a wait is put down to
+LAUNCH = str(ROOT / "learnkit" / "distributed" / "launch.py")  # everything in a rank is called from there
+TORCH = os.path.dirname(torch.__file__) + os.sep
 DEFAULT_MEMORY = 1 << 33
 _C: Any = None
 
@@ -194,12 +196,14 @@ class Wait(NamedTuple):
 
 
 def place() -> str:
-    innermost = frame = sys._getframe(2) if sys._getframe().f_back is not None else None
+    """Of the innermost frame in learnkit or callbacks, else of the innermost one outside of torch."""
+    frame, outside = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN): break
+        if name.startswith(OWN) and name != LAUNCH: break
+        if outside is None and name != __file__ and not name.startswith(TORCH): outside = frame
         frame = frame.f_back
-    frame = frame or innermost
+    frame = frame or outside
     if frame is None: return "a thread without Python"  # autograd's
     return f"{frame.f_code.co_filename.removeprefix(str(ROOT) + os.sep)}:{frame.f_lineno} {frame.f_code.co_name}"
 
