@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  # optimizers import it; tests and ranks are forked from here, and need not import it each: 2 s
+import torch._dynamo  # optimizers import it; tests and ranks are forked from here, and need not import it each: 2 s
 
 from learnkit.distributed import destroy_process_group, init_process_group, launch
 from learnkit.distributed.process import die_with_parent

@@ -4,12 +4,14 @@ import io
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.accelerator import twin
@@ -27,11 +29,11 @@ def same_on_both(compute, *tensors):
         results.append([out.detach().cpu()] + [t.grad.cpu() for t in inputs if t.grad is not None])
         assert out.device.type == device
     assert len(results[0]) == len(results[1])
-    for one, other in zip(*results): assert torch.equal(one, other)
+    for one, other in zip(*results, strict=True): assert torch.equal(one, other)
 
 
 def refuses_to_read(tensor):
-    with pytest.raises(RuntimeError, match="race: .* has not waited for it"): tensor + 1
+    with pytest.raises(RuntimeError, match=r"race: .* has not waited for it"): tensor + 1
 
 
 # What torch asks of a device
@@ -75,9 +77,15 @@ def test_results_and_gradients_are_the_cpus_bit_by_bit(compute, sizes):
     same_on_both(compute, *[torch.randn(size) for size in sizes])
 
 
-def test_attention_is_the_cpus():
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        same_on_both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *[torch.randn(2, 3, 4, 8) for _ in range(3)])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": True}, {"enable_gqa": True}])
+@pytest.mark.parametrize("plain", [False, True])
+def test_attention_is_the_cpus(options, plain):
+    def attend(q, k, v):
+        mask = {"attn_mask": torch.eye(4, device=q.device)} if options.get("mask") else options
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, **mask)
+    heads = (4, 2, 2) if "enable_gqa" in options else (2, 2, 2)
+    same_on_both(attend, *[torch.randn(2, n, 4, 8) for n in heads])
 
 
 @pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU])
@@ -87,7 +95,7 @@ def test_recurrent_layers_agree_with_the_cpus(rnn):
     outs = {device: layers[device](x.to(device))[0] for device in layers}
     for out in outs.values(): out.square().sum().backward()
     torch.testing.assert_close(outs["twin"].cpu(), outs["cpu"])
-    for one, other in zip(layers["cpu"].parameters(), layers["twin"].parameters()): torch.testing.assert_close(other.grad.cpu(), one.grad)
+    for one, other in zip(layers["cpu"].parameters(), layers["twin"].parameters(), strict=True): torch.testing.assert_close(other.grad.cpu(), one.grad)
 
 
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.AdamW(p, fused=True), lambda p: torch.optim.Adam(p, foreach=True),
@@ -105,7 +113,7 @@ def test_a_training_with_dropout_is_the_cpus_bit_by_bit(optimizer):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
         ends.append([t.cpu() for t in model.state_dict().values()])
-    assert all(torch.equal(one, other) for one, other in zip(*ends))
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
 def test_sparse_gradients_train_as_on_the_cpu():
@@ -144,7 +152,7 @@ def test_every_device_draws_from_a_state_of_its_own():
     assert torch.equal(torch.randperm(9, device="twin:0").cpu(), after)
     torch.manual_seed(3)
     again = [torch.randn(4, device=f"twin:{i}").cpu() for i in (0, 1)] + [F.dropout(torch.ones(64, device="twin")).cpu()]
-    assert all(torch.equal(one, other) for one, other in zip(drawn, again)) and drawn[2].unique().tolist() == [0, 2]
+    assert all(torch.equal(one, other) for one, other in zip(drawn, again, strict=True)) and drawn[2].unique().tolist() == [0, 2]
     mine = torch.Generator("twin").manual_seed(5)
     assert torch.equal(torch.rand(3, generator=mine, device="twin").cpu(), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     with pytest.raises(RuntimeError, match="Expected a 'twin' device type for generator but found 'cpu'"):
@@ -182,7 +190,7 @@ def test_compiled_models_run_on_it(backend):
     compiled = torch.compile(copy.deepcopy(model), backend=backend)
     x = torch.randn(5, 3, device="twin")
     for m in (model, compiled): m(x).square().sum().backward()
-    for one, other in zip(model.parameters(), compiled.parameters()): assert torch.equal(one.grad, other.grad)
+    for one, other in zip(model.parameters(), compiled.parameters(), strict=True): assert torch.equal(one.grad, other.grad)
 
 
 def test_what_is_saved_comes_back_to_its_device_or_another():
@@ -559,7 +567,7 @@ def trained(how, device):
 
 def trained_on_both(how):
     ends = [trained(how, device) for device in (torch.device(CPU), torch.device("twin", dist.get_rank()))]
-    return all(torch.equal(one, other) for one, other in zip(*ends)), twin.races()
+    return all(torch.equal(one, other) for one, other in zip(*ends, strict=True)), twin.races()
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

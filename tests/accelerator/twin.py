@@ -155,7 +155,7 @@ def make_module() -> types.ModuleType:
 
 def create_group(options: Any, *_: Any) -> Any:
     """twinccl has a gloo group of its own, through which copies go."""
-    store = dist.PrefixStore("twinccl", options.store)
+    store = dist.PrefixStore("twinccl", options.store)  # pyright: ignore[reportPrivateImportUsage]
     gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, options.timeout)
     return _C.make_twinccl(gloo, options.group_rank, options.group_size)
 
