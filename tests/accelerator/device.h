@@ -2,24 +2,27 @@
 #pragma once
 
 namespace {
-// -------------------------------------------------------------------------------------------------------------------------- memory
-struct Block {                          // of device memory
-  c10::Storage host;                    // the same memory for CPU kernels
+// ---- memory ----
+struct Block {        // of device memory
+  c10::Storage host;  // the same memory for CPU kernels
   size_t size;
-  int device, stream;                   // allocated on
+  int device, stream;  // allocated on
   Mark written;
   std::string writer;
   std::map<int, uint64_t> reads, uses;  // by stream: since the last write, and ever
   std::set<int> recorded;               // streams of record_stream
 };
-struct Freed {                          // memory that another stream may still use: to be given out again after that only
+struct Freed {  // memory that another stream may still use: to be given out again after that only
   c10::Storage host;
   int stream;
   std::vector<Mark> uses;
   std::string what;
 };
 auto& freed = *new std::list<Freed>;
-struct Memory { size_t allocated = 0, peak = 0, limit = size_t(1) << 33; int64_t n_blocks = 0, n_ooms = 0; };
+struct Memory {
+  size_t allocated = 0, peak = 0, limit = size_t(1) << 33;
+  int64_t n_blocks = 0, n_ooms = 0;
+};
 Memory memory[64];
 
 void free_block(void* context) {
@@ -31,23 +34,25 @@ void free_block(void* context) {
   for (auto& [stream, at] : block->uses) {
     if (stream == block->stream || block->recorded.count(stream) || over(streams[block->stream].known, {stream, at})) continue;
     left.uses.push_back({stream, at});
-    left.what = c10::str("memory of ", name_of(block->stream), ", last written by ", block->writer, ", was freed and given out again while ",
-                         name_of(stream), " perhaps uses it: call record_stream, or let its own stream wait");
+    left.what = c10::str("memory of ", name_of(block->stream), ", last written by ", block->writer,
+                         ", was freed and given out again while ", name_of(stream),
+                         " perhaps uses it: call record_stream, or let its own stream wait");
   }
   if (!left.uses.empty()) freed.push_back(std::move(left));
 }
 // A caching allocator gives a stream its own memory again at once, in the order of the stream: other streams' uses must be over by then.
 void look_at_freed(int stream) {
-  std::list<Freed> now;                 // dropped without the lock
+  std::list<Freed> now;  // dropped without the lock
   std::lock_guard<std::mutex> lock(mutex);
   for (auto it = freed.begin(); it != freed.end();) {
     auto next = std::next(it);
     if (it->stream == stream) {
-      for (auto& use : it->uses) if (!over(streams[stream].known, use)) {
-        races.push_back(it->what);
-        std::memset(it->host.mutable_data(), 0xFF, it->host.nbytes());
-        break;
-      }
+      for (auto& use : it->uses)
+        if (!over(streams[stream].known, use)) {
+          races.push_back(it->what);
+          std::memset(it->host.mutable_data(), 0xFF, it->host.nbytes());
+          break;
+        }
       now.splice(now.end(), freed, it);
     }
     it = next;
@@ -65,8 +70,9 @@ c10::DataPtr make_block(c10::Storage host, int device) {
   std::lock_guard<std::mutex> lock(mutex);
   if (m.allocated + n > m.limit) {
     m.n_ooms++;
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "twin out of memory. Tried to allocate ", mib(n), ". Device ", device, " has a total capacity of ",
-                     mib(m.limit), " of which ", mib(double(m.limit) - double(std::min(m.limit, m.allocated))), " is free.");
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "twin out of memory. Tried to allocate ", mib(n), ". Device ", device,
+                     " has a total capacity of ", mib(m.limit), " of which ", mib(double(m.limit) - double(std::min(m.limit, m.allocated))),
+                     " is free.");
   }
   m.allocated += n;
   m.peak = std::max(m.peak, m.allocated);
@@ -100,7 +106,10 @@ struct Allocator final : c10::DeviceAllocator {
     auto& m = memory[device_or_current(d)];
     c10::CachingDeviceAllocator::DeviceStats stats;
     for (auto* kind : {&stats.allocated_bytes, &stats.reserved_bytes, &stats.active_bytes, &stats.requested_bytes})
-      for (auto& stat : *kind) { stat.current = m.allocated; stat.peak = m.peak; }
+      for (auto& stat : *kind) {
+        stat.current = m.allocated;
+        stat.peak = m.peak;
+      }
     for (auto& stat : stats.allocation) stat.current = m.n_blocks;
     stats.num_ooms = m.n_ooms;
     return stats;
@@ -121,23 +130,35 @@ auto& allocator = *new Allocator;
 
 auto& pinned = *new std::unordered_set<const void*>;
 void unpin(void* p) {
-  { std::lock_guard<std::mutex> lock(mutex); pinned.erase(p); }
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    pinned.erase(p);
+  }
   std::free(p);
 }
 struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     void* p = n ? std::aligned_alloc(64, (n + 63) / 64 * 64) : nullptr;
-    if (p) { std::lock_guard<std::mutex> lock(mutex); pinned.insert(p); }
+    if (p) {
+      std::lock_guard<std::mutex> lock(mutex);
+      pinned.insert(p);
+    }
     return {p, p, &unpin, c10::Device(c10::kCPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &unpin; }
   void copy_data(void* to, const void* from, std::size_t n) const override { std::memcpy(to, from, n); }
 };
 auto& pinned_allocator = *new PinnedAllocator;
-bool is_pinned(const void* p) { std::lock_guard<std::mutex> lock(mutex); return p && pinned.count(p); }
+bool is_pinned(const void* p) {
+  std::lock_guard<std::mutex> lock(mutex);
+  return p && pinned.count(p);
+}
 
 // An operation of a stream: it must be ordered after those that wrote what it uses, and what was late for it arrives now.
-struct Use { Block* block; bool writes; };
+struct Use {
+  Block* block;
+  bool writes;
+};
 Mark launch(int stream, const std::string& op, const std::vector<Use>& uses, bool now = true) {
   use_device();
   Mark mark;
@@ -148,21 +169,29 @@ Mark launch(int stream, const std::string& op, const std::vector<Use>& uses, boo
     auto& state = streams[stream];
     auto check = [&](const Use& use, const char* did, const std::string& who, Mark other) {
       if (race.empty() && other.stream >= 0 && other.stream != stream && !over(state.known, other))
-        race = c10::str("race: ", op, " on ", name_of(stream), use.writes ? " writes" : " reads", " memory that ", who.empty() ? "an operation" : who, did, " on ", name_of(other.stream),
+        race = c10::str("race: ", op, " on ", name_of(stream), use.writes ? " writes" : " reads", " memory that ",
+                        who.empty() ? "an operation" : who, did, " on ", name_of(other.stream),
                         ", and has not waited for it (wait_stream, wait_event or work.wait() is missing)");
     };
-    if (checks_races) for (auto& use : uses) if (use.block) {
-      check(use, " wrote", use.block->writer, use.block->written);
-      if (use.writes) for (auto& [other, at] : use.block->reads) check(use, " reads", "", {other, at});
-    }
+    if (checks_races)
+      for (auto& use : uses)
+        if (use.block) {
+          check(use, " wrote", use.block->writer, use.block->written);
+          if (use.writes)
+            for (auto& [other, at] : use.block->reads) check(use, " reads", "", {other, at});
+        }
     if (race.empty()) {
       mark = {stream, ++state.launched};
       state.known[stream] = mark.at;
-      for (auto& use : uses) if (use.block) {
-        use.block->uses[stream] = mark.at;
-        if (use.writes) { use.block->written = mark; use.block->writer = op; use.block->reads.clear(); }
-        else use.block->reads[stream] = mark.at;
-      }
+      for (auto& use : uses)
+        if (use.block) {
+          use.block->uses[stream] = mark.at;
+          if (use.writes) {
+            use.block->written = mark;
+            use.block->writer = op;
+            use.block->reads.clear();
+          } else use.block->reads[stream] = mark.at;
+        }
     }
     known = state.known;
   }
@@ -176,7 +205,7 @@ void later(Mark mark, std::function<void()> run, std::vector<const void*> writes
   tasks.push_back(std::move(task));
 }
 
-// ------------------------------------------------------------------------------------------------------- guard, generators, hooks
+// ---- guard, generators, hooks ----
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static int checked(c10::Device d) {
     TORCH_CHECK(d.index() < n_devices, "twin: there is no device ", int(d.index()), ", only ", n_devices, ": invalid device ordinal");
@@ -185,7 +214,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   static c10::Stream stream(int device) { return make_stream(device, current_id(device)); }
   c10::DeviceType type() const override { return TYPE; }
   c10::Device getDevice() const override { return {TYPE, static_cast<c10::DeviceIndex>(current_device)}; }
-  c10::Device exchangeDevice(c10::Device d) const override { auto old = getDevice(); setDevice(d); return old; }
+  c10::Device exchangeDevice(c10::Device d) const override {
+    auto old = getDevice();
+    setDevice(d);
+    return old;
+  }
   void setDevice(c10::Device d) const override { current_device = checked(d); }
   void uncheckedSetDevice(c10::Device d) const noexcept override { current_device = device_or_current(d.index()); }
   c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(n_devices); }
@@ -219,24 +252,32 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   // The device is always behind: the first look at an event finds it open, the second one closed.
   bool queryEvent(void* event) const override {
     auto e = static_cast<Event*>(event);
-    if (!e || !e->recorded || is_over_for_host(e->known)) return true;
-    if (!e->asked) { e->asked = true; return false; }
+    if (!e || !e->recorded) return true;
+    if (!is_over_for_host(e->known) && !e->asked) {
+      e->asked = true;
+      return false;
+    }
     host_catches_up(e->known);
     return true;
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   bool queryStream(const c10::Stream& s) const override {
     auto known = known_to(index_of(s));
-    if (is_over_for_host(known)) return true;
-    {
+    if (!is_over_for_host(known)) {
       std::lock_guard<std::mutex> lock(mutex);
       auto& state = streams[index_of(s)];
-      if (state.asked != state.launched) { state.asked = state.launched; return false; }
+      if (state.asked != state.launched) {
+        state.asked = state.launched;
+        return false;
+      }
     }
     host_catches_up(known);
     return true;
   }
-  void synchronizeStream(const c10::Stream& s) const override { host_waits("synchronize", "stream"); host_catches_up(known_to(index_of(s))); }
+  void synchronizeStream(const c10::Stream& s) const override {
+    host_waits("synchronize", "stream");
+    host_catches_up(known_to(index_of(s)));
+  }
   void synchronizeEvent(void* event) const override {
     host_waits("synchronize", "event");
     if (event) host_catches_up(static_cast<Event*>(event)->known);
@@ -249,7 +290,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void* start, void* end, const c10::DeviceIndex) const override {
     auto a = static_cast<Event*>(start), b = static_cast<Event*>(end);
     TORCH_CHECK(a && b && a->timed && b->timed, "Both events must be recorded and have enable_timing=True");
-    TORCH_CHECK(is_over_for_host(a->known) && is_over_for_host(b->known), "twin error: device not ready: synchronize with the events first");
+    TORCH_CHECK(is_over_for_host(a->known) && is_over_for_host(b->known),
+                "twin error: device not ready: synchronize with the events first");
     return std::chrono::duration<double, std::milli>(b->when - a->when).count();
   }
 };
@@ -258,7 +300,8 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 struct Generator final : c10::GeneratorImpl {  // the CPU's algorithm in a state of the device's own
   at::Generator engine;
   explicit Generator(int device, at::Generator e = at::detail::createCPUGenerator())
-    : GeneratorImpl(c10::Device(TYPE, static_cast<c10::DeviceIndex>(device)), DispatchKeySet(DispatchKey::PrivateUse1)), engine(std::move(e)) {}
+      : GeneratorImpl(c10::Device(TYPE, static_cast<c10::DeviceIndex>(device)), DispatchKeySet(DispatchKey::PrivateUse1)),
+        engine(std::move(e)) {}
   void set_current_seed(uint64_t seed) override { engine.set_current_seed(seed); }
   void set_offset(uint64_t) override { TORCH_CHECK(false, "twin: generators have no offset"); }
   uint64_t get_offset() const override { TORCH_CHECK(false, "twin: generators have no offset"); }

@@ -2,7 +2,7 @@
 #pragma once
 
 namespace {
-// ------------------------------------------------------------------------------------------- one tensor, seen from the device and the host
+// ---- one tensor, seen from the device and the host ----
 bool is_twin(const Tensor& t) { return t.defined() && t.device().type() == TYPE; }
 Block* block_of(const Tensor& t) { return is_twin(t) && t.layout() == c10::kStrided ? block_of(t.storage()) : nullptr; }
 std::string words(const Tensor& t) { return c10::str(t.dtype(), t.sizes()); }
@@ -15,9 +15,10 @@ void copy_geometry(const Tensor& from, const Tensor& to) {
   to.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(), from.storage_offset());
 }
 
-Tensor on_host(const Tensor& t) {       // the same memory as a CPU tensor
+Tensor on_host(const Tensor& t) {  // the same memory as a CPU tensor
   auto block = block_of(t.storage());
-  auto r = at::detail::make_tensor<c10::TensorImpl>(block ? c10::Storage(block->host) : host_storage(0), DispatchKeySet(DispatchKey::CPU), t.dtype());
+  auto r = at::detail::make_tensor<c10::TensorImpl>(block ? c10::Storage(block->host) : host_storage(0), DispatchKeySet(DispatchKey::CPU),
+                                                    t.dtype());
   copy_geometry(t, r);
   if (t.unsafeGetTensorImpl()->is_wrapped_number()) r.unsafeGetTensorImpl()->set_wrapped_number(true);
   if (t.is_conj()) r._set_conj(true);
@@ -39,13 +40,17 @@ Tensor make_sparse(DispatchKey key, const Tensor& like, const Tensor& indices, c
   return r;
 }
 
-// ------------------------------------------------------------------------------- every operator: the CPU's kernel on the same memory
+// ---- every operator: the CPU's kernel on the same memory ----
 // Where CUDA's kernels make the host wait, as their result's shape or the way to go on depends on the data.
-const std::set<std::string> WAITING = {"nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim", "unique_consecutive",
-  "unique_dim_consecutive", "bincount", "multinomial", "histc", "is_nonzero", "_coalesce", "nonzero_numpy", "embedding_renorm_",
-  "_ctc_loss", "_nested_tensor_from_mask", "segment_reduce", "_assert_scalar", "nms", "linalg_eig", "_linalg_eigvals", "geqrf", "linalg_lstsq"};
+const std::set<std::string> WAITING = [] {
+  std::istringstream names(
+      "nonzero masked_select equal _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount "
+      "multinomial histc is_nonzero _coalesce nonzero_numpy embedding_renorm_ _ctc_loss _nested_tensor_from_mask "
+      "segment_reduce _assert_scalar nms linalg_eig _linalg_eigvals geqrf linalg_lstsq");
+  return std::set<std::string>(std::istream_iterator<std::string>(names), {});
+}();
 
-struct Call {                           // one call of an operator: its tensors as the device and as the host have them
+struct Call {  // one call of an operator: its tensors as the device and as the host have them
   const c10::FunctionSchema& schema;
   std::string name;
   std::vector<std::pair<Tensor, Tensor>> twins;
@@ -55,8 +60,8 @@ struct Call {                           // one call of an operator: its tensors 
   std::optional<c10::Device> foreign;
 
   void refuse(const std::string& a, const std::string& b) {
-    TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ", a, " and ", b, "! (when checking arguments of ",
-                schema.name(), ")");
+    TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ", a, " and ", b,
+                "! (when checking arguments of ", schema.name(), ")");
   }
   Tensor swap(const Tensor& t, bool writes, bool in_list) {
     if (!t.defined()) return t;
@@ -121,13 +126,15 @@ struct Call {                           // one call of an operator: its tensors 
   }
   Tensor back(const Tensor& t, Mark mark) {
     if (!t.defined() || !t.device().is_cpu()) return t;
-    for (auto& [dev, host] : twins) if (host.unsafeGetTensorImpl() == t.unsafeGetTensorImpl()) return dev;
+    for (auto& [dev, host] : twins)
+      if (host.unsafeGetTensorImpl() == t.unsafeGetTensorImpl()) return dev;
     if (t.layout() == c10::kSparse)
       return make_sparse(DispatchKey::SparsePrivateUse1, t, back(sparse_impl(t)->indices(), mark), back(sparse_impl(t)->values(), mark));
     for (auto& [dev, host] : twins)
-      if (host.layout() == c10::kStrided && host.storage().unsafeGetStorageImpl() == t.storage().unsafeGetStorageImpl()) return on_device(dev.storage(), t);
+      if (host.layout() == c10::kStrided && host.storage().unsafeGetStorageImpl() == t.storage().unsafeGetStorageImpl())
+        return on_device(dev.storage(), t);
     auto r = adopt(t, schema.name(), mark);
-    twins.emplace_back(r, t);           // results that share memory go on doing so
+    twins.emplace_back(r, t);  // results that share memory go on doing so
     return r;
   }
   // Operators with out=, and those of sparse tensors, give their arguments new shapes or memory.
@@ -146,14 +153,17 @@ struct Call {                           // one call of an operator: its tensors 
         storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(fresh.unsafeGetStorageImpl()->mutable_data_ptr()));
         storage.unsafeGetStorageImpl()->set_nbytes(host.storage().nbytes());
       }
-      if (host.sizes() != dev.sizes() || host.strides() != dev.strides() || host.storage_offset() != dev.storage_offset()) copy_geometry(host, dev);
+      if (host.sizes() != dev.sizes() || host.strides() != dev.strides() || host.storage_offset() != dev.storage_offset())
+        copy_geometry(host, dev);
     }
   }
 };
 
 bool is_view(const c10::FunctionSchema& schema) {  // touches no data
-  for (auto& a : schema.arguments()) if (a.alias_info() && a.alias_info()->isWrite()) return false;
-  for (auto& r : schema.returns()) if (r.alias_info()) return true;
+  for (auto& a : schema.arguments())
+    if (a.alias_info() && a.alias_info()->isWrite()) return false;
+  for (auto& r : schema.returns())
+    if (r.alias_info()) return true;
   return false;
 }
 
@@ -170,7 +180,7 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool waits = WAITING.count(call.name) || call.by_mask;
   if (call.name == "repeat_interleave") waits = begin + 1 < stack->size() && (*stack)[begin + 1].isNone();
   if (call.by_mask && call.name.find("index_put") != std::string::npos && (*stack)[begin + 2].toTensor().dim() == 0)
-    waits = false;                      // x[mask] = number is a masked_fill on CUDA
+    waits = false;  // x[mask] = number is a masked_fill on CUDA
   if (call.name.find("masked_fill") == 0 && (*stack)[begin + 2].isTensor() && call.twins.size() == 3) waits = true;  // CUDA reads the value
   if (call.copies_indices) host_waits("host to device", call.name);
   if (waits) host_waits("op", call.name);
@@ -185,15 +195,23 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    Tensor saved;                       // operators without a generator= draw from the CPU's default one: lend them the device's state
+    Tensor saved;  // operators without a generator= draw from the CPU's default one: lend them the device's state
     auto cpu = at::detail::getDefaultCPUGenerator();
-    if (call.draws_by_itself) { saved = cpu.get_state(); cpu.set_state(engine_of(default_generator(call.device)).get_state()); }
+    if (call.draws_by_itself) {
+      saved = cpu.get_state();
+      cpu.set_state(engine_of(default_generator(call.device)).get_state());
+    }
     auto give_back = [&] {
       if (!saved.defined()) return;
       engine_of(default_generator(call.device)).set_state(cpu.get_state());
       cpu.set_state(saved);
     };
-    try { op.redispatchBoxed(keys, stack); } catch (...) { give_back(); throw; }
+    try {
+      op.redispatchBoxed(keys, stack);
+    } catch (...) {
+      give_back();
+      throw;
+    }
     give_back();
   }
   call.take_changes(mark);
@@ -225,7 +243,8 @@ void convolution_backward(const c10::OperatorHandle&, DispatchKeySet, torch::jit
 
 // Cells of LSTM and GRU, which torch asks of every device but the CPU. Their sums have another order than the CPU's layers.
 using MaybeTensor = std::optional<Tensor>;
-std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& ig, const Tensor& hg, const Tensor& cx, const MaybeTensor& bi, const MaybeTensor& bh) {
+std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& ig, const Tensor& hg, const Tensor& cx, const MaybeTensor& bi,
+                                             const MaybeTensor& bh) {
   auto gates = (bi && bi->defined() ? (ig + *bi) + (hg + *bh) : ig + hg).chunk(4, 1);
   auto i = gates[0].sigmoid(), f = gates[1].sigmoid(), g = gates[2].tanh(), o = gates[3].sigmoid();
   auto cy = f * cx + i * g;
@@ -259,7 +278,8 @@ bool given(const MaybeTensor& t) { return t && t->defined(); }
 Tensor wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat); }
 std::vector<int64_t> others(const Tensor& t) {
   std::vector<int64_t> dims;
-  for (int64_t d = 0; d < t.dim(); d++) if (d != 1) dims.push_back(d);
+  for (int64_t d = 0; d < t.dim(); d++)
+    if (d != 1) dims.push_back(d);
   return dims;
 }
 Tensor by_channel(const Tensor& v, const Tensor& like) {
@@ -285,21 +305,22 @@ Tensor batch_norm_elemt(const Tensor& x, const MaybeTensor& w, const MaybeTensor
   if (given(b)) y = y + by_channel(*b, x);
   return y.to(x.scalar_type());
 }
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_reduce(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& invstd,
-                                                                     const MaybeTensor& w, bool, bool, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_reduce(const Tensor& g, const Tensor& x, const Tensor& mean,
+                                                                      const Tensor& invstd, const MaybeTensor& w, bool, bool, bool) {
   auto sum = wide(g).sum(others(g)), with_x = (wide(g) * (wide(x) - by_channel(mean, x))).sum(others(g));
   auto kind = given(w) ? w->scalar_type() : sum.scalar_type();
   return {sum, with_x, (with_x * invstd).to(kind), sum.to(kind)};
 }
-Tensor batch_norm_backward_elemt(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& invstd, const MaybeTensor& w, const Tensor& sum,
-                                 const Tensor& with_x, const Tensor& counts) {
+Tensor batch_norm_backward_elemt(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& invstd, const MaybeTensor& w,
+                                 const Tensor& sum, const Tensor& with_x, const Tensor& counts) {
   auto n = wide(counts).sum(), scale = given(w) ? invstd * wide(*w) : invstd;
   auto centred = wide(g) - by_channel(sum / n, x) - (wide(x) - by_channel(mean, x)) * by_channel(with_x / n * invstd * invstd, x);
   return (centred * by_channel(scale, x)).to(g.scalar_type());
 }
 
 // Attention, where the CPU would take its fused kernel.
-constexpr auto FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu", FUSED_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward";
+constexpr auto FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu",
+               FUSED_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward";
 void attention(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* stack) {
   static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(FUSED, "");
   auto given = torch::jit::pop(*stack, 8);  // query, key, value, mask, dropout, causal, debug mask, scale
@@ -307,31 +328,35 @@ void attention(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* st
   for (auto i : {0, 1, 2, 4, 5, 3, 7}) stack->push_back(given[i]);
   run_on_host(op, stack);
   auto none = at::empty({0}, q.options().dtype(at::kLong));
-  for (const c10::IValue& v : {c10::IValue(none), c10::IValue(none), c10::IValue(q.size(2)), c10::IValue(k.size(2)), c10::IValue(none), c10::IValue(none),
-                               c10::IValue(at::empty({0}, q.options()))}) stack->push_back(v);
+  for (const c10::IValue& v : {c10::IValue(none), c10::IValue(none), c10::IValue(q.size(2)), c10::IValue(k.size(2)), c10::IValue(none),
+                               c10::IValue(none), c10::IValue(at::empty({0}, q.options()))})
+    stack->push_back(v);
 }
 void attention_backward(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* stack) {
   static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(FUSED_BACKWARD, "");
-  auto given = torch::jit::pop(*stack, 17);  // grad, query, key, value, mask, grad_input_mask, out, logsumexp, 4 sizes, dropout, causal, seed, offset, scale
+  auto given = torch::jit::pop(
+      *stack, 17);  // grad, query, key, value, mask, grad_input_mask, out, logsumexp, 4 sizes, dropout, causal, seed, offset, scale
   if (given[4].isTensor() && !given[4].toTensor().defined()) given[4] = c10::IValue();
   for (auto i : {0, 1, 2, 3, 6, 7, 12, 13, 4, 16}) stack->push_back(given[i]);
   run_on_host(op, stack);
-  stack->push_back(Tensor());           // no gradient of the mask: with one that needs it, the choice is the plain computation
+  stack->push_back(Tensor());  // no gradient of the mask: with one that needs it, the choice is the plain computation
 }
 
-// ---------------------------------------------------------------------------------------------- operators that a backend has itself
+// ---- operators that a backend has itself ----
 Tensor empty_memory_format(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
                            std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   TORCH_CHECK(c10::layout_or_default(layout) == c10::kStrided, "twin: empty() makes strided tensors only");
   check_float64(c10::dtype_or_default(dtype));
   c10::DeviceGuard guard(device && device->has_index() ? *device : Guard().getDevice());
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator, DispatchKeySet(DispatchKey::PrivateUse1), c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
+                                   c10::dtype_or_default(dtype), format);
 }
 Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                      std::optional<at::Device> device, std::optional<bool>) {
   check_float64(c10::dtype_or_default(dtype));
   c10::DeviceGuard guard(device && device->has_index() ? *device : Guard().getDevice());
-  return at::detail::empty_strided_generic(size, stride, &allocator, DispatchKeySet(DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
+                                           c10::dtype_or_default(dtype));
 }
 
 bool lies_pinned(const Tensor& t) { return t.storage().nbytes() && is_pinned(t.storage().data()); }
@@ -340,7 +365,7 @@ void poison(const Tensor& host) {
   if (p.numel()) std::memset(p.mutable_data_ptr(), 0xFF, p.nbytes());
   host.copy_(p);
 }
-Tensor bare(const Tensor& t) {          // without a Python object, so that it may be dropped anywhere
+Tensor bare(const Tensor& t) {  // without a Python object, so that it may be dropped anywhere
   auto r = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(t.storage()), DispatchKeySet(DispatchKey::CPU), t.dtype());
   copy_geometry(t, r);
   return r;
@@ -362,42 +387,39 @@ void upload_later(const Tensor& source, const Tensor& target, int stream, Mark m
   poison(to);
   bool staged = !lies_pinned(source) || !source.is_contiguous();  // pageable memory is copied to a staging buffer first
   auto from = staged ? source.clone() : bare(source);
-  later(mark, [=] {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;
-    std::list<Landing> due;             // the source may itself be waiting for bytes of the device
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      for (auto it = landings.begin(); it != landings.end();) {
-        auto next = std::next(it);
-        if (it->into == from.storage().unsafeGetStorageImpl() && over(streams[stream].known, it->mark)) due.splice(due.end(), landings, it);
-        it = next;
-      }
-    }
-    for (auto& landing : due) landing.run();
-    to.copy_(from);
-    if (staged) return;
-    auto read = hash_of(from);
-    land_later(mark, from, [=, geometry = from.sizes().vec(), kind = from.dtype(), offset = from.storage_offset(), still = weak(from)]() mutable {
-      auto storage = still.lock();
-      if (!storage) return;
-      auto now = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), DispatchKeySet(DispatchKey::CPU), kind);
-      now.unsafeGetTensorImpl()->set_sizes_contiguous(geometry);
-      now.unsafeGetTensorImpl()->set_storage_offset(offset);
-      if (hash_of(now) == read) return;
-      std::lock_guard<std::mutex> lock(mutex);
-      races.push_back(c10::str("pinned memory was changed while a copy of it on ", name_of(mark.stream), " was perhaps not over"));
-    });
-  }, {to.storage().unsafeGetStorageImpl()});
+  later(mark,
+        [=] {
+          at::AutoDispatchBelowADInplaceOrView no_autograd;
+          land(known_to(stream), from.storage().unsafeGetStorageImpl());  // the source may itself be waiting for bytes of the device
+          to.copy_(from);
+          if (staged) return;
+          auto read = hash_of(from);
+          land_later(mark, from,
+                     [=, geometry = from.sizes().vec(), kind = from.dtype(), offset = from.storage_offset(), still = weak(from)]() mutable {
+                       auto storage = still.lock();
+                       if (!storage) return;
+                       auto now = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), DispatchKeySet(DispatchKey::CPU), kind);
+                       now.unsafeGetTensorImpl()->set_sizes_contiguous(geometry);
+                       now.unsafeGetTensorImpl()->set_storage_offset(offset);
+                       if (hash_of(now) == read) return;
+                       std::lock_guard<std::mutex> lock(mutex);
+                       races.push_back(
+                           c10::str("pinned memory was changed while a copy of it on ", name_of(mark.stream), " was perhaps not over"));
+                     });
+        },
+        {to.storage().unsafeGetStorageImpl()});
 }
 // Device -> pinned memory: read at the stream's time, and there when the host has waited.
 void download_later(const Tensor& source, const Tensor& target, Mark mark) {
   poison(target);
   auto from = on_host(source), to = bare(target);
   auto bytes = std::make_shared<Tensor>();
-  later(mark, [=] {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;
-    *bytes = from.to(to.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-  }, {});
+  later(mark,
+        [=] {
+          at::AutoDispatchBelowADInplaceOrView no_autograd;
+          *bytes = from.to(to.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+        },
+        {});
   land_later(mark, target, [=] {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     if (bytes->defined()) to.copy_(*bytes);
@@ -409,7 +431,7 @@ Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
   if (!dst.numel() || self.is_same(dst)) return dst;
   if (is_twin(self) && is_twin(dst)) {
     auto from = current_stream(self.device().index()), to = current_stream(dst.device().index());
-    if (from != to) {                   // as CUDA does it: the source's stream copies, and both wait for each other
+    if (from != to) {  // as CUDA does it: the source's stream copies, and both wait for each other
       std::lock_guard<std::mutex> lock(mutex);
       join(streams[from].known, streams[to].known);
     }
@@ -425,7 +447,10 @@ Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
     if (!non_blocking) host_waits("host to device", words(self));
     auto mark = launch(stream, "copy_", {{block_of(dst), true}});
     if (non_blocking) upload_later(self, dst, stream, mark);
-    else { on_host(dst).copy_(self); host_catches_up(known_to(stream)); }
+    else {
+      on_host(dst).copy_(self);
+      host_catches_up(known_to(stream));
+    }
   } else {
     TORCH_CHECK(dst.device().is_cpu(), "twin: no copies to ", dst.device());
     auto stream = current_stream(self.device().index());
@@ -433,12 +458,16 @@ Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
     if (!late) host_waits("device to host", words(self));
     auto mark = launch(stream, "copy_", {{block_of(self), false}});
     if (late) download_later(self, dst, mark);
-    else { host_catches_up(known_to(stream)); dst.copy_(on_host(self)); }
+    else {
+      host_catches_up(known_to(stream));
+      dst.copy_(on_host(self));
+    }
   }
   return dst;
 }
 Tensor copy_sparse(const Tensor& self, const Tensor& dst, bool non_blocking) {  // indices and values, each as a dense tensor
-  TORCH_CHECK(self.is_sparse() && dst.is_sparse(), "twin: a copy between a sparse and a dense tensor: call to_dense() or to_sparse() first");
+  TORCH_CHECK(self.is_sparse() && dst.is_sparse(),
+              "twin: a copy between a sparse and a dense tensor: call to_dense() or to_sparse() first");
   auto from = sparse_impl(self), to = sparse_impl(dst);
   to->resize_(from->sparse_dim(), from->dense_dim(), self.sizes());
   auto indices = from->indices().to(dst.device(), at::kLong, non_blocking, /*copy=*/true);
@@ -446,7 +475,10 @@ Tensor copy_sparse(const Tensor& self, const Tensor& dst, bool non_blocking) {  
   to->set_coalesced(from->coalesced());
   return dst;
 }
-Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) { dst.resize_(self.sizes()); return copy_from(self, dst, false); }
+Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) {
+  dst.resize_(self.sizes());
+  return copy_from(self, dst, false);
+}
 at::Scalar local_scalar(const Tensor& t) {
   host_waits("item", words(t));
   launch(current_stream(t.device().index()), "item", {{block_of(t), false}});
@@ -466,15 +498,23 @@ const Tensor& resize_(const Tensor& self, c10::SymIntArrayRef size, std::optiona
 Tensor& set_storage(Tensor& result, at::Storage storage, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
   auto impl = result.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(storage));
-  if (!stride.empty() || size.empty()) { impl->set_sizes_and_strides(size, stride, offset); return result; }
+  if (!stride.empty() || size.empty()) {
+    impl->set_sizes_and_strides(size, stride, offset);
+    return result;
+  }
   impl->set_storage_offset(offset);
   impl->set_sizes_contiguous(size);
   return result;
 }
-Tensor& set_source(Tensor& result, at::Storage s) { int64_t n = s.nbytes() / result.itemsize(); return set_storage(result, s, 0, {n}, {1}); }
+Tensor& set_source(Tensor& result, at::Storage s) {
+  int64_t n = s.nbytes() / result.itemsize();
+  return set_storage(result, s, 0, {n}, {1});
+}
 Tensor& set_tensor(Tensor& result, const Tensor& o) { return set_storage(result, o.storage(), o.storage_offset(), o.sizes(), o.strides()); }
 Tensor& set_nothing(Tensor& result) { return set_tensor(result, at::empty({0}, result.options())); }
-Tensor as_strided(const Tensor& t, c10::IntArrayRef s, c10::IntArrayRef r, std::optional<int64_t> o) { return at::native::as_strided_tensorimpl(t, s, r, o); }
+Tensor as_strided(const Tensor& t, c10::IntArrayRef s, c10::IntArrayRef r, std::optional<int64_t> o) {
+  return at::native::as_strided_tensorimpl(t, s, r, o);
+}
 void record_stream(Tensor& t, at::Stream s) { allocator.recordStream(t.storage().data_ptr(), s); }
 
 // Module.to() keeps a Parameter where its data may take the place of the old: for CUDA torch says so, for an unknown device it would not.
@@ -484,12 +524,13 @@ bool may_replace(const Tensor& self, const Tensor& from) {
 }
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", TORCH_FN(may_replace)); }
 
-// torch prefers its general kernels to a backend's fallback: whatever has a kernel for the CPU is registered one by one, so that it is taken.
+// torch prefers its general kernels to a backend's fallback: what has a kernel for the CPU is registered by name, so that this is taken.
 void take_kernels(torch::Library& m, DispatchKey key, DispatchKey cpu) {
   auto& dispatcher = c10::Dispatcher::singleton();
   for (auto& name : dispatcher.getAllOpNames()) {
     auto op = dispatcher.findOp(name);
-    if (name.name.rfind("aten::", 0) == 0 && name.name != "aten::copy_" && op->hasKernelForDispatchKey(cpu) && !op->hasKernelForDispatchKey(key))
+    if (name.name.rfind("aten::", 0) == 0 && name.name != "aten::copy_" && op->hasKernelForDispatchKey(cpu) &&
+        !op->hasKernelForDispatchKey(key))
       m.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
 }
@@ -534,7 +575,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 Tensor refuse_bce(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t) {
-  TORCH_CHECK(false, "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast. Use binary_cross_entropy_with_logits.");
+  TORCH_CHECK(
+      false, "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast. Use binary_cross_entropy_with_logits.");
 }
 // CUDA's lists of what autocast runs in which precision.
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
@@ -558,7 +600,8 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 namespace at::native {
 int64_t twin_sdp_choice(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout, bool causal,
                         std::optional<double> scale, bool gqa) {
-  auto of_cpu = at::_fused_sdp_choice(on_host(q), on_host(k), on_host(v), mask ? std::optional<Tensor>(on_host(*mask)) : mask, dropout, causal, scale, gqa);
+  auto of_cpu = at::_fused_sdp_choice(on_host(q), on_host(k), on_host(v), mask ? std::optional<Tensor>(on_host(*mask)) : mask, dropout,
+                                      causal, scale, gqa);
   bool fused = of_cpu != int64_t(SDPBackend::math) && !(mask && mask->requires_grad());
   return int64_t(fused ? SDPBackend::overrideable : SDPBackend::math);
 }

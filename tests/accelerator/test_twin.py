@@ -2,6 +2,7 @@
 import copy
 import io
 import os
+import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -434,6 +435,27 @@ def test_a_backward_pass_over_two_streams_is_ordered_by_autograd():
     work.wait_stream(side)
     (y * 3).sum().backward()
     assert x.grad.tolist() == [6, 6, 6] and twin.races() == []
+
+
+def test_threads_with_streams_of_their_own_get_their_own_copies():
+    wrong = []
+
+    def work(i):
+        with torch.Stream("twin"):
+            for n in range(200):
+                x = torch.full((8,), float(n), pin_memory=True).to("twin", non_blocking=True)
+                y = (x * i).requires_grad_()
+                (y * y).sum().backward()
+                target, event = torch.empty(8, pin_memory=True), torch.Event("twin")
+                target.copy_(y.grad, non_blocking=True)
+                event.record()
+                while not event.query(): pass
+                if target.tolist() != [2.0 * i * n] * 8: wrong.append((i, n, target))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert wrong == [] and twin.races() == []
 
 
 def test_copies_between_devices_are_ordered_on_both():

@@ -24,10 +24,12 @@
 #include <torch/library.h>
 
 #include <condition_variable>
+#include <iterator>
 #include <list>
 #include <map>
 #include <mutex>
 #include <set>
+#include <sstream>
 #include <thread>
 #include <unordered_set>
 
@@ -37,7 +39,7 @@
 #include "twinccl.h"
 
 namespace {
-// ------------------------------------------------------------------------------------------------------------------------------ Python
+// ---- Python ----
 void start(int devices, bool float64) {
   n_devices = devices;
   has_float64 = float64;
@@ -48,11 +50,21 @@ void start(int devices, bool float64) {
   at::RegisterPrivateUse1HooksInterface(&hooks);
   c10::SetAllocator(TYPE, &allocator);
   // A child of fork has one thread, so nobody else may hold the lock in it.
-  pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] {
-    new (&mutex) std::mutex;
-    new (&arrived) std::condition_variable;
-    bad_fork = used.load();
-  });
+  pthread_atfork(
+      [] {
+        landing_mutex.lock();
+        mutex.lock();
+      },
+      [] {
+        mutex.unlock();
+        landing_mutex.unlock();
+      },
+      [] {
+        new (&mutex) std::mutex;
+        new (&landing_mutex) std::mutex;
+        new (&arrived) std::condition_variable;
+        bad_fork = used.load();
+      });
 }
 }  // namespace
 
@@ -68,12 +80,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("device_count", [] { return n_devices; });
   m.def("current_device", [] { return current_device; });
   m.def("default_generator", [](int i) { return default_generator(i); });
-  m.def("limit", [](size_t bytes, int device) { std::lock_guard<std::mutex> lock(mutex); memory[device].limit = bytes; });
-  m.def("float64", [](bool has) { auto had = has_float64; has_float64 = has; return had; });
-  m.def("check_races", [](bool on) { auto was = checks_races; checks_races = on; return was; });
-  m.def("races", [] { std::lock_guard<std::mutex> lock(mutex); auto all = races; races.clear(); return all; });
+  m.def("limit", [](size_t bytes, int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    memory[device].limit = bytes;
+  });
+  m.def("float64", [](bool has) {
+    auto had = has_float64;
+    has_float64 = has;
+    return had;
+  });
+  m.def("check_races", [](bool on) {
+    auto was = checks_races;
+    checks_races = on;
+    return was;
+  });
+  m.def("races", [] {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto all = races;
+    races.clear();
+    return all;
+  });
   m.def("is_used", [] { return used.load(); });
   m.def("is_in_bad_fork", [] { return bad_fork.load(); });
-  m.def("n_pending", [] { std::lock_guard<std::mutex> lock(mutex); return tasks.size() + landings.size(); });
+  m.def("n_pending", [] {
+    std::lock_guard<std::mutex> lock(mutex);
+    return tasks.size() + landings.size();
+  });
   m.def("make_twinccl", &make_twinccl);
 }

@@ -65,11 +65,14 @@ def build() -> Path:
 def compile_to(library: Path, flags: list[str]) -> None:
     torch_folder = Path(torch.__file__).parent
     include = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
-    command = [compiler(), "-std=c++20", "-shared", "-fPIC", "-w", *flags, "-DTORCH_EXTENSION_NAME=twin_C", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO",
-               f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *[f"-I{path}" for path in include], str(SOURCES[0]), "-o", str(library),
-               f"-L{torch_folder / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"the stand-in accelerator does not compile: {shlex.join(map(str, command))}\n{done.stderr[-6000:]}")
+    macros = ["-DTORCH_EXTENSION_NAME=twin_C", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO",
+              f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
+    command = [str(compiler()), "-std=c++20", "-shared", "-fPIC", "-w", *flags, *macros, *[f"-I{path}" for path in include],
+               str(SOURCES[0]), "-o", str(library), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the stand-in accelerator does not compile: {shlex.join(command)}\n{done.stderr[-6000:]}")
 
 
 # The device
