@@ -2,23 +2,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
 from learnkit.callbacks.distributed import Distributed
-from learnkit.hooks import Callback, Run, add_note
+from learnkit.hooks import Callback, ControlFlow, Run, add_note
 from learnkit.learner import Learner
 from learnkit.loss import not_zero, weighted
-from learnkit.memory import forget_tensors, free_cached, is_in_step, is_out_of_memory
+from learnkit.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
 
 Shapes = list[tuple[int, ...]]
-NO_LIMIT = 2 ** 62      # samples of a part, from a rank on which they fit
 
 
 class AutoMicrobatch(Callback):
@@ -31,19 +31,20 @@ class AutoMicrobatch(Callback):
 
     A batch is a trial until a part that is as large in every dimension has fitted after a step of this fit, when the optimizer has its
     state: longer sequences and larger pictures are trials too. A trial costs a copy of the model's buffers; one that fails leaves no
-    trace in them and in random numbers. Memory that runs out later, at a size that had fitted, is a warning on one process, which splits
-    that batch: batch norm's statistics have then seen it twice. Within a window of Accumulate it is an error, as is what the optimizer's
-    step needs, which depends on no batch.
+    trace in them and in random numbers. Memory that runs out later, at a size that had fitted, splits that batch with a warning: batch
+    norm's statistics have then seen it twice. It is an error within a window of Accumulate, and in the optimizer's step, whose need
+    depends on no batch.
 
-    On several ranks each runs a trial without the others; all then take the least size that any of them needs, and reduce the gradients
-    after the backward pass. As a rank cannot know of another one's trial, they ask each other before every batch: one number, over the
-    CPU where the group has a backend for it, so that no device is waited for (NCCL alone would wait). Memory that runs out at a size that
-    had fitted is an error there, which ends all ranks.
+    On several ranks each has its own size, and tells the others nothing. It runs a trial by itself, while they wait in DDP's reduction
+    as for any slow rank, and then joins them with a pass of two samples that adds nothing to the gradients. Memory that runs out at a
+    size that had fitted is an error, which ends all ranks, once the reduction may have begun: after the last part's forward pass, and in
+    a model with buffers. The model's forward must not communicate, as ranks may call it differently often.
 
     >>> learn.fit(5, callbacks=[AutoMicrobatch()])  # doctest: +SKIP
     """
     order = Compiled.order - 10     # everybody else is told of the batch once
     unique = True
+    per_rank = True
 
     def __init__(self, size: int | None = None) -> None:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -54,6 +55,7 @@ class AutoMicrobatch(Callback):
         self.trusted: Any = None                # the last batch that was no trial: (shapes, samples of a part, whether gradients wait)
         self.shapes: list[torch.Size] = []      # of the last batch's tensors
         self.n = 0                              # its samples
+        self.in_last_part = False               # whether the pass under way is one in which ranks reduce gradients
 
     def before_fit(self, learn: Learner) -> None:
         self.size, self.first_step = self.initial_size, -1
@@ -73,21 +75,20 @@ class AutoMicrobatch(Callback):
         n = self.n
         part = n if self.size is None else min(self.size, n)
         batch = (shapes, part, learn.n_held > 0)
-        trial = batch != self.trusted and not self.has_fitted(batch)
-        if learn.world_size > 1: trial = learn.ranks.agree(trial)
-        if not trial:
-            before = learn.step, learn.n_held
+        if batch == self.trusted or self.has_fitted(batch):
+            place = learn.step, learn.n_held
+            self.in_last_part = part == n
             try:
                 if part == n: return run()
-                self.passes(learn, n, part, alone=False)
+                self.passes(learn, n, part)
+                return learn.stages.step()  # type: ignore[return-value]
             except BaseException as error:
-                reason = self.why_not_split(learn, error, part, before)
+                reason = self.why_not_split(learn, error, part, place)
                 if reason: add_note(error, reason)
                 if reason is not None: raise
                 forget_tensors(error)
-                trial = True
-            if trial: part = self.split_what_had_fitted(learn, part)
-        if trial: self.probe(learn, n, part)
+            part = self.split_what_had_fitted(learn, part)
+        self.probe(learn, n, part)
         learn.stages.step()
 
     # ------------------------------------------------------------------ what has fitted
@@ -106,19 +107,27 @@ class AutoMicrobatch(Callback):
 
     def forget(self) -> None: self.proven, self.trusted = [], None
 
-    def why_not_split(self, learn: Learner, error: BaseException, part: int, before: tuple[int, int]) -> str | None:
+    def why_not_split(self, learn: Learner, error: BaseException, part: int, place: tuple[int, int]) -> str | None:
         """Why this batch, of a size that had fitted, cannot be split now, empty where that is not the question; None: it can be."""
-        if not is_out_of_memory(error) or is_in_step(error) or (learn.step, learn.n_held) != before or part == 1: return ""
-        if learn.world_size > 1:
-            return ("learnkit: AutoMicrobatch could not split this batch, whose size had fitted: the others are reducing gradients with "
-                    "this one already.")
+        if not is_out_of_memory(error) or stage_of(error) == "step" or (learn.step, learn.n_held) != place or part == 1: return ""
+        ddp = ddp_of(learn)
+        if ddp is not None and self.may_be_shared(learn, ddp, error):
+            return ("learnkit: AutoMicrobatch could not split this batch, whose size had fitted: the other ranks may have begun to reduce "
+                    "gradients, or share buffers, with this one.")
         if learn.n_held:
             return ("learnkit: AutoMicrobatch could not split this batch, whose size had fitted: its gradients are mixed with those that "
                     "Accumulate holds.")
         return None
 
+    def may_be_shared(self, learn: Learner, ddp: DistributedDataParallel, error: BaseException) -> bool:
+        """Whether DDP may have begun what ranks share in this batch: buffers before the forward pass, gradients once it is through."""
+        if ddp.will_sync_module_buffers(): return True
+        if not self.in_last_part or not ddp.require_backward_grad_sync: return False
+        through = stage_of(error) != "forward" or learn.pred is not None or learn.training_model is not ddp
+        return through or ddp.find_unused_parameters        # which has DDP copy the outputs
+
     def split_what_had_fitted(self, learn: Learner, part: int) -> int:
-        """Half the size from now on; there is less memory than there was."""
+        """Half the size from now on: there is less memory than there was."""
         learn.failure = learn.pred = learn.loss = None
         for p in learn.model.parameters(): p.grad = None
         free_cached(learn.device)
@@ -131,23 +140,24 @@ class AutoMicrobatch(Callback):
     # ------------------------------------------------------------------ the passes of a batch
     def probe(self, learn: Learner, n: int, part: int) -> None:
         """Find the size of the parts that fit; the batch has its gradients then."""
-        several = learn.world_size > 1      # none of them may wait in a reduction for one that failed
-        start = State(learn)
-        while True:
-            error = self.attempt(learn, n, part, alone=several)
-            if not learn.ranks.agree(error is not None): break
-            limit = NO_LIMIT if error is None else part // 2
-            if several: limit = min(learn.ranks.gather(limit))
-            start.put_back(learn)
-            if not limit: raise error or RuntimeError("another rank's sample does not fit into its memory.")
-            self.size, part = limit, min(part, limit)
-        self.remember(learn, part)
-        start.add_gradients(learn)
-        if several: learn.reduce_gradients()
+        ddp = ddp_of(learn)
+        with by_itself(learn, ddp):
+            start = State(learn)
+            try:
+                while (error := self.attempt(learn, n, part)) is not None:
+                    start.put_back(learn)
+                    if part == 1: raise error
+                    self.size = part = part // 2
+            except ControlFlow as raised: signal: ControlFlow | None = raised
+            else: signal = None
+        if signal is None: self.remember(learn, part)
+        start.add_gradients()
+        if ddp is not None and any(p.grad is not None for p in start.parameters): self.join(learn, ddp, n, part)
+        if signal is not None: raise signal
 
-    def attempt(self, learn: Learner, n: int, part: int, *, alone: bool) -> BaseException | None:
+    def attempt(self, learn: Learner, n: int, part: int) -> BaseException | None:
         """Forward and backward passes of all parts; the error, where memory runs out."""
-        try: self.passes(learn, n, part, alone=alone)
+        try: self.passes(learn, n, part)
         except BaseException as error:
             if not is_out_of_memory(error, perhaps=True): raise
             learn.failure = learn.pred = learn.loss = None
@@ -155,24 +165,46 @@ class AutoMicrobatch(Callback):
             return error
         return None
 
-    def passes(self, learn: Learner, n: int, part: int, *, alone: bool) -> None:
-        """Of a batch of n samples. `alone`: no gradient is reduced, not even the last part's."""
+    def passes(self, learn: Learner, n: int, part: int) -> None:
+        """Of a batch of n samples; gradients are reduced in the last one."""
         inputs, target, whole = learn.inputs, learn.target, learn.whole
-        count, loss = learn.count(inputs, target), 0.
+        count, loss, split = learn.count(inputs, target), 0., part < n
         part = -(-n // -(-n // part))           # alike: a last part of one sample would be nothing for batch norm
-        if whole is None: learn.whole = count
+        if whole is None and split: learn.whole = count
         try:
             for first in range(0, n, part):
+                self.in_last_part = first + part >= n
                 learn.inputs, learn.target = cut((inputs, target), first, part, n)
                 learn.pred = learn.loss = None
-                with nullcontext() if first + part >= n and not alone else learn.no_sync():
+                with nullcontext() if self.in_last_part else learn.no_sync():
                     if not learn.stages.forward() or learn.pred is None: continue
                     loss = loss + weighted(learn.loss, learn.count(learn.inputs, learn.target))
                     learn.stages.backward()
         finally: learn.inputs, learn.target, learn.whole = inputs, target, whole
-        if isinstance(loss, Tensor): learn.loss = loss / not_zero(count)
+        if split and isinstance(loss, Tensor): learn.loss = loss / not_zero(count)
 
+    def join(self, learn: Learner, ddp: DistributedDataParallel, n: int, part: int) -> None:
+        """Take part in the other ranks' reduction of this batch's gradients, of which this rank's are complete after a trial.
+
+        By a pass of two samples whose loss counts for nothing. It fits, as the trial's parts did.
+        """
+        if not ddp.require_backward_grad_sync: return       # nor do they, within a window of Accumulate, say
+        done, kept = State(learn, gradients=False), (learn.inputs, learn.target, learn.pred, learn.loss)
+        try:
+            learn.inputs, learn.target = cut((learn.inputs, learn.target), 0, min(part, 2), n)
+            learn.pred = learn.loss = None
+            if learn.stages.forward() and learn.pred is not None:
+                learn.loss = learn.loss * 0.
+                learn.stages.backward()
+        finally: learn.inputs, learn.target, learn.pred, learn.loss = kept
+        done.put_back_buffers()
+        done.put_back_random(learn)
+
+    # ------------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, Any]: return {"size": self.size}
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return {"size": min((state["size"] for state in states if state["size"] is not None), default=None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: self.size = state["size"]
 
@@ -180,25 +212,53 @@ class AutoMicrobatch(Callback):
 class State:
     """What a failed attempt may have changed: buffers, random numbers, and gradients of earlier batches, which wait aside."""
 
-    def __init__(self, learn: Learner) -> None:
+    def __init__(self, learn: Learner, *, gradients: bool = True) -> None:
         from learnkit.resume import random_state
         self.random, self.parameters = random_state(learn.device), list(learn.model.parameters())
-        self.buffers = [(b, b.clone()) for b in learn.model.buffers()]
-        self.gradients = [p.grad for p in self.parameters]
-        for p in self.parameters: p.grad = None
+        self.buffers = [(module._buffers, name, b, b.clone()) for module in learn.model.modules()
+                        for name, b in module._buffers.items() if b is not None]
+        self.gradients = [p.grad for p in self.parameters] if gradients else []
+        if gradients: self.drop_gradients()
 
-    @torch.no_grad()
     def put_back(self, learn: Learner) -> None:
-        from learnkit.resume import put_random_state
-        put_random_state(self.random, learn.device)
-        for buffer, value in self.buffers: buffer.copy_(value)
-        for p in self.parameters: p.grad = None
+        self.put_back_random(learn)
+        self.put_back_buffers()
+        self.drop_gradients()
         free_cached(learn.device)
 
+    def put_back_random(self, learn: Learner) -> None:
+        from learnkit.resume import put_random_state
+        put_random_state(self.random, learn.device)
+
     @torch.no_grad()
-    def add_gradients(self, learn: Learner) -> None:
+    def put_back_buffers(self) -> None:
+        for buffers, name, buffer, value in self.buffers: buffers[name] = buffer.copy_(value)      # of a forward pass that replaces it
+
+    def drop_gradients(self) -> None:
+        for p in self.parameters: p.grad = None
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
         for p, earlier in zip(self.parameters, self.gradients, strict=True):
             if earlier is not None: p.grad = earlier if p.grad is None else p.grad.add_(earlier)
+
+
+def ddp_of(learn: Learner) -> DistributedDataParallel | None:
+    """What the training batches go through on several ranks, also where another callback has wrapped it."""
+    if learn.world_size == 1: return None
+    return next((module for module in learn.training_model.modules() if isinstance(module, DistributedDataParallel)), None)
+
+
+@contextmanager
+def by_itself(learn: Learner, ddp: DistributedDataParallel | None) -> Iterator[None]:
+    """No other rank takes part in the passes within: DDP shares nothing in them, but what the others' forward passes begin with."""
+    if ddp is None:
+        yield
+        return
+    with learn.no_sync():
+        ddp._pre_forward(torch.empty(0))            # rank 0's buffers, and after the first step the layout of the buckets
+        ddp.require_forward_param_sync = False      # once; an attempt that fails would leave it to the next one
+        yield
 
 
 def shapes_in(inputs: Any, target: Any) -> list[torch.Size]:

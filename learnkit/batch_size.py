@@ -9,7 +9,7 @@ import torch
 
 from learnkit.batch import map_tensors, tensors_in
 from learnkit.data import first_batch
-from learnkit.memory import forget_tensors, free_cached, is_in_step, is_out_of_memory
+from learnkit.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
 from learnkit.ranks import Alone
 from learnkit.shards import is_shard
 from learnkit.trial import unchanged
@@ -30,7 +30,7 @@ def find(learn: Learner, max_bs: int, n_steps: int) -> int:
         by_oneself(learn)
         largest, bs, failure = 0, 2, None       # of one sample there is no batch norm
         while bs <= max_bs and (failure := attempt(learn, samples, bs, n_steps)) is None: largest, bs = bs, 2 * bs
-        if not largest and not (failure is not None and is_in_step(failure)):   # what a step needs depends on no batch
+        if not largest and not (failure is not None and stage_of(failure) == "step"):   # what a step needs depends on no batch
             failure = attempt(learn, samples, 1, n_steps)
             largest = int(failure is None)
     found = min(learn.ranks.gather(largest))

@@ -42,7 +42,7 @@ MAY_HAVE_RUN_OUT = re.compile(r"CUDNN_STATUS_NOT_SUPPORTED|unable to find an eng
 
 # A loader's process or thread, whose memory is not what a batch's size decides: torch writes so in front of the original error.
 OF_LOADER = re.compile(r"in DataLoader worker process|in pin memory thread|DataLoader worker \(pid")
-IN_STEP = re.compile(r"learnkit: raised in (?:the stage step|\w+\.\w+_step), ")     # as hooks.blame notes it
+PLACE = re.compile(r"learnkit: raised in (?:the stage |\w+\.(?:before|around|after)_)(\w+), ")     # as hooks.blame notes it
 
 
 def is_out_of_memory(error: BaseException, *, perhaps: bool = False) -> bool:
@@ -70,9 +70,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ if error.__cause__ is not None or error.__suppress_context__ else error.__context__
 
 
-def is_in_step(error: BaseException) -> bool:
-    """Whether an error of a fit was raised in the optimizer's step or a callback's hook of it."""
-    return any(IN_STEP.match(note) for note in getattr(error, "__notes__", ()))
+def stage_of(error: BaseException) -> str | None:
+    """The stage of the loop in which an error was raised, or whose hook raised it: "forward", "step", …; None: outside of them."""
+    return next((found[1] for note in getattr(error, "__notes__", ()) if (found := PLACE.match(note))), None)
 
 
 def note_out_of_memory(learn: Learner, error: BaseException) -> None:
@@ -85,7 +85,7 @@ def note_out_of_memory(learn: Learner, error: BaseException) -> None:
 def advice(learn: Learner, error: BaseException) -> str:
     on_cpu = any(isinstance(link, MemoryError) or ON_CPU.search(str(link)) for link in _chain(error))
     where = f"memory ran out on {'the CPU' if on_cpu else in_use(learn.device)}"
-    if is_in_step(error):
+    if stage_of(error) == "step":
         return (f"{where}, in the optimizer's step, whose need depends on the weights and not on the batch. The step was interrupted: load "
                 "the weights from a file. Take fused=True or an optimizer with less state, freeze layers, take a smaller model, or several "
                 "devices with learn.to_fsdp().")

@@ -1,5 +1,6 @@
 """AutoMicrobatch: a batch that does not fit is split until it does, with the numbers of the whole one."""
 import time
+import warnings
 import weakref
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learnkit import Callback, DataBunch, Learner, SkipBackward
+from learnkit import Callback, DataBunch, Learner, SkipBackward, StopFit
 from learnkit.callbacks import EMA, Accumulate, AutoMicrobatch, Checkpoint, ClipGradients, MixedPrecision
-from learnkit.distributed import RankFailed, get_rank, launch
+from learnkit.distributed import RankFailed, get_rank, init_process_group, launch
 
 Batch = tuple[Tensor, Tensor]
 
@@ -407,48 +408,93 @@ def test_no_tensor_of_a_failed_attempt_is_alive_in_the_next_one():
 
 # ------------------------------------------------------------------------------------------------------------------ several ranks
 def on_two_ranks(fit: Any) -> list[Any]:
-    """The weights, losses and sizes of what `fit` makes of a Learner on two ranks; a hang ends after 40 s."""
+    """[state of the model, losses, size, sizes of the forward passes] of what `fit` returns on each of two ranks; a hang ends after 40 s."""
     def one_rank() -> Any:
-        from learnkit.distributed import init_process_group
         init_process_group(timeout=20)
         learn, auto = fit()
-        return [weights(learn), learn.recorder.losses, auto.size]
+        return [learn.model.state_dict(), learn.recorder.losses, auto.size, learn.model.seen]
     return launch(one_rank, 2, timeout=40, every_rank=True)
 
 
-def together(model: nn.Module, auto: AutoMicrobatch, *callbacks: Callback, train: Any, **options: Any) -> tuple[Learner, AutoMicrobatch]:
+def together(model: nn.Module, *callbacks: Callback, train: Any, size: int | None = None, **options: Any) -> tuple[Learner, AutoMicrobatch]:
+    auto = AutoMicrobatch(size)
     return learner(model, auto, *callbacks, train=train).to_distributed(**options).fit(1), auto
 
 
-def assert_two_alike(split: Any, whole: Any, size: int | None) -> None:
-    found, expected = on_two_ranks(split), on_two_ranks(whole)
-    for one in found:
-        torch.testing.assert_close(one[0], expected[0][0], rtol=1e-5, atol=1e-6)
-        assert one[1] == pytest.approx(expected[0][1], rel=1e-5) and one[2] == size
-    for a, b in zip(found[0][0], found[1][0], strict=True): assert torch.equal(a, b)
+def plain(model: nn.Module, *callbacks: Callback, train: Any, **options: Any) -> tuple[Learner, AutoMicrobatch]:
+    return learner(model, *callbacks, train=train).to_distributed(**options).fit(1), AutoMicrobatch()
 
 
+def assert_same_numbers(found: list[Any], expected: list[Any], *, exactly: bool = False) -> None:
+    tolerance = {"rtol": 0., "atol": 0.} if exactly else {"rtol": 1e-5, "atol": 1e-6}
+    for one in found: torch.testing.assert_close(one[0], expected[0][0], **tolerance)
+    for one, other in zip(found, expected, strict=True): assert one[1] == pytest.approx(other[1], rel=0 if exactly else 1e-5)
+    for name, value in found[0][0].items(): assert torch.equal(value, found[1][0][name]), name
+
+
+class Centered(nn.Module):
+    """Takes off a mean that it has gathered in the passes before: what ranks share of it shows in their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x - self.mean
+        if self.training: self.mean = (self.mean + x.detach().mean(0)) / 2
+        return y
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"": {}, "delay_allreduce": {"delay_allreduce": True}, "buckets": {"bucket_cap_mb": .0001},
+                                      "no views": {"gradient_as_bucket_view": False}, "unused": {"find_unused_parameters": True}, "bf16": {"algorithm": "bf16"}}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("n", [1, 2])
+def test_on_two_ranks_what_fits_is_trained_as_without_it_bit_for_bit(name, n):
+    """With dropout, and statistics that rank 0 shares before each forward pass. The first two steps are trials."""
+    def model() -> Limited: return Limited(99, Centered(), nn.BatchNorm1d(6), nn.Dropout(.5))
+    given = batches(*[8] * 10, 6, 6)
+    found, expected = (on_two_ranks(lambda fit=fit: fit(model(), *([Accumulate(2)] if n == 2 else []), train=given, **OPTIONS[name])) for fit in (together, plain))
+    assert_same_numbers(found, expected, exactly=True)
+    assert [one[2] for one in found] == [None, None]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("options", [{}, {"delay_allreduce": True}], ids=["", "delay_allreduce"])
-def test_where_one_rank_alone_runs_out_in_the_second_step_all_split_it(rank, options):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_where_one_rank_alone_runs_out_in_the_second_step_it_splits_its_batches(name, rank, late):
     class OnOne(Shrinks):
         def after_step(self, learn: Learner) -> None:
             if get_rank() == rank: super().after_step(learn)
     given = batches(*[8] * 8)         # four for each rank
-    assert_two_alike(lambda: together(Limited(99), AutoMicrobatch(), OnOne(3), train=given, **options),
-                     lambda: together(Limited(99), AutoMicrobatch(), train=given, **options), size=2)
+    found = on_two_ranks(lambda: together(Limited(99, late=late), OnOne(3), train=given, **OPTIONS[name]))
+    expected = on_two_ranks(lambda: plain(Limited(99), train=given, **OPTIONS[name]))
+    if name == "bf16": torch.testing.assert_close(found[0][0], expected[0][0], rtol=1e-2, atol=1e-3)
+    else: assert_same_numbers(found, expected)
+    assert found[rank][2] == 2 and found[1 - rank][2] is None
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_where_one_rank_alone_gets_a_longer_sequence_later_all_split_it(n):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_runs_out_alone_leaves_the_statistics_of_batch_norm_to_rank_0(rank):
+    """Found on one rank, or told to both: the other's are the same, and all are rank 0's in the end."""
+    given = batches(*[8] * 8)
+    found = on_two_ranks(lambda: together(Limited(7 if get_rank() == rank else 99, nn.BatchNorm1d(6)), train=given))
+    told = on_two_ranks(lambda: together(Limited(99, nn.BatchNorm1d(6)), train=given, size=4 if get_rank() == rank else None))
+    assert_same_numbers(found, told, exactly=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_where_one_rank_alone_gets_a_longer_sequence_later_it_splits_that(n):
     """Each rank has batches of its own lengths, so that one's trial is nothing new to the other."""
     lengths = {0: (3, 3, 3, 2, 3, 3, 3), 1: (3, 3, 3, 2, 8, 3, 9)}
 
-    def given() -> list[Batch]: return sequences(*((8, length) for length in lengths[get_rank()]))
-
     def fit(limit: int) -> tuple[Learner, AutoMicrobatch]:
-        return together(LimitedNumbers(limit), AutoMicrobatch(), *([Accumulate(2)] if n == 2 else []), train=Own(given()))
-    assert_two_alike(lambda: fit(8 * 4 * 4 if get_rank() else 10 ** 9), lambda: fit(10 ** 9), size=2)
+        given = Own(sequences(*((8, length) for length in lengths[get_rank()])))
+        return together(LimitedNumbers(limit), *([Accumulate(n)] if n > 1 else []), train=given)
+    found = on_two_ranks(lambda: fit(8 * 4 * 4 if get_rank() else 10 ** 9))
+    assert_same_numbers(found, on_two_ranks(lambda: fit(10 ** 9)))
+    assert [one[2] for one in found] == [None, 2] and (4, 8) in found[1][3] and (2, 9) in found[1][3]
 
 
 class Own:
@@ -460,14 +506,56 @@ class Own:
     def __len__(self) -> int: return len(self.given)
 
 
+def test_memory_that_one_rank_lacks_later_in_a_forward_pass_splits_its_batches():
+    def fit() -> tuple[Learner, AutoMicrobatch]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = together(Limited(99), Shrinks(3 if get_rank() else 99, after=4), train=batches(*[8] * 12))
+        assert [w.category for w in caught if "had fitted before" in str(w.message)] == [UserWarning] * get_rank()
+        return made
+    found = on_two_ranks(fit)
+    assert_same_numbers(found, on_two_ranks(lambda: plain(Limited(99), train=batches(*[8] * 12))))
+    assert [one[2] for one in found] == [None, 2]
+
+
+class InLoss(Callback):
+    """Where the loss is computed, DDP's forward pass being through."""
+    def __init__(self, batch: int, rank: int) -> None: self.batch, self.rank = batch, rank
+
+    def before_fit(self, learn: Learner) -> None:
+        def loss(pred: Tensor, target: Tensor) -> Tensor:
+            if (learn.batch_index, get_rank()) == (self.batch, self.rank): raise torch.OutOfMemoryError("another process took it")
+            return nn.functional.mse_loss(pred, target)
+        learn.loss_func = loss
+
+
+class InBackward(RunsOutIn):
+    before_forward = Callback.before_forward
+    def before_backward(self, learn: Learner) -> None: RunsOutIn.before_forward(self, learn)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_runs_out_later_on_one_rank_ends_both_with_the_reason(rank):
+@pytest.mark.parametrize("kind, extra", [(InBackward, ()), (InLoss, ()), (RunsOutIn, (nn.BatchNorm1d(6),))], ids=["backward", "loss", "buffers"])
+def test_memory_that_runs_out_later_on_one_rank_in_what_ranks_share_ends_both_with_the_reason(kind, extra, rank):
     start = time.monotonic()
-    with pytest.raises(RankFailed, match=r"(?s)another process took it.*the others are reducing gradients with this one already") as raised:
-        on_two_ranks(lambda: together(Limited(99), AutoMicrobatch(), RunsOutIn(3, rank), train=batches(*[8] * 12)))
+    with pytest.raises(RankFailed, match=r"(?s)another process took it.*the other ranks may have begun to reduce gradients") as raised:
+        on_two_ranks(lambda: together(Limited(99, *extra), kind(3, rank), train=batches(*[8] * 12)))
     assert raised.value.rank == rank and time.monotonic() - start < 15
 
 
 def test_where_one_ranks_last_sample_does_not_fit_both_end_with_the_reason():
-    with pytest.raises(RankFailed, match=r"OutOfMemoryError: 1 samples|another rank's sample does not fit"):
-        on_two_ranks(lambda: together(Limited(0 if get_rank() else 99), AutoMicrobatch(), train=batches(*[8] * 4)))
+    with pytest.raises(RankFailed, match=r"OutOfMemoryError: 1 samples") as raised:
+        on_two_ranks(lambda: together(Limited(0 if get_rank() else 99), train=batches(*[8] * 4)))
+    assert raised.value.rank == 1
+
+
+def test_a_fit_that_a_hook_stops_after_the_backward_pass_of_one_ranks_trial_leaves_no_rank_waiting():
+    class Stop(Callback):
+        def after_backward(self, learn: Learner) -> None:
+            if learn.batch_index == 3: raise StopFit
+
+    def fit() -> tuple[Learner, AutoMicrobatch]:
+        return together(LimitedNumbers(10 ** 9), Stop(), train=Own(sequences((8, 3), (8, 3), (8, 3), (8, 3 + get_rank()))))
+    found = on_two_ranks(fit)
+    assert len(found[0][1]) == len(found[1][1]) == 3
+    for name, value in found[0][0].items(): assert torch.equal(value, found[1][0][name])
