@@ -100,7 +100,7 @@ class Sweep(Callback):
         self.average, self.best = Average(), math.inf
 
     def before_step(self, learn: Learner) -> None:
-        for group in learn.opt.param_groups: group["lr"] = self.lrs[learn.step] * optim.scale_of(group, "lr")
+        optim.set_rates(learn.opt, [self.lrs[learn.step]] * len(learn.opt.param_groups))
 
     def after_step(self, learn: Learner) -> None:
         loss = loss_of_all(learn)
