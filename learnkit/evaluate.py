@@ -17,7 +17,8 @@ from learnkit.session import session
 if TYPE_CHECKING:
     from learnkit.learner import Learner
 
-OF_A_PASS = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target")
+OF_A_PASS = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target", "_first_target",
+             "_evaluated")
 
 
 def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
@@ -26,7 +27,7 @@ def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
         with session(learn, dls=(dl,)): return evaluate(learn, dl, meter)
     kept = {name: getattr(learn, name) for name in OF_A_PASS}
     modes = [(module, module.training) for module in learn.model.modules()]
-    learn.dl, learn.meter, learn.training, learn.batch_index = in_order(dl), meter, False, -1
+    learn.dl, learn.meter, learn.training, learn.batch_index, learn._evaluated = in_order(dl), meter, False, -1, dl
     learn.model.eval()
     try:
         with private_order(learn.dl): learn.stages.validate()
