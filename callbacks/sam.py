@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils import get_total_norm
 
+from learnkit.batch import map_tensors
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.callbacks.mixed_precision import MixedPrecision
@@ -41,7 +42,8 @@ class SAM(Callback):
 
     def around_step(self, learn: Learner, run: Run) -> None:
         moved = [p for p in learn.model.parameters() if p.grad is not None]
-        kept: dict[str, Any] = {name: getattr(learn, name) for name in ("pred", "loss")}
+        # Copies: a captured CUDA graph writes the second pass's output over the first one's.
+        kept: dict[str, Any] = {name: map_tensors(torch.clone, getattr(learn, name)) for name in ("pred", "loss")}
         weights, buffers = [p.detach().clone() for p in moved], [(b, b.clone()) for b in learn.model.buffers()]
         try:
             self.climb(moved)

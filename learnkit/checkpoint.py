@@ -145,7 +145,7 @@ def put_back(own: Any, loaded: Any) -> Any:
     """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not become one."""
     if isinstance(own, tuple) and isinstance(loaded, (tuple, list)) and len(own) == len(loaded):
         return tuple(map(put_back, own, loaded))
-    if isinstance(own, Tensor): return own.fill_(loaded)
+    if isinstance(own, Tensor): return own.fill_(loaded)  # type: ignore[arg-type]
     return loaded.item() if isinstance(loaded, Tensor) and isinstance(own, (int, float)) else loaded
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learnkit.batch import count_samples, describe, prediction
+from learnkit.batch import copied, count_samples, describe, prediction
 from learnkit.data import check_loader, in_order
 from learnkit.metrics import Mean, Metric, read
 from learnkit.order import private_order
@@ -55,6 +55,7 @@ class Measure:
         self.loss, self.metrics = Mean(), metrics
         self.direct = [metric for metric in metrics if metric.summable or world_size == 1]
         self.later = [metric for metric in metrics if metric not in self.direct]
+        self.keeps = bool(self.later) or any(metric.keeps for metric in metrics)    # predictions, beyond their batch
         self.rows: list[tuple[Any, ...]] = []       # (pred, target) of each batch, for the later ones
         for metric in metrics: metric.reset()
 
@@ -63,8 +64,9 @@ class Measure:
         if loss is not None: self.loss.add(loss, n)
         if self.metrics:
             pred = prediction(output)
-            for metric in self.direct: metric.update(pred, target, n)
-            if self.later: self.rows.append((detached(pred), detached(target)))
+            own = copied(pred) if self.keeps else None
+            for metric in self.direct: metric.update(own if metric.keeps else pred, target, n)
+            if self.later: self.rows.append((detached(own), detached(target)))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
         """{"valid_loss": …, metric: …} over all ranks, by one read from the device."""
@@ -94,8 +96,8 @@ class Collect:
 
     def update(self, inputs: Any, target: Any, output: Any, loss: Tensor | None) -> None:
         pred = prediction(output)
-        row = (pred, target) if self.loss_func is None else (pred, target, self.loss_func(pred, target))
-        self.rows.append(tuple(to_cpu(value) for value in row))
+        losses = () if self.loss_func is None else (self.loss_func(pred, target),)
+        self.rows.append((to_cpu(pred, copy=True), to_cpu(target), *(to_cpu(value, copy=True) for value in losses)))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
         if not self.everywhere: self.rows = ranks.batches_in_order(self.rows)
@@ -112,11 +114,12 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def to_cpu(value: Any) -> Any:
-    """A nested structure of tensors on the CPU; reads the device: the predictions of a data set may not fit on it."""
-    if isinstance(value, Tensor): return value.detach().cpu()
-    if isinstance(value, Mapping): return {k: to_cpu(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)): return tuple(to_cpu(v) for v in value)
+def to_cpu(value: Any, *, copy: bool = False) -> Any:
+    """A nested structure of tensors on the CPU; reads the device: the predictions of a data set may not fit on it. `copy`: in memory of its
+    own, where it is on the CPU already."""
+    if isinstance(value, Tensor): return value.detach().to("cpu", copy=copy)
+    if isinstance(value, Mapping): return {k: to_cpu(v, copy=copy) for k, v in value.items()}
+    if isinstance(value, (tuple, list)): return tuple(to_cpu(v, copy=copy) for v in value)
     return value
 
 

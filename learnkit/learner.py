@@ -239,8 +239,8 @@ class Learner:
         loader = self.data.train_dl if self.training else self._evaluated
         if any(loader is other for other in self._labels_read): return False
         self._labels_read.append(loader)
-        unchanged = target is moved and isinstance(given, Tensor) and version is not None and version == version_of(target)
-        return given if unchanged and given.device.type == "cpu" else True
+        if not isinstance(given, Tensor) or given.device.type != "cpu": return True
+        return given if target is moved and version is not None and version == version_of(target) else True
 
     # ------------------------------------------------------------------ fitting
     def fit(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, callbacks: Iterable[Callback] = (),

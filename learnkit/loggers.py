@@ -109,7 +109,8 @@ class Journal:
         lr, step = learn.opt.param_groups[-1]["lr"], self.n_before + learn.step
         values = {"loss": total / count, "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)}
         readings = {name: Reading(value.reshape(1)) for name, value in values.items()}
-        self.readings, self.due = list(readings.values()), lambda: sink.log({k: reading.tolist()[0] for k, reading in readings.items()}, step)
+        self.readings = list(readings.values())
+        self.due = lambda: sink.log({name: reading.tolist()[0] for name, reading in readings.items()}, step)
         if self.has_arrived(): self.tell_due()
 
     def has_arrived(self) -> bool: return all(reading.has_arrived for reading in self.readings)
