@@ -1,8 +1,6 @@
 """Sharpness-aware minimization."""
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.utils import get_total_norm
 
@@ -43,7 +41,8 @@ class SAM(Callback):
     def around_step(self, learn: Learner, run: Run) -> None:
         moved = [p for p in learn.model.parameters() if p.grad is not None]
         # Copies: a captured CUDA graph writes the second pass's output over the first one's.
-        kept: dict[str, Any] = {name: map_tensors(torch.clone, getattr(learn, name)) for name in ("pred", "loss")}
+        pred, loss = learn.pred, learn.loss.clone()
+        pred = pred.clone() if isinstance(pred, torch.Tensor) else map_tensors(torch.clone, pred)
         weights, buffers = [p.detach().clone() for p in moved], [(b, b.clone()) for b in learn.model.buffers()]
         try:
             self.climb(moved)
@@ -53,7 +52,7 @@ class SAM(Callback):
         finally:
             with torch.no_grad():
                 for p, value in (*zip(moved, weights, strict=True), *buffers): p.copy_(value)
-            for name, value in kept.items(): setattr(learn, name, value)
+            learn.pred, learn.loss = pred, loss
         run()
 
     @torch.no_grad()

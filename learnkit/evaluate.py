@@ -13,6 +13,7 @@ from learnkit.metrics import Mean, Metric, read
 from learnkit.order import private_order
 from learnkit.ranks import Ranks
 from learnkit.session import session
+from learnkit.transfer import Reading
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -87,19 +88,28 @@ class Measure:
 class Collect:
     """Predictions and targets (and each sample's loss), batch by batch on the CPU, joined at the end.
 
-    `everywhere`: each rank sees all batches, and keeps its own predictions.
+    A batch's are copied there while the device works on the next one. `everywhere`: each rank sees all batches, and keeps its own
+    predictions.
     """
 
     def __init__(self, loss_func: Any = None, *, everywhere: bool = False) -> None:
         self.loss_func, self.everywhere = loss_func, everywhere
-        self.rows: list[tuple[Any, ...]] = []
+        self.rows: list[tuple[Any, ...]] = []           # all batches' but the last one's
+        self.last: tuple[Any, ...] | None = None        # which is on its way
 
     def update(self, inputs: Any, target: Any, output: Any, loss: Tensor | None) -> None:
         pred = prediction(output)
         losses = () if self.loss_func is None else (self.loss_func(pred, target),)
-        self.rows.append((to_cpu(pred, copy=True), to_cpu(target), *(to_cpu(value, copy=True) for value in losses)))
+        coming = (to_cpu(pred, copy=True), to_cpu(target), *(to_cpu(value, copy=True) for value in losses))
+        self.add_last()
+        self.last = coming
+
+    def add_last(self) -> None:
+        last, self.last = self.last, None
+        if last is not None: self.rows.append(arrived(last))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
+        self.add_last()
         if not self.everywhere: self.rows = ranks.batches_in_order(self.rows)
         return {}
 
@@ -115,12 +125,23 @@ def detached(value: Any) -> Any:
 
 
 def to_cpu(value: Any, *, copy: bool = False) -> Any:
-    """A nested structure of tensors on the CPU; reads the device: the predictions of a data set may not fit on it. `copy`: in memory of its
-    own, where it is on the CPU already."""
-    if isinstance(value, Tensor): return value.detach().to("cpu", copy=copy)
+    """A nested structure of tensors on their way to the CPU, for `arrived`: the predictions of a data set may not fit on the device.
+    `copy`: in memory of its own, where it is on the CPU already."""
     if isinstance(value, Mapping): return {k: to_cpu(v, copy=copy) for k, v in value.items()}
     if isinstance(value, (tuple, list)): return tuple(to_cpu(v, copy=copy) for v in value)
-    return value
+    if not isinstance(value, Tensor): return value
+    if value.is_cpu or type(value) is not Tensor or value.layout is not torch.strided: return value.detach().to("cpu", copy=copy)
+    return Reading(value)
+
+
+def arrived(value: Any) -> Any:
+    """What `to_cpu` gave, with tensors in ordinary memory; waits for those that are not there yet."""
+    if isinstance(value, Mapping): return {k: arrived(v) for k, v in value.items()}
+    if isinstance(value, tuple): return tuple(map(arrived, value))
+    if not isinstance(value, Reading): return value
+    if value.event is None: return value.values
+    if not value.event.query(): value.event.synchronize()
+    return value.values.clone()     # pinned memory is short, and goes back to torch for the next batch
 
 
 def join(values: list[Any]) -> Any:
