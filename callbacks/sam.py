@@ -1,6 +1,8 @@
 """Sharpness-aware minimization."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.utils import get_total_norm
 
