@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkit.accelerator import can_pin
 from learnkit.batch import tensors_in, to_device
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on its way to `device`: what is enqueued there from now on finds it, and the host does not wait.
+
+    It is copied through pinned memory, which torch keeps for later copies. Where there is none (MPS), the copy blocks: MPS would read the
+    host's memory later, when it may be freed (pytorch#189690). A tensor that is not on the CPU, or is to stay there, is only moved.
+    """
+    if tensor.device.type != "cpu" or not can_pin(device): return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def mover(device: torch.device) -> Callable[[Any], Any]:
