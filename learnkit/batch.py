@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkit.accelerator import can_pin
+
 TARGET_KEYS = ("labels", "target")
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -46,12 +48,19 @@ def as_float32(tensor: Tensor) -> Tensor: return tensor.float() if tensor.dtype 
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`; copies from pinned memory do not wait."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping): return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(to_device(v, device) for v in value))
-    if isinstance(value, (tuple, list)): return type(value)(to_device(v, device) for v in value)
+    """`value` with every tensor in it on `device`. The host does not wait for a copy from pinned memory to a device; it waits for a copy
+    to the CPU, or to a device that would read pageable memory later (MPS)."""
+    non_blocking = can_pin(device)
+    return moved(value, device, lambda part: part.to(device, non_blocking=non_blocking) if isinstance(part, Tensor) else part.to(device))
+
+
+def moved(value: Any, device: torch.device, move: Callable[[Any], Any]) -> Any:
+    """`value` with `move` of each part that is not on `device`: tensors, and objects with a method `to`, e.g. a PackedSequence."""
+    if isinstance(value, Tensor): return value if value.device == device else move(value)
+    if isinstance(value, Mapping): return {k: moved(v, device, move) for k, v in value.items()}
+    if callable(getattr(value, "to", None)): return move(value)
+    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(moved(v, device, move) for v in value))
+    if isinstance(value, (tuple, list)): return type(value)(moved(v, device, move) for v in value)
     return value
 
 
