@@ -66,9 +66,11 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read_for(learn: Learner, path: Path) -> dict[str, Any]:
-    """As `read`; what is spread over ranks is read by rank 0, and stays with it until it is put into parts."""
-    if not any(map(is_shard, learn.model.parameters())): return read(path, learn.device)
-    return read_on_main(learn.ranks, lambda: read(path, torch.device("cpu")), lambda state: outline_of(learn.model, state))
+    """As `read`, in the CPU's memory: on a device, it would lie there twice until it is loaded. What is spread over ranks is read by rank
+    0, and stays with it until it is put into parts."""
+    cpu = torch.device("cpu")
+    if not any(map(is_shard, learn.model.parameters())): return read(path, cpu)
+    return read_on_main(learn.ranks, lambda: read(path, cpu), lambda state: outline_of(learn.model, state))
 
 
 def from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:

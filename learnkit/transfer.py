@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -99,6 +100,24 @@ def copy_stream(device: torch.device) -> torch.Stream:
 
 @cache
 def _copy_stream(device: torch.device, process: int) -> torch.Stream: return torch.Stream(device)
+
+
+class Enqueued:
+    """What is enqueued on a device's current stream by now, for a thread that copies its results on the copy stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.event = None if not is_asynchronous(device) else torch.accelerator.current_stream(device).record_event()
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """In the block, the copy stream is the current one, and comes after it; the host waits for nothing."""
+        if self.event is None:
+            yield
+            return
+        copies = copy_stream(self.device)
+        copies.wait_event(self.event)
+        with copies: yield
 
 
 class Moved:
