@@ -106,7 +106,9 @@ class Collect:
 
     def add_last(self) -> None:
         last, self.last = self.last, None
-        if last is not None: self.rows.append(arrived(last))
+        if last is None: return
+        for reading in readings_in(last)[-1:]: wait_for(reading)        # the others have come before it
+        self.rows.append(arrived(last))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
         self.add_last()
@@ -139,9 +141,18 @@ def arrived(value: Any) -> Any:
     if isinstance(value, Mapping): return {k: arrived(v) for k, v in value.items()}
     if isinstance(value, tuple): return tuple(map(arrived, value))
     if not isinstance(value, Reading): return value
-    if value.event is None: return value.values
-    if not value.event.query(): value.event.synchronize()
-    return value.values.clone()     # pinned memory is short, and goes back to torch for the next batch
+    wait_for(value)
+    return value.values if value.event is None else value.values.clone()    # pinned memory is short, and goes back to torch
+
+
+def readings_in(value: Any) -> list[Reading]:
+    if isinstance(value, Mapping): value = tuple(value.values())
+    if isinstance(value, tuple): return [reading for part in value for reading in readings_in(part)]
+    return [value] if isinstance(value, Reading) else []
+
+
+def wait_for(reading: Reading) -> None:
+    if reading.event is not None and not reading.event.query(): reading.event.synchronize()
 
 
 def join(values: list[Any]) -> Any:

@@ -12,11 +12,12 @@ from typing import Any, final
 from warnings import catch_warnings, simplefilter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learnkit.accelerator import widest_float
 from learnkit.batch import describe
 from learnkit.hooks import add_note
+from learnkit.transfer import sent
 
 MetricFunction = Callable[[Any, Any], Any]
 
@@ -263,7 +264,9 @@ class ObjectMetric(Metric):
 
     def _place(self, like: Any) -> None:
         move = getattr(self.wrapped, "to", None)
-        if isinstance(like, Tensor) and callable(move):
+        if isinstance(like, Tensor) and isinstance(self.wrapped, nn.Module) and _torchmetrics_in(self.wrapped):
+            self.wrapped._apply(partial(sent, device=like.device))  # what its `to` does, without waiting for each tensor
+        elif isinstance(like, Tensor) and callable(move):
             move(like.device)
         self._placed = True
 
