@@ -284,7 +284,9 @@ def alone(learn: Learner, algorithm: Algorithm) -> Learner:
 def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
     """Make the Learner one of the ranks, on its device; returns whether there are others."""
     as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs
-    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
+    # A Learner on the CPU of a machine with devices: there may be more ranks than devices, and nothing is sent from one.
+    backend = "gloo" if learn.device.type == "cpu" else None
+    if init_process_group(backend, local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
     if get_world_size() == 1: return False
     device = learn.device if learn.device.type == "cpu" else get_device(local_rank)
     take_device(device)

@@ -21,7 +21,7 @@ from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
 from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded_workers
-from learnkit.placement import as_device, place
+from learnkit.placement import as_device, check_autocast, place
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
@@ -519,6 +519,7 @@ class Learner:
 
     def _to_half(self, dtype: torch.dtype, **options: Any) -> Learner:
         from learnkit.callbacks.mixed_precision import MixedPrecision
+        if not options["pure"]: check_autocast(self.device, dtype)
         return self._replace(MixedPrecision, MixedPrecision(dtype, **options))
 
     def to_channels_last(self, *, cudnn_benchmark: bool | None = None) -> Learner:

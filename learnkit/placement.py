@@ -1,6 +1,7 @@
 """Where a model is: on one device, the Learner's."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,8 @@ def move(module: nn.Module, device: torch.device) -> None:
 
 def alike(tensor: Tensor, device: torch.device) -> bool:
     """Whether a parameter's data can be exchanged for data on `device`."""
-    return tensor.device == device or torch._has_compatible_shallow_copy_type(tensor, torch.empty(0, device=device))
+    empty = torch.empty(0, device=device)
+    return tensor.device == device or torch._has_compatible_shallow_copy_type(tensor, empty)  # type: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
@@ -113,10 +115,11 @@ def check_place(learn: Learner) -> None:
         if tensor.device == device or is_shard(tensor):
             continue
         if tensor.is_meta:
-            raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives it "
-                             "some, on one process too.")
-        raise ValueError(f"the model's {key} is on {tensor.device}, but this Learner trains on {device}, where it had put the model: it was "
-                         f"moved or replaced afterwards. Call model.to({str(device)!r}), or build the Learner with device={str(tensor.device)!r}.")
+            raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives "
+                             "it some, on one process too.")
+        raise ValueError(f"the model's {key} is on {tensor.device}, but this Learner trains on {device}, where it had put the model: it "
+                         f"was moved or replaced afterwards. Call model.to({str(device)!r}), or build the Learner with "
+                         f"device={str(tensor.device)!r}.")
 
 
 def tensors_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -127,3 +130,17 @@ def tensors_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """For the length of a with block, `device` is the current one of its kind: streams, events and compiled code go by that."""
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+def check_autocast(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a precision that the device does not have, where torch.autocast would warn, and compute in float32."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            torch.autocast(device.type, dtype)  # type: ignore[reportPrivateImportUsage]
+        except RuntimeError as error:
+            told.append(error)  # type: ignore[arg-type]
+    if told:
+        reason = first_line(told[0] if isinstance(told[0], Exception) else told[0].message)  # type: ignore[union-attr]
+        raise ValueError(f"{str(dtype).removeprefix('torch.')} was asked for, which PyTorch {torch.__version__} does not compute by "
+                         f"autocast on {device} ({reason}). Take another precision, to_fp32(), or another device.")

@@ -118,7 +118,8 @@ def synchronized(module: nn.Module) -> nn.Module:
 def has_kernels(module: nn.Module) -> bool:
     """Whether torch's SyncBatchNorm has kernels for the device that this module is on."""
     kinds = {t.device.type for t in (*module.parameters(), *module.buffers())}
-    return len(kinds) == 1 and torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_stats", torch._C._dispatch_key_for_device(*kinds))
+    if len(kinds) != 1: return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_stats", torch._C._dispatch_key_for_device(*kinds))
 
 
 def restored(module: nn.Module) -> nn.Module:

@@ -152,7 +152,8 @@ def gather_on_main(obj: Any) -> list[Any]:
     own = torch.cat([text, payload, text.new_zeros(longest - len(text) - len(payload))])
     shares = [torch.empty_like(own) for _ in told] if get_rank() == 0 else []
     finish(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
-    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device) for share, (n, _, _) in zip(shares, told, strict=False)]
+    sizes = [n for n, _, _ in told][:len(shares)]
+    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device) for share, n in zip(shares, sizes, strict=True)]
 
 
 def broadcast_from_main(obj: Any = None) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from learnkit.accelerator import accelerator
 from learnkit.distributed.nodes import warn_where_no_node_can_join
 from learnkit.distributed.round import name_of_round
 
@@ -83,10 +84,10 @@ def get_device(local_rank: int | str | None = None) -> torch.device:
     Raises ValueError where the machine has no accelerator of that number.
     """
     check_local_rank(local_rank)  # a wrong one is an error without GPUs too
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
+    kind = accelerator()
+    if kind is None:
         return torch.device("cpu")
-    return torch.device(accelerator.type, _device_index(as_local_rank(local_rank)))
+    return torch.device(kind.type, _device_index(as_local_rank(local_rank)))
 
 
 def own_device() -> torch.device:
@@ -94,10 +95,8 @@ def own_device() -> torch.device:
     bound = dist.distributed_c10d._get_default_group().bound_device_id if has_group() else None
     if bound is not None:
         return bound
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    kind = accelerator()
+    return torch.device("cpu") if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def take_device(device: torch.device) -> None:
@@ -114,18 +113,35 @@ def take_device(device: torch.device) -> None:
 def check_backend(device: torch.device) -> None:
     """Refuse a group that cannot send what is on `device`: raises RuntimeError that says how to make one that can."""
     pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
-    if device.type in pairs:
+    if device.type in pairs and can_send(pairs[device.type], device):
         return
-    if device.type == "cpu":
-        able = next(iter(pairs))
-        advice = f"put the model on the device, with Learner(…, device={able!r})"
-        wanted = f"cpu:gloo,{able}:{pairs[able]}"
+    if device.type != "cpu":
+        wanted, advice = default_backend(device), "train on the CPU, with Learner(…, device='cpu')"
     else:
-        advice = "train on the CPU, with Learner(…, device='cpu')"
-        wanted = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
+        kind, backend = next(iter(pairs.items()))
+        wanted, advice = f"cpu:gloo,{kind}:{backend}", f"put the model on the device, with Learner(…, device={kind!r})"
     raise RuntimeError(f"the process group was made with backend {dist.get_backend_config()!r}, which sends nothing that is on "
                        f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), leave it to learnkit, which "
                        f"makes such a one, or {advice}.")
+
+
+def default_backend(device: torch.device) -> str:
+    """gloo for what is on the CPU, so that flags and counts are agreed without waiting for a device, and the device's own backend.
+
+    Raises RuntimeError where PyTorch has no backend for this kind of device, as for MPS.
+    """
+    if device.type == "cpu":
+        return "gloo"
+    backend = dist.Backend.default_device_backend_map.get(device.type)
+    if backend is None or not can_send(backend, device):
+        raise RuntimeError(f"PyTorch {torch.__version__} has no backend by which processes could send what is on {device.type}: train on "
+                           "one process, or on the CPU, with Learner(…, device='cpu').")
+    return f"cpu:gloo,{device.type}:{backend}"
+
+
+def can_send(backend: str, device: torch.device) -> bool:
+    """Whether a backend takes tensors of such a device; PyTorch lists gloo for MPS too, which it does not send."""
+    return device.type in dist.Backend.backend_capability.get(backend, [device.type])
 
 
 def check_bound(device: torch.device) -> None:
@@ -142,9 +158,9 @@ def backends() -> dict[str, str]:
     A device whose backend is gloo counts only where the CPU has none: gloo sends its tensors by way of the CPU anyway.
     """
     pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
-    accelerator = torch.accelerator.current_accelerator()
-    there = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-    return {kind: backend for kind, backend in pairs.items() if kind in there and (kind == "cpu" or backend != "gloo" or "cpu" not in pairs)}
+    kind = torch.accelerator.current_accelerator()      # the one that PyTorch was built for: asks no device
+    there = ("cpu",) if kind is None else ("cpu", kind.type)
+    return {kind: name for kind, name in pairs.items() if kind in there and (kind == "cpu" or name != "gloo" or "cpu" not in pairs)}
 
 
 def as_local_rank(local_rank: int | str | None) -> int | None:
@@ -314,7 +330,7 @@ def init_process_group(backend: str | None = None, seed: int | None = None, time
         warn_where_no_node_can_join()
     if get_world_size() == 1:
         return False
-    device = get_device(local_rank)
+    device = torch.device("cpu") if backend in ("gloo", "cpu:gloo") else get_device(local_rank)
     backend = _checked_backend(backend, device)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
@@ -344,7 +360,7 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
     """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try again."""
     global _n_groups
     choose_interface()
-    bound = device if device.type != "cpu" and backend != "gloo" else None
+    bound = None if device.type == "cpu" else device
     place = {"rank": get_rank(), "world_size": get_world_size()}
     for attempt in range(N_ATTEMPTS):
         _n_groups += 1  # a second group of the same processes must not meet the first one's keys
@@ -440,10 +456,8 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
 
 
 def _checked_backend(backend: str | None, device: torch.device) -> str:
-    if backend is None and device.type == "cpu":
-        return "gloo"
-    if backend is None:  # gloo beside it: flags and counts are then agreed without a device synchronisation
-        return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
+    if backend is None:
+        return default_backend(device)
     if "nccl" in backend.lower() and not torch.cuda.is_available():
         raise RuntimeError(f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out "
                            "(gloo is then used), or see that the driver and a CUDA build of PyTorch are installed.")
