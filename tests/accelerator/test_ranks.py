@@ -20,7 +20,6 @@ from learnkit.callbacks import (
     AutoMicrobatch,
     Checkpoint,
     ClipGradients,
-    CutMix,
     EarlyStopping,
     GradientStats,
     Lookahead,
