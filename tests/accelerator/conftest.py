@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch._dynamo  # noqa: F401  # optimizers import it; tests and ranks are forked from here, and need not import it each: 2 s
 
 from learnkit.distributed import destroy_process_group, init_process_group, launch
@@ -80,7 +81,6 @@ def forked(item: pytest.Item) -> list[pytest.TestReport]:
 
 
 def in_group(fn: Callable[..., Any], *args: Any) -> Any:
-    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     init_process_group(timeout=20)
     try: return fn(*args)
     finally: destroy_process_group()
