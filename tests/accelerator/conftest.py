@@ -19,6 +19,7 @@ from learnkit.distributed.process import die_with_parent
 from tests.accelerator import twin
 
 HERE = Path(__file__).parent
+os.environ.setdefault("TWIN_DEVICES", "3")  # one for each of up to three ranks
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:10")  # see tests/distributed/conftest.py
 
 

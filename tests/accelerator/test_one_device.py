@@ -496,8 +496,8 @@ def test_a_device_without_float64_trains(what):
 
 
 @pytest.mark.parametrize("device, message", [
-    ("twin:9", r"device='twin:9': PyTorch .* cannot use it here .*Expected one of twin:0, twin:1, cpu, or None"),
-    ("nonsense", r"device='nonsense': .*Expected one of twin:0, twin:1, cpu"), ("meta", "device='meta' has no numbers to train on: expected one of twin:0, twin:1, cpu"),
+    ("twin:9", r"device='twin:9': PyTorch .* cannot use it here .*Expected one of twin:0, twin:1, twin:2, cpu, or None"),
+    ("nonsense", r"device='nonsense': .*Expected one of twin:0, twin:1, twin:2, cpu"), ("meta", "device='meta' has no numbers to train on: expected one of twin:0, twin:1, twin:2, cpu"),
     ("mps", r"device='mps': .*Expected one of twin:0"), ("xpu", r"device='xpu': .*Expected one of twin:0"),
 ])
 def test_a_device_that_is_not_there_is_an_error(device, message):
