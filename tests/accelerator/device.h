@@ -148,12 +148,12 @@ Mark launch(int stream, const std::string& op, const std::vector<Use>& uses, boo
     auto& state = streams[stream];
     auto check = [&](const Use& use, const char* did, const std::string& who, Mark other) {
       if (race.empty() && other.stream >= 0 && other.stream != stream && !over(state.known, other))
-        race = c10::str("race: ", op, " on ", name_of(stream), use.writes ? " writes" : " reads", " memory that ", who, did, " on ", name_of(other.stream),
+        race = c10::str("race: ", op, " on ", name_of(stream), use.writes ? " writes" : " reads", " memory that ", who.empty() ? "an operation" : who, did, " on ", name_of(other.stream),
                         ", and has not waited for it (wait_stream, wait_event or work.wait() is missing)");
     };
     if (checks_races) for (auto& use : uses) if (use.block) {
       check(use, " wrote", use.block->writer, use.block->written);
-      if (use.writes) for (auto& [other, at] : use.block->reads) check(use, " an operation reads", "", {other, at});
+      if (use.writes) for (auto& [other, at] : use.block->reads) check(use, " reads", "", {other, at});
     }
     if (race.empty()) {
       mark = {stream, ++state.launched};
@@ -179,7 +179,7 @@ void later(Mark mark, std::function<void()> run, std::vector<const void*> writes
 // ------------------------------------------------------------------------------------------------------- guard, generators, hooks
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static int checked(c10::Device d) {
-    TORCH_CHECK(d.index() < n_devices, "twin: there is no device ", d.index(), ", only ", n_devices, ": invalid device ordinal");
+    TORCH_CHECK(d.index() < n_devices, "twin: there is no device ", int(d.index()), ", only ", n_devices, ": invalid device ordinal");
     return device_or_current(d.index());
   }
   static c10::Stream stream(int device) { return make_stream(device, current_id(device)); }

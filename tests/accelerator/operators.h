@@ -254,6 +254,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
   return {gi, gh, g * z, has_bias ? gi.sum(0) : Tensor(), has_bias ? gh.sum(0) : Tensor()};
 }
 
+// Attention, where the CPU would take its fused kernel.
+constexpr auto FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu", FUSED_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward";
+void attention(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* stack) {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(FUSED, "");
+  auto given = torch::jit::pop(*stack, 8);  // query, key, value, mask, dropout, causal, debug mask, scale
+  auto q = given[0].toTensor(), k = given[1].toTensor();
+  for (auto i : {0, 1, 2, 4, 5, 3, 7}) stack->push_back(given[i]);
+  run_on_host(op, stack);
+  auto none = at::empty({0}, q.options().dtype(at::kLong));
+  for (const c10::IValue& v : {c10::IValue(none), c10::IValue(none), c10::IValue(q.size(2)), c10::IValue(k.size(2)), c10::IValue(none), c10::IValue(none),
+                               c10::IValue(at::empty({0}, q.options()))}) stack->push_back(v);
+}
+void attention_backward(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* stack) {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow(FUSED_BACKWARD, "");
+  auto given = torch::jit::pop(*stack, 17);  // grad, query, key, value, mask, grad_input_mask, out, logsumexp, 4 sizes, dropout, causal, seed, offset, scale
+  if (given[4].isTensor() && !given[4].toTensor().defined()) given[4] = c10::IValue();
+  for (auto i : {0, 1, 2, 3, 6, 7, 12, 13, 4, 16}) stack->push_back(given[i]);
+  run_on_host(op, stack);
+  stack->push_back(Tensor());           // no gradient of the mask: with one that needs it, the choice is the plain computation
+}
+
 // ---------------------------------------------------------------------------------------------- operators that a backend has itself
 Tensor empty_memory_format(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
                            std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
@@ -412,14 +433,21 @@ Tensor& set_nothing(Tensor& result) { return set_tensor(result, at::empty({0}, r
 Tensor as_strided(const Tensor& t, c10::IntArrayRef s, c10::IntArrayRef r, std::optional<int64_t> o) { return at::native::as_strided_tensorimpl(t, s, r, o); }
 void record_stream(Tensor& t, at::Stream s) { allocator.recordStream(t.storage().data_ptr(), s); }
 
+// torch prefers its general kernels to a backend's fallback: whatever has a kernel for the CPU is registered one by one, so that it is taken.
+void take_kernels(torch::Library& m, DispatchKey key, DispatchKey cpu) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (auto& name : dispatcher.getAllOpNames()) {
+    auto op = dispatcher.findOp(name);
+    if (name.name.rfind("aten::", 0) == 0 && name.name != "aten::copy_" && op->hasKernelForDispatchKey(cpu) && !op->hasKernelForDispatchKey(key))
+      m.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 TORCH_LIBRARY_IMPL(_, SparsePrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, m) {
   m.impl("_copy_from", TORCH_FN(copy_sparse));
-  auto& dispatcher = c10::Dispatcher::singleton();
-  for (auto& name : dispatcher.getAllOpNames())  // a fallback comes after the general kernels that some of these have for dense tensors
-    if (name.name.rfind("aten::", 0) == 0 && name.name != "aten::copy_" && dispatcher.findOp(name)->hasKernelForDispatchKey(DispatchKey::SparseCPU))
-      m.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  take_kernels(m, DispatchKey::SparsePrivateUse1, DispatchKey::SparseCPU);
 }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", TORCH_FN(empty_memory_format));
@@ -443,6 +471,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_thnn_fused_gru_cell_backward", TORCH_FN(gru_cell_backward));
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
+  m.impl("_scaled_dot_product_fused_attention_overrideable", torch::CppFunction::makeFromBoxedFunction<&attention>());
+  m.impl("_scaled_dot_product_fused_attention_overrideable_backward", torch::CppFunction::makeFromBoxedFunction<&attention_backward>());
+  take_kernels(m, DispatchKey::PrivateUse1, DispatchKey::CPU);
 }
 
 Tensor refuse_bce(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t) {
@@ -468,8 +499,11 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 }  // namespace
 
 namespace at::native {
-int64_t twin_sdp_choice(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
-  return static_cast<int64_t>(at::SDPBackend::math);
+int64_t twin_sdp_choice(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout, bool causal,
+                        std::optional<double> scale, bool gqa) {
+  auto of_cpu = at::_fused_sdp_choice(on_host(q), on_host(k), on_host(v), mask ? std::optional<Tensor>(on_host(*mask)) : mask, dropout, causal, scale, gqa);
+  bool fused = of_cpu != int64_t(SDPBackend::math) && !(mask && mask->requires_grad());
+  return int64_t(fused ? SDPBackend::overrideable : SDPBackend::math);
 }
 REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &twin_sdp_choice)
 }  // namespace at::native

@@ -25,6 +25,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [Path(__file__).with_name(name) for name in ("twin.cpp", "streams.h", "device.h", "operators.h", "twinccl.h")]
 OWN = (str(ROOT / "learnkit") + os.sep, str(ROOT / "callbacks") + os.sep)  # whose lines a wait is put down to
+LAUNCH = str(ROOT / "learnkit" / "distributed" / "launch.py")  # everything in a rank is called from there
+TORCH = os.path.dirname(torch.__file__) + os.sep
 DEFAULT_MEMORY = 1 << 33
 _C: Any = None
 
@@ -153,7 +155,7 @@ def make_module() -> types.ModuleType:
 
 def create_group(options: Any, *_: Any) -> Any:
     """twinccl has a gloo group of its own, through which copies go."""
-    store = dist.PrefixStore("twinccl", options.store)
+    store = dist.PrefixStore("twinccl", options.store)  # pyright: ignore[reportPrivateImportUsage]
     gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, options.timeout)
     return _C.make_twinccl(gloo, options.group_rank, options.group_size)
 
@@ -194,12 +196,14 @@ class Wait(NamedTuple):
 
 
 def place() -> str:
-    innermost = frame = sys._getframe(2) if sys._getframe().f_back is not None else None
+    """Of the innermost frame in learnkit or callbacks, else of the innermost one outside of torch."""
+    frame, outside = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN): break
+        if name.startswith(OWN) and name != LAUNCH: break
+        if outside is None and name != __file__ and not name.startswith(TORCH): outside = frame
         frame = frame.f_back
-    frame = frame or innermost
+    frame = frame or outside
     if frame is None: return "a thread without Python"  # autograd's
     return f"{frame.f_code.co_filename.removeprefix(str(ROOT) + os.sep)}:{frame.f_lineno} {frame.f_code.co_name}"
 
