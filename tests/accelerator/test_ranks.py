@@ -123,7 +123,7 @@ def same(a, b, tolerance=0.):
 @pytest.mark.parametrize("word", WORDS)
 def test_ranks_with_devices_train_as_ranks_on_the_cpu(ranks, word, n_ranks):
     for cpu, device in ranks(n_ranks, on_both, word, timeout=60):
-        same(cpu, device, tolerance=1e-2 if word in ("fp16", "bf16") and n_ranks > 2 else 0.)     # gloo adds halves in another order
+        same(cpu, device, tolerance=5e-2 if word in ("fp16", "bf16") and n_ranks > 2 else 0.)     # gloo adds halves in another order
 
 
 CALLBACKS = {
