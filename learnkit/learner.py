@@ -14,13 +14,14 @@ from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
-from learnkit.data import DataBunch, default_device, first_batch
+from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
 from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded_workers
+from learnkit.placement import as_device, check_autocast, place
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
@@ -40,7 +41,7 @@ class Learner:
     """Trains `model` on `data` and measures it.
 
     data        a DataBunch, or a pair (train_dl, valid_dl) of re-iterables of batches
-    model       moved to `device` in place
+    model       moved to `device` in place, as is a loss function that is an nn.Module; all of it is on one device
     loss_func   (prediction, target) -> 0-d tensor. None: the data's, else a model output's own `.loss`, else cross-entropy
                 for integer targets and mean squared error for float ones
     opt_func    a callable of parameter groups such as torch.optim.SGD, whose weight decay becomes decoupled, or a built
@@ -53,7 +54,8 @@ class Learner:
     path        where `model_dir` lies, in which save and load keep their files
     seed        None: sample order follows torch's seed at the data's construction. A number: it decides the order, and fit
                 seeds torch's global generator with it, so that two fits of equal Learners are equal
-    device      None: the accelerator if there is one, else the CPU
+    device      such as "cuda:1", "xpu" or "cpu". None: the accelerator if there is one, else the CPU; after to_distributed each rank has
+                its own. Raises ValueError for one that is not there
 
     >>> data = DataBunch.from_tensors((torch.randn(64, 4), torch.randint(3, (64,))), bs=16)
     >>> learn = Learner(data, nn.Linear(4, 3)).fit_one_cycle(2, 1e-2)
@@ -73,9 +75,9 @@ class Learner:
         if not isinstance(opt_func, Optimizer) and not callable(opt_func):
             raise TypeError(f"opt_func={opt_func!r}, expected a class such as torch.optim.SGD, a functools.partial of one, or a built "
                             "torch.optim.Optimizer.")
-        self.device = default_device() if device is None else torch.zeros(0, device=device).device   # "cuda" -> "cuda:0"
+        self.device = as_device(device)
         self.data = as_data(data)
-        self.model = model if has_meta(model) else model.to(self.device)
+        self.model = model
         self.loss_func = loss_func if loss_func is not None else self.data.loss_func
         self.opt_func, self.splitter = opt_func, splitter
         self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
@@ -83,6 +85,7 @@ class Learner:
         self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
         self.path, self.model_dir, self.seed = Path(path), model_dir, seed
         self.callbacks: list[Callback] = []
+        place(self, self.device)
         optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
 
         # One device is a world of one: to_distributed says otherwise.
@@ -516,6 +519,7 @@ class Learner:
 
     def _to_half(self, dtype: torch.dtype, **options: Any) -> Learner:
         from learnkit.callbacks.mixed_precision import MixedPrecision
+        if not options["pure"]: check_autocast(self.device, dtype)
         return self._replace(MixedPrecision, MixedPrecision(dtype, **options))
 
     def to_channels_last(self, *, cudnn_benchmark: bool | None = None) -> Learner:
@@ -616,9 +620,6 @@ class Learner:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
         from learnkit.summary import summarize
         return summarize(self)
-
-
-def has_meta(model: nn.Module) -> bool: return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 def as_data(data: Any) -> DataBunch:

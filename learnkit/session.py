@@ -10,6 +10,7 @@ import torch
 from learnkit.batch import count_samples, describe
 from learnkit.hooks import STAGES, Callback, ControlFlow, Stages, add_note, causes
 from learnkit.order import private_order
+from learnkit.placement import check_place, current
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -21,15 +22,13 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     everyone = sorted(check_callbacks([*learn.callbacks, *extra]), key=lambda callback: callback.order)
     if learn.resume and not any(callback.restores for callback in everyone):
         raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
-    if any(p.is_meta for p in learn.model.parameters()):
-        raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives it "
-                         "some, on one process too.")
+    check_place(learn)
     modes = [(module, module.training) for module in learn.model.modules()]
     learn.training_model = learn.evaluated_model = learn.model
     learn.running = tuple(everyone)
     learn.stages = Stages(learn, everyone, {stage: getattr(learn, f"_{stage}") for stage in STAGES})
     try:
-        with private_order(learn.data.train_dl, *dls): yield
+        with current(learn.device), private_order(learn.data.train_dl, *dls): yield
     except ControlFlow as signal:
         raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
                            f"{learn.where()}.") from signal
