@@ -315,7 +315,8 @@ def test_metrics_of_numbers_are_those_of_the_cpu():
     both(make)
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.])), nn.CrossEntropyLoss(ignore_index=1), F.cross_entropy], ids=str)
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.])), nn.CrossEntropyLoss(ignore_index=1), F.cross_entropy],
+                         ids=["weights of classes", "an ignored class", "a function"])
 def test_a_loss_that_has_weights_of_its_own_is_moved_with_the_model(loss):
     import copy
 

@@ -123,7 +123,7 @@ def same(a, b, tolerance=0.):
 @pytest.mark.parametrize("word", WORDS)
 def test_ranks_with_devices_train_as_ranks_on_the_cpu(ranks, word, n_ranks):
     for cpu, device in ranks(n_ranks, on_both, word, timeout=60):
-        same(cpu, device, tolerance=1e-2 if word in ("fp16", "bf16") and n_ranks > 2 else 0.)     # gloo adds halves in another order
+        same(cpu, device, tolerance=5e-2 if word in ("fp16", "bf16") and n_ranks > 2 else 0.)     # gloo adds halves in another order
 
 
 CALLBACKS = {
@@ -243,6 +243,10 @@ def in_own_group(backend, chooses, function, *arguments):
                                               ("twin:twinccl", None), ("twin:twinccl", "set"), ("twin:twinccl", "bound")])
 def test_a_group_that_the_user_made_is_used_as_it_is(backend, chooses, word):
     """That of the device alone is what Ray's workers and most scripts have: init_process_group("nccl")."""
+    if backend == "twin:twinccl" and word == "to_fsdp, offloaded":
+        with pytest.raises(RankFailed, match=r"cpu_offload=True .* made with backend 'twin:twinccl', .* init_process_group\('cpu:gloo,twin:twinccl'\)"):
+            launch(in_own_group, 2, backend, chooses, trained, word, "twin", timeout=60)
+        return
     own = launch(in_own_group, 2, backend, chooses, trained, word, "twin", timeout=60)
     same(own, launch(in_own_group, 2, "cpu:gloo", None, trained, word, "cpu", timeout=60))
 
@@ -302,11 +306,13 @@ class StopAt(Callback):
 
 def interrupted(word, folder, sharded):
     norm = word != "to_fsdp"
+    average = [] if word == "decentralized" else [partial(EMA, .9)]       # whose average is each rank's own
 
     def build(*more):
-        return together(learner("twin", norm=norm, callbacks=[Checkpoint(folder, every_n_steps=2, sharded=sharded), EMA(.9), *more]), word)
+        callbacks = [Checkpoint(folder, every_n_steps=2, sharded=sharded), *(make() for make in average), *more]
+        return together(learner("twin", norm=norm, callbacks=callbacks), word)
 
-    straight = together(learner("twin", norm=norm, callbacks=[EMA(.9)]), word)
+    straight = together(learner("twin", norm=norm, callbacks=[make() for make in average]), word)
     with straight.no_logging():
         straight.fit_one_cycle(2, 1e-2)
     learn = build(StopAt(6))
