@@ -135,6 +135,9 @@ class Learner:
         self.running: tuple[Callback, ...] = () # the callbacks of the session under way, in their order
         self.stages: Stages = None              # type: ignore[assignment]  # with their hooks; None outside fit, validate and predict
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
+        self._first_target: Any = None          # of a pass, until its first loss: as the loader gave it, on the device, its version there
+        self._evaluated: Any = None             # the loader that the evaluation under way was asked for
+        self._labels_read: list[Any] = []       # loaders whose class numbers were checked in this session
         self.meter: Measure | Collect = Measure(())     # what the evaluation under way gathers
         self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
         self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
@@ -199,11 +202,14 @@ class Learner:
     def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
-        self.batch_index, move = first - 1, None
+        self.batch_index, move, given = first - 1, None, None
         for self.batch_index, batch in enumerate(loader, first):
-            if self.batch_index == first and self._see_first(batch): move = mover(self.device)
+            if self.batch_index == first:
+                given = split_batch(batch)[1]
+                if self._see_first(batch): move = mover(self.device)
             if move is not None: batch = move(batch)
             self.inputs, self.target = split_batch(batch)
+            if self.batch_index == first: self._first_target, given = (given, self.target, version_of(self.target)), None
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
         # A rank's share of an evaluation may be empty, and so may the rest of an epoch that another number of ranks began.
@@ -223,11 +229,21 @@ class Learner:
 
     def _first_loss(self, pred: Any, target: Any) -> Any:
         """A pass's first loss: chosen, checked, and then computed by the loss function alone."""
-        loss_of = choose_loss(self.loss_func, pred, target, training=self.training)
+        loss_of = choose_loss(self.loss_func, pred, target, training=self.training, labels=self._labels_to_read(target))
         loss = loss_of(pred, target)
         if loss is not None or self.training: check_loss(loss, training=self.training)
         self._loss_of = getattr(loss_of, "plain", loss_of)
         return loss
+
+    def _labels_to_read(self, target: Any) -> Any:
+        """Whether the loss reads class numbers to check them: once a session and loader, as that waits for the device; or the same target
+        as it came from the loader, if it was on the CPU and no hook has changed it since."""
+        (given, moved, version), self._first_target = self._first_target or (None, None, None), None
+        loader = self.data.train_dl if self.training else self._evaluated
+        if any(loader is other for other in self._labels_read): return False
+        self._labels_read.append(loader)
+        if not isinstance(given, Tensor) or given.device.type != "cpu": return True
+        return given if target is moved and version is not None and version == version_of(target) else True
 
     # ------------------------------------------------------------------ fitting
     def fit(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
@@ -620,6 +636,11 @@ class Learner:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
         from learnkit.summary import summarize
         return summarize(self)
+
+
+def version_of(value: Any) -> int | None:
+    """By which a change in place of a tensor is seen; None of what has none."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def as_data(data: Any) -> DataBunch:

@@ -39,6 +39,7 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     finally:
         for module, mode in modes: module.training = mode
         learn.failure = learn.pred = learn.loss = None
+        learn._labels_read = []
         learn.stages = None  # type: ignore[assignment]
         learn.running, learn.resume = (), False
         learn.training, learn.training_model = False, learn.model

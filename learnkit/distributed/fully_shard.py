@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from learnkit.accelerator import can_pin
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
 from learnkit.distributed.weights import share_weights
-from learnkit.distributed.world import get_device, get_world_size, take_device
+from learnkit.distributed.world import backends, get_device, get_world_size, take_device
 from learnkit.order import EpochOrder
 from learnkit.order import set_epoch as set_seed_and_epoch
 
@@ -51,6 +51,7 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
         return model
     check_shardable(model)
     take_device(device)
+    if cpu_offload: check_offload()
     share_weights(model)
     if activation_checkpointing:
         for block in found: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -113,6 +114,15 @@ def mesh_of(device: torch.device) -> Any:
 def offload_policy(device: torch.device) -> Any:
     from torch.distributed.fsdp import CPUOffloadPolicy
     return CPUOffloadPolicy(pin_memory=can_pin(device))
+
+
+def check_offload() -> None:
+    """Shards in the CPU's memory are gathered, clipped and saved there: refuse a group that sends nothing from the CPU."""
+    if "cpu" not in backends():
+        (kind, backend), = backends().items()
+        raise RuntimeError(f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {f'{kind}:{backend}'!r}, "
+                           f"which sends nothing from there. Make it with init_process_group('cpu:gloo,{kind}:{backend}'), leave it to "
+                           "learnkit, which makes such a one, or leave cpu_offload out.")
 
 
 def as_policy(mixed_precision: Any) -> Any:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
@@ -117,6 +117,8 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
     """Concatenates; a rank without rows need not know the others' shape or dtype."""
     rows = [t.reshape(1) if t.ndim == 0 else t for t in rows]
     filled = [t for t in rows if len(t)] or [rows[0]]
+    device = next((t.device for t in filled if t.device.type != "cpu"), filled[0].device)     # ranks may have them in either place
+    filled = [t.to(device) for t in filled]
     if len({(t.dtype, t.shape[1:]) for t in filled}) > 1:
         seen = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in filled)
         raise ValueError(f"gather_for_metrics cannot join {seen}: only the first dimension may differ between ranks.")
@@ -188,12 +190,16 @@ def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
     largest, negative = agree_all([found, -found])
     if largest == -negative: return [places for *_, places in own]
     of_all = gather_objects(own)
-    if any([row[:2] for row in rows] != [row[:2] for row in own] for rows in of_all):
-        k, odd = next((k, rank) for rank, rows in enumerate(of_all) for k, row in enumerate([*rows, None])
-                      if row is None or len(of_all[0]) <= k or row[:2] != of_all[0][k][:2])
-        raise ValueError(f"the ranks have tensors of different shapes to share: rank {odd} differs from rank 0 at number {k} of "
-                         f"{[len(rows) for rows in of_all]}. Build the same model on every rank.")
+    for rank, rows in enumerate(of_all):
+        for k, (first, row) in enumerate(zip_longest(of_all[0], rows)):
+            if first is None or row is None or first[:2] != row[:2]:
+                raise ValueError(f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and {in_words(row)} "
+                                 f"on rank {rank}. Build the same model on every rank.")
     return [any(rows[k][2] for rows in of_all) for k in range(len(own))]
+
+
+def in_words(row: Sequence[Any] | None) -> str:
+    return "not there" if row is None else f"{row[0]} {tuple(row[1])}"
 
 
 def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator[tuple[list[Tensor], torch.device]]:

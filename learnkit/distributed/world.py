@@ -226,8 +226,8 @@ def _device_index(local_rank: int | None) -> int:
         return index
     if n_devices == 1 and _shows_each_process_its_own_device():
         return 0
-    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start "
-                     "as many processes a machine as it has devices (--nproc-per-node).")
+    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start as many processes a "
+                     "machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the Learner and its data.")
 
 
 def _shows_each_process_its_own_device() -> bool:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._dynamo  # noqa: F401  # optimizers import it; tests and ranks are forked from here, and need not import it each: 2 s
+import torch
+import torch._dynamo  # optimizers import it; tests and ranks are forked from here, and need not import it each: 2 s
 
 from learnkit.distributed import destroy_process_group, init_process_group, launch
 from learnkit.distributed.process import die_with_parent
 from tests.accelerator import twin
 
 HERE = Path(__file__).parent
+os.environ.setdefault("TWIN_DEVICES", "3")  # one for each of up to three ranks
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:10")  # see tests/distributed/conftest.py
 
 
@@ -35,12 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if reason is not None and is_here(item): item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# The device stays in a process once it is loaded, and autograd's threads, which begin with the first backward pass where there is a
-# device, forbid a later fork to use them. So this process never does either, and every test has a fork of its own.
+if why_not() is None: twin.load()
+
+
+# A process that has used the device cannot fork others that do, and neither can one with autograd's threads, which begin with the first
+# backward pass where there is a device. So this process does neither, and every test has a fork of its own.
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not is_here(item) or why_not() is not None: return None
-    twin.build()
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in forked(item): item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -63,7 +67,6 @@ def forked(item: pytest.Item) -> list[pytest.TestReport]:
             die_with_parent(parent)
             if limit := get_timeout_config_value(item.config):
                 faulthandler.dump_traceback_later(limit, file=item.config.stash[fault_handler_stderr_fd_key], exit=True)
-            twin.load()
             torch.random._fork_rng_warned_already = True  # tests/conftest.py saves the state of every device, and means it
             reports = runtestprotocol(item, nextitem=None, log=False)
             with os.fdopen(sender, "wb") as file: pickle.dump([report._to_json() for report in reports], file)
@@ -80,7 +83,6 @@ def forked(item: pytest.Item) -> list[pytest.TestReport]:
 
 
 def in_group(fn: Callable[..., Any], *args: Any) -> Any:
-    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     init_process_group(timeout=20)
     try: return fn(*args)
     finally: destroy_process_group()

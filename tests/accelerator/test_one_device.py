@@ -315,7 +315,8 @@ def test_metrics_of_numbers_are_those_of_the_cpu():
     both(make)
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.])), nn.CrossEntropyLoss(ignore_index=1), F.cross_entropy], ids=str)
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.])), nn.CrossEntropyLoss(ignore_index=1), F.cross_entropy],
+                         ids=["weights of classes", "an ignored class", "a function"])
 def test_a_loss_that_has_weights_of_its_own_is_moved_with_the_model(loss):
     import copy
 
@@ -496,8 +497,8 @@ def test_a_device_without_float64_trains(what):
 
 
 @pytest.mark.parametrize("device, message", [
-    ("twin:9", r"device='twin:9': PyTorch .* cannot use it here .*Expected one of twin:0, twin:1, cpu, or None"),
-    ("nonsense", r"device='nonsense': .*Expected one of twin:0, twin:1, cpu"), ("meta", "device='meta' has no numbers to train on: expected one of twin:0, twin:1, cpu"),
+    ("twin:9", r"device='twin:9': PyTorch .* cannot use it here .*Expected one of twin:0, twin:1, twin:2, cpu, or None"),
+    ("nonsense", r"device='nonsense': .*Expected one of twin:0, twin:1, twin:2, cpu"), ("meta", "device='meta' has no numbers to train on: expected one of twin:0, twin:1, twin:2, cpu"),
     ("mps", r"device='mps': .*Expected one of twin:0"), ("xpu", r"device='xpu': .*Expected one of twin:0"),
 ])
 def test_a_device_that_is_not_there_is_an_error(device, message):

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(__file__).with_name("twin.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("twin.cpp", "streams.h", "device.h", "operators.h", "twinccl.h")]
 OWN = (str(ROOT / "learnkit") + os.sep, str(ROOT / "callbacks") + os.sep)  # whose lines a wait is put down to
+LAUNCH = str(ROOT / "learnkit" / "distributed" / "launch.py")  # everything in a rank is called from there
+TORCH = os.path.dirname(torch.__file__) + os.sep
 DEFAULT_MEMORY = 1 << 33
 _C: Any = None
 
@@ -46,7 +48,7 @@ def missing() -> str | None:
 
 def build() -> Path:
     """The extension's file, compiled when there is none for this source, torch and Python; other processes wait meanwhile."""
-    facts = (SOURCE.read_text(), torch.__version__, sys.version, os.environ.get("TWIN_CFLAGS", "-O1"))
+    facts = (*[source.read_text() for source in SOURCES], torch.__version__, sys.version, os.environ.get("TWIN_CFLAGS", "-O1"))
     folder = ROOT / "build" / "accelerator" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     library = folder / "twin_C.so"
     if library.exists(): return library
@@ -64,7 +66,7 @@ def compile_to(library: Path, flags: list[str]) -> None:
     torch_folder = Path(torch.__file__).parent
     include = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
     command = [compiler(), "-std=c++20", "-shared", "-fPIC", "-w", *flags, "-DTORCH_EXTENSION_NAME=twin_C", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO",
-               f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *[f"-I{path}" for path in include], str(SOURCE), "-o", str(library),
+               f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *[f"-I{path}" for path in include], str(SOURCES[0]), "-o", str(library),
                f"-L{torch_folder / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"the stand-in accelerator does not compile: {shlex.join(map(str, command))}\n{done.stderr[-6000:]}")
@@ -125,8 +127,8 @@ def make_module() -> types.ModuleType:
     def manual_seed_all(seed: int) -> None:
         for i in range(_C.device_count()): generator(i).manual_seed(seed)
 
-    module.is_available = module.is_initialized = lambda: True
-    module._is_in_bad_fork = lambda: False
+    module.is_available = lambda: True
+    module.is_initialized, module._is_in_bad_fork = _C.is_used, _C.is_in_bad_fork
     module.init = lambda: None
     module._lazy_call = lambda call, **_: call()
     module.device_count, module.current_device = _C.device_count, _C.current_device
@@ -153,7 +155,7 @@ def make_module() -> types.ModuleType:
 
 def create_group(options: Any, *_: Any) -> Any:
     """twinccl has a gloo group of its own, through which copies go."""
-    store = dist.PrefixStore("twinccl", options.store)
+    store = dist.PrefixStore("twinccl", options.store)  # pyright: ignore[reportPrivateImportUsage]
     gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, options.timeout)
     return _C.make_twinccl(gloo, options.group_rank, options.group_size)
 
@@ -194,12 +196,14 @@ class Wait(NamedTuple):
 
 
 def place() -> str:
-    innermost = frame = sys._getframe(2) if sys._getframe().f_back is not None else None
+    """Of the innermost frame in learnkit or callbacks, else of the innermost one outside of torch."""
+    frame, outside = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN): break
+        if name.startswith(OWN) and name != LAUNCH: break
+        if outside is None and name != __file__ and not name.startswith(TORCH): outside = frame
         frame = frame.f_back
-    frame = frame or innermost
+    frame = frame or outside
     if frame is None: return "a thread without Python"  # autograd's
     return f"{frame.f_code.co_filename.removeprefix(str(ROOT) + os.sep)}:{frame.f_lineno} {frame.f_code.co_name}"
 
