@@ -121,8 +121,8 @@ def check_offload() -> None:
     if "cpu" not in backends():
         given = ",".join(f"{kind}:{backend}" for kind, backend in backends().items())
         raise RuntimeError(f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {given!r}, which "
-                           f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), leave it to learnkit, which makes such "
-                           "a one, or leave cpu_offload out.")
+                           f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), leave it to learnkit, "
+                           "which makes such a one, or leave cpu_offload out.")
 
 
 def as_policy(mixed_precision: Any) -> Any:
