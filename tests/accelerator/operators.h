@@ -433,6 +433,13 @@ Tensor& set_nothing(Tensor& result) { return set_tensor(result, at::empty({0}, r
 Tensor as_strided(const Tensor& t, c10::IntArrayRef s, c10::IntArrayRef r, std::optional<int64_t> o) { return at::native::as_strided_tensorimpl(t, s, r, o); }
 void record_stream(Tensor& t, at::Stream s) { allocator.recordStream(t.storage().data_ptr(), s); }
 
+// Module.to() keeps a Parameter where its data may take the place of the old: for CUDA torch says so, for an unknown device it would not.
+bool may_replace(const Tensor& self, const Tensor& from) {
+  return (self.layout() == c10::kStrided && from.layout() == c10::kStrided) ||
+         self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
+}
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", TORCH_FN(may_replace)); }
+
 // torch prefers its general kernels to a backend's fallback: whatever has a kernel for the CPU is registered one by one, so that it is taken.
 void take_kernels(torch::Library& m, DispatchKey key, DispatchKey cpu) {
   auto& dispatcher = c10::Dispatcher::singleton();
@@ -465,6 +472,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
   m.impl("record_stream", TORCH_FN(record_stream));
+  m.impl("_has_compatible_shallow_copy_type", TORCH_FN(may_replace));
   m.impl("_thnn_fused_lstm_cell", TORCH_FN(lstm_cell));
   m.impl("_thnn_fused_lstm_cell_backward_impl", TORCH_FN(lstm_cell_backward));
   m.impl("_thnn_fused_gru_cell", TORCH_FN(gru_cell));

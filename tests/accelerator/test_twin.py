@@ -130,6 +130,19 @@ def test_sparse_gradients_train_as_on_the_cpu():
     assert torch.equal(*weights)
 
 
+def test_moving_a_model_keeps_its_parameters_and_what_they_share():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer, before = torch.optim.SGD(model.parameters(), .1), list(model.parameters())
+    for device in ("twin", "twin:1", "cpu", "twin"):
+        model.to(device)
+        assert [p is q for p, q in zip(model.parameters(), before, strict=True)] == [True] * 3 and before[0].device.type == device[:4].rstrip(":")
+    model(torch.ones(1, 4, device="twin")).sum().backward()
+    old = model[1].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model[1].weight, old) and model[0].weight is model[1].weight
+
+
 def test_tensors_of_two_devices_are_refused_but_not_numbers():
     x = torch.ones(3, device="twin")
     for other in (torch.ones(3), torch.ones(3, device="twin:1"), torch.tensor(1.0, device="twin:1")):
