@@ -5,10 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from learnkit.batch import count_samples, describe
 from learnkit.hooks import STAGES, Callback, ControlFlow, Stages, add_note, causes
+from learnkit.memory import note_out_of_memory
 from learnkit.order import private_order
 from learnkit.placement import check_place, current
 
@@ -34,7 +32,7 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
                            f"{learn.where()}.") from signal
     except BaseException as error:
         first = surfacing(error, learn.failure)
-        if is_out_of_memory(first): add_note(first, out_of_memory(learn.inputs, learn.target))
+        note_out_of_memory(learn, first)
         raise first  # noqa: B904
     finally:
         for module, mode in modes: module.training = mode
@@ -62,17 +60,6 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
             raise ValueError(f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
                              f"remove_callback({name}).")
     return callbacks
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """On a device, or on the CPU, where it is a RuntimeError like others."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
-def out_of_memory(inputs: Any, target: Any) -> str:
-    """What to do when a batch did not fit, with its size."""
-    return (f"learnkit: this batch of {count_samples(inputs, target)} samples did not fit into memory ({describe(inputs)}). Take a smaller "
-            "batch size. The model and the optimizer are as they were before it.")
 
 
 def surfacing(error: BaseException, first: BaseException | None) -> BaseException:

@@ -2,20 +2,19 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from learnkit import Callback, DataBunch, Learner, accuracy, callbacks
@@ -43,7 +42,6 @@ from learnkit.callbacks import (
     MixedPrecision,
     MixUp,
     MLflowLogger,
-    OptimizerModes,
     ParamScheduler,
     Profile,
     Progress,
@@ -64,7 +62,7 @@ from learnkit.vision.transform import per_sample
 from tests.accelerator import twin
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-OF_RANKS = {"Communicate", "Distributed", "FullyShard", "ReduceAfterwards"}     # they do nothing alone: see the test with two ranks
+OF_RANKS = {"Communicate", "Distributed", "FullyShard", "ReduceAfterwards"}     # they do nothing alone: see RANKS
 N_CLASSES, SIZE = 3, 8
 
 
@@ -98,15 +96,14 @@ class Case:
     built: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     how: str = "fit"
     rate: float | None = 1e-2
-    needs: str = "torch"
-    options_of_fit: dict[str, Any] = field(default_factory=dict)
+    needs: str = "torch"        # a package
 
 
-def waits_of_fit(case: Case, epochs: int, n_train: int, n_valid: int) -> Counter[tuple[str, str]]:
+def waits_of_fit(case: Case, epochs: int, n_train: int, n_valid: int, *, device: str = "twin") -> Counter[tuple[str, str]]:
     torch.manual_seed(0)
     model, options = net(), {"metrics": accuracy, **case.options()}
-    if case.built is not None: options["opt_func"] = case.built(model.to("twin"))
-    learn = Learner(case.data(n_train, n_valid), model, device="twin", seed=0, splitter=lambda m: [m[:3], m[3:]], callbacks=case.callbacks(), **options)
+    if case.built is not None: options["opt_func"] = case.built(model.to(device))
+    learn = Learner(case.data(n_train, n_valid), model, device=device, seed=0, splitter=lambda m: [m[:3], m[3:]], callbacks=case.callbacks(), **options)
     case.words(learn)
     with redirect_stdout(Terminal()), warnings.catch_warnings(), twin.waits() as seen:
         warnings.simplefilter("ignore")
@@ -115,10 +112,10 @@ def waits_of_fit(case: Case, epochs: int, n_train: int, n_valid: int) -> Counter
     return Counter((wait.op, wait.place) for wait in seen if wait.op != "histc")
 
 
-def waits(case: Case) -> dict[str, int]:
+def waits(fit: Callable[[int, int, int], Counter[tuple[str, str]]]) -> dict[str, int]:
     """Waits a step, a validation batch, an epoch and a fit: what one more of each adds, and what is left."""
     can_float64(torch.device("twin"))       # is asked once a process, which waits
-    base, train, valid, epochs = (waits_of_fit(case, *sizes) for sizes in ((1, 4, 2), (1, 8, 2), (1, 4, 4), (3, 4, 2)))
+    base, train, valid, epochs = (fit(*sizes) for sizes in ((1, 4, 2), (1, 8, 2), (1, 4, 4), (3, 4, 2)))
     n_base, step, batch = base.total(), (train.total() - base.total()) / 4, (valid.total() - base.total()) / 2
     epoch = (epochs.total() - n_base) / 2
     found = {"step": step, "batch": batch, "epoch": epoch - 4 * step - 2 * batch, "fit": n_base - epoch}
@@ -127,23 +124,24 @@ def waits(case: Case) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------- the page
-def rows(heading: str) -> dict[str, list[int]]:
-    """The rows of the table under a heading: {what: numbers}."""
-    table = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")][2:]
-    return {re.sub(r"`", "", what): [int(cell) for cell in numbers if re.fullmatch(r"\d+", cell)] for what, *numbers in cells}
+def rows(heading: str) -> dict[str, list[str]]:
+    """The table under a heading: {what: the other cells}."""
+    part = PAGE.read_text().split(f"### {heading}\n")[1].split("\n#")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")]
+    return {what.strip("`"): rest for what, *rest in cells[2:]}
 
 
-@cache
-def usual() -> list[int]: return rows("A fit")["every fit"]
+def of_row(name: str) -> list[int]:
+    """Waits a step, a validation batch, an epoch and a fit, in its row of the page; without one, none."""
+    return [0 if cell == "–" else int(cell) for cell in rows("In a fit").get(name, ["–"] * 4)[:4]]
 
 
 def as_the_page_says(name: str) -> dict[str, int]:
-    more = rows("A fit").get(name, [0, 0, 0, 0]) if name != "every fit" else [0, 0, 0, 0]
-    return dict(zip(("step", "batch", "epoch", "fit"), (a + b for a, b in zip(usual(), more, strict=True)), strict=True))
+    usual, more = of_row("every fit"), of_row(name) if name != "every fit" else [0] * 4
+    return dict(zip(("step", "batch", "epoch", "fit"), (a + b for a, b in zip(usual, more, strict=True)), strict=True))
 
 
-def tensor_rate(model: nn.Module) -> Adam: return Adam(model.parameters(), lr=torch.tensor(1e-3, device="twin"), capturable=True)
+def tensor_rate(model: nn.Module) -> AdamW: return AdamW(model.parameters(), lr=torch.tensor(1e-3, device="twin"), capturable=True)
 
 
 def two(model: nn.Module) -> Together:
@@ -192,8 +190,7 @@ OTHERS = {
     "Profile(wait=True)": Case(lambda: Profile(wait=True)),
     "ClipGradients(value=1)": Case(lambda: ClipGradients(value=1.)), "ClipGradients(adaptive=.01)": Case(lambda: ClipGradients(adaptive=.01)),
     "two averages, clipped, in bfloat16": Case(lambda: [EMA(), SWA(0.), ClipGradients()], words=lambda learn: learn.to_bf16()),
-    "a rate that is a tensor on the device": Case(built=tensor_rate),
-    "its schedule": Case(built=tensor_rate, how="fit_one_cycle"),
+    "AdamW(lr=tensor on the device)": Case(built=tensor_rate), "its schedule": Case(built=tensor_rate, how="fit_one_cycle"),
     "two optimizers together": Case(built=two, rate=None),
     "SGD": Case(options=lambda: {"opt_func": partial(SGD, momentum=.9)}),
     "AdamW(foreach=True)": Case(options=lambda: {"opt_func": partial(AdamW, foreach=True)}),
@@ -205,7 +202,6 @@ OTHERS = {
     "no metrics": Case(options=lambda: {"metrics": ()}),
     "an object as metric": Case(options=lambda: {"metrics": Squared()}),
     "torchmetrics.Accuracy": Case(options=lambda: torchmetric("Accuracy"), needs="torchmetrics"),
-    "class numbers on the CPU": Case(data=loaded),
     "torchvision's transforms of pictures on the device": Case(data=lambda n, m: held(n, m, [per_sample(lambda x: x.flip(-1))])),
     **{f"transform {name}": Case(data=lambda n, m, tfm=tfm: held(n, m, tfm)) for name, tfm in {
         "rand_pad": rand_pad(2, SIZE), "rand_pad zeros": rand_pad(2, SIZE, "zeros"), "flip_lr": [flip_lr()],
@@ -213,19 +209,52 @@ OTHERS = {
         "rand_resize_crop": [rand_resize_crop(SIZE)], "brightness": [brightness()], "contrast": [contrast()],
         "normalize": [normalize([.5] * 3, [.2] * 3)]}.items()}}
 
-# What the page says of "class numbers on the CPU" is what it saves.
-SAVES = {"class numbers on the CPU": {"step": 0, "batch": 0, "epoch": 2, "fit": 0}}
+OUTSIDE: dict[str, tuple[Callable[[Learner], Any], int]] = {     # what, and how many of its unit that is
+    "learn.get_preds()": (lambda learn: learn.get_preds(), 5), "learn.predict(x)": (lambda learn: learn.predict(pictures(1)[0]), 1),
+    "learn.validate()": (lambda learn: learn.validate(), 1), "learn.lr_find()": (lambda learn: learn.lr_find(num_it=20, stop_div=False), 20)}
+
+RANKS: dict[str, tuple[Callable[[Learner], Any], str]] = {      # what, and its row
+    "to_distributed()": (lambda learn: learn.to_distributed(), "to_distributed()"),
+    "delay_allreduce": (lambda learn: learn.to_distributed(delay_allreduce=True), "to_distributed()"),
+    "sync_bn": (lambda learn: learn.to_distributed(sync_bn=True), "to_distributed()"),
+    "local_sgd": (lambda learn: learn.to_distributed(algorithm="local_sgd"), 'to_distributed(algorithm="local_sgd")'),
+    "to_fsdp()": (lambda learn: learn.to_fsdp(), "to_fsdp()")}
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *WORDS, *OTHERS])
-def test_the_host_waits_as_often_as_the_page_says(name: str):
+def test_a_fit_waits_as_often_as_the_page_says(name: str):
     case = {**EXPORTED, **WORDS, **OTHERS}[name]
     pytest.importorskip(case.needs)
-    assert waits(case) == SAVES.get(name, as_the_page_says(name))
+    assert waits(partial(waits_of_fit, case)) == as_the_page_says(name)
+
+
+def test_class_numbers_that_come_from_the_cpu_are_checked_there():
+    assert waits(partial(waits_of_fit, Case(data=loaded))) == {**as_the_page_says("every fit"), "fit": 0}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_on_two_ranks_too_but_for_the_start_of_a_fit(name: str, ranks: Callable[..., list[Any]]):
+    wanted = as_the_page_says(RANKS[name][1])
+    assert [{**of_rank, "fit": wanted["fit"]} for of_rank in ranks(2, waits_of_rank, name)] == [wanted] * 2
+
+
+def waits_of_rank(name: str) -> dict[str, int]:
+    index = torch.accelerator.current_device_index()
+    def data(n: int, m: int) -> DataBunch: return DataBunch.from_tensors(pictures(2 * n), pictures(2 * m), bs=4, device=f"twin:{index}")
+    return waits(partial(waits_of_fit, Case(words=RANKS[name][0], data=data), device=f"twin:{index}"))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_outside_of_a_fit_the_host_waits_as_often_as_the_page_says(name: str):
+    can_float64(torch.device("twin"))
+    learn = Learner(loaded(4, 5), net(), device="twin", metrics=accuracy, seed=0)
+    work, n = OUTSIDE[name]
+    with twin.waits() as seen: work(learn)
+    assert len(seen) == int(rows("Outside of a fit")[name][0]) * n, seen.counted()
 
 
 def test_a_usual_epoch_waits_four_times_at_most_and_no_step_and_no_batch_does():
-    step, batch, epoch, _ = usual()
+    step, batch, epoch, _ = of_row("every fit")
     assert step == batch == 0 and epoch <= 4
 
 
@@ -235,4 +264,4 @@ def test_every_callback_is_counted():
 
 
 def test_every_row_of_the_page_is_counted():
-    assert rows("A fit").keys() <= {*EXPORTED, *WORDS, *OTHERS}
+    assert rows("In a fit").keys() <= {*EXPORTED, *WORDS, *OTHERS, *(row for _, row in RANKS.values())} and rows("Outside of a fit").keys() == OUTSIDE.keys()
