@@ -42,7 +42,8 @@ class Part:
 
 
 PARTS = (  # what matters most comes first
-    Part("tests", "tests/test_cuda.py", 200),
+    Part("tests", "tests/test_cuda.py", 270),
+    Part("tests of two", "tests/test_cuda.py, with two devices", 240, needs_cuda=True, n_devices=2),
     Part("two devices", "Two devices: NCCL, each algorithm, to_fsdp", 150, n_devices=2),
     Part("waits", "Where the host waits for the device: what one more of each adds", 60),
     Part("step", "A step of a bare Learner against the loop by hand, batches on the device", 120),

@@ -75,9 +75,11 @@ def machine(run: Run) -> None:
 
 # ---------------------------------------------------------------------- tests/test_cuda.py
 class Outcomes:
-    """A plugin of pytest that hands over what fails, when it fails."""
+    """A plugin of pytest that chooses the tests that need two devices, or the others, and hands over what fails, when it fails."""
 
-    def __init__(self, run: Run) -> None: self.run, self.passed, self.skipped = run, 0, Counter[str]()
+    def __init__(self, run: Run, *, two: bool) -> None: self.run, self.two, self.passed, self.skipped = run, two, 0, Counter[str]()
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None: items[:] = [item for item in items if needs_two(item) == self.two]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed: self.run.fail(report.nodeid.partition("::")[2], str(report.longrepr)[-2000:])
@@ -85,9 +87,12 @@ class Outcomes:
         elif report.when == "call": self.passed += 1
 
 
-def tests(run: Run) -> None:
+def needs_two(item: Any) -> bool: return any(mark.kwargs.get("reason") == "needs two CUDA devices" for mark in item.iter_markers("skipif"))
+
+
+def cuda_tests(run: Run, *, two: bool = False) -> None:
     import pytest
-    found, file = Outcomes(run), ROOT / "tests" / "test_cuda.py"
+    found, file = Outcomes(run, two=two), ROOT / "tests" / "test_cuda.py"
     # A test that hangs ends the part, after its stack was shown.
     code = pytest.main([str(file), f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=90"], plugins=[found])
     if code not in (0, 1): run.fail("pytest", f"ended with exit code {code}")
@@ -411,7 +416,7 @@ def two_devices(run: Run) -> None:
         if name == "hand": continue
         run.figure(f"{name} / hand", [a / b for a, b in zip(side.seconds, sides["hand"].seconds, strict=True)], "×", 3)
         run.figure(f"{name}: largest difference of weights and values to the loop by hand", [ddp.difference(side, sides["hand"])], digits=6)
-    size = argparse.Namespace(width=256, tokens=256, steps=2, rounds=2, clock="wall") if run.quick else argparse.Namespace(
+    size = argparse.Namespace(width=256, tokens=256, steps=4, rounds=2, clock="wall") if run.quick else argparse.Namespace(
         width=4096, tokens=2048, steps=20, rounds=7, clock="wall")
     seconds, apart = launch(scale.time_of, 2, size)
     run.figure("to_fsdp / fully_shard by hand", ratios(seconds, "to_fsdp", "by hand"), "×", 3)
@@ -440,11 +445,12 @@ def fit_with(word: str, n_steps: int) -> tuple[list[float], float]:
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
-    "machine": machine, "tests": tests, "two devices": two_devices, "waits": waits, "step": step, "speed run": speedrun,
-    "epoch": whole_epoch, "compile": compile_model, "memory": memory, "data path": data_path, "checkpoint": checkpoints}
+    "machine": machine, "tests": cuda_tests, "tests of two": partial(cuda_tests, two=True), "two devices": two_devices, "waits": waits,
+    "step": step, "speed run": speedrun, "epoch": whole_epoch, "compile": compile_model, "memory": memory, "data path": data_path,
+    "checkpoint": checkpoints}
 
 
 def run_part(name: str, run: Run) -> None:
     PARTS[name](run)
-    if run.name == "twin" and name not in ("machine", "tests"):
+    if run.name == "twin" and name not in ("machine", "tests", "tests of two"):
         for race in stand_in().races(): run.fail("a race", race)

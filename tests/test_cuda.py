@@ -285,7 +285,7 @@ def test_losses_and_values_of_a_model_in_cuda_graphs_are_those_of_the_eager_one(
     eager, graphs = eager_and_graphs(words=words)
     for learn in (eager, graphs):
         with learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
-    tolerance = dict(rel=5e-2) if words else dict(rel=1e-3)
+    tolerance = {"rel": 5e-2 if words else 1e-2}
     assert graphs.recorder.losses == pytest.approx(eager.recorder.losses, **tolerance)
     assert graphs.values["valid_loss"] == pytest.approx(eager.values["valid_loss"], **tolerance)
 
@@ -306,7 +306,7 @@ def test_callbacks_train_a_model_in_cuda_graphs_as_an_eager_one(more):
     pair = eager_and_graphs()
     for learn in pair:
         with learn.no_logging(): learn.fit_one_cycle(2, 1e-2, callbacks=[more()])
-    assert pair[1].recorder.losses == pytest.approx(pair[0].recorder.losses, rel=1e-2)
+    assert pair[1].recorder.losses == pytest.approx(pair[0].recorder.losses, rel=2e-2)
 
 
 def captured(opt):
@@ -455,11 +455,12 @@ def test_a_batch_that_does_not_fit_is_split_and_its_gradient_is_that_of_the_whol
     for a, b in zip(weights(parts), weights(whole), strict=True): assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_a_batch_that_does_not_fit_into_all_of_the_devices_memory_is_split():
-    free, _ = torch.cuda.mem_get_info()
-    learn = wide(int(free * .6), micro := AutoMicrobatch())
+def test_a_batch_that_does_not_fit_into_what_the_device_has_left_is_split():
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    others = torch.empty(free - 2048 * MB, dtype=torch.uint8, device=DEVICE)    # the driver has no more to give, not torch's limit
+    learn = wide(700 * MB, micro := AutoMicrobatch())
     with learn.no_logging(): learn.fit(1, 1e-9)
-    assert micro.size is not None and learn.step == 2
+    assert micro.size is not None and learn.step == 2 and others.is_cuda
 
 
 def test_memory_that_ran_out_is_explained_and_a_smaller_batch_trains_afterwards():
@@ -676,7 +677,9 @@ def test_every_algorithm_on_nccl_trains_and_leaves_equal_weights():
 def fsdp_as_rank(options): return fit_as_rank(word="to_fsdp", **options)
 
 
-def every_way_of_fsdp(): return [of_two_ranks(fsdp_as_rank, options) for options in ({}, {"cpu_offload": True}, {"activation_checkpointing": True})]
+def every_way_of_fsdp():
+    ways = {}, {"cpu_offload": True}, {"blocks": nn.Conv2d, "activation_checkpointing": True}
+    return [of_two_ranks(fsdp_as_rank, options) for options in ways]
 
 
 @needs_two
@@ -772,26 +775,26 @@ def falls(how):
     @learn.on("before_step")
     def fall(learn):
         if learn.step != 5 or get_rank() != 1: return
+        Path(how).write_text(str(time.time()))
         if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
     with learn.no_logging(): learn.fit(2)
 
 
 def one_falls():
-    """{how: [seconds until all have ended, why]}"""
+    """{how: [seconds from then until all have ended, why]}"""
     found = {}
     for how in ("killed", "hangs"):
-        began = time.monotonic()
         try: launch(falls, 2, how, timeout=60)
-        except (RankFailed, TimeoutError) as error: found[how] = [time.monotonic() - began, f"{type(error).__name__}: {error}"]
+        except (RankFailed, TimeoutError) as error: found[how] = [time.time() - float(Path(how).read_text()), f"{type(error).__name__}: {error}"]
     return found
 
 
 @needs_two
-def test_where_a_rank_is_killed_or_hangs_in_nccl_all_have_ended_after_seconds():
+def test_where_a_rank_is_killed_or_hangs_in_nccl_all_have_ended_within_ten_seconds():
     found = called(one_falls)
-    assert found["killed"][0] < 30 and "RankFailed: rank 1 of 2 failed: it ended with signal SIGKILL" in found["killed"][1]
-    assert found["hangs"][0] < 30 and "RankFailed" in found["hangs"][1]
+    assert found["killed"][0] < 10 and "RankFailed: rank 1 of 2 failed: it ended with signal SIGKILL" in found["killed"][1]
+    assert found["hangs"][0] < 10 and "RankFailed" in found["hangs"][1]
 
 
 def stops_as_rank(folder):
