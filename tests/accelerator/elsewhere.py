@@ -17,7 +17,30 @@ from tests.accelerator import twin
 from tests.accelerator.forks import run_in_a_fork
 
 ROOT = Path(__file__).parents[2]
-CANNOT: dict[str, str] = {
+BY_HAND = "its oracle calls the model, which is on the device here, with tensors of the CPU"
+DRAWS = "dropout draws from the device's generator: other numbers than those for which it was written"
+COUNTS = "counts what a step costs where batches need not be moved; on a device: tests/accelerator/test_waits.py"
+AUTOCAST = "autocast on a device has other lists of operations than on the CPU, with which it compares bits"
+ADDS = "it adds a module to the model after the Learner was built, which stays on the CPU: refused, as test_one_device.py shows"
+ALONE = "starts processes of its own, which do not have the stand-in"
+CANNOT = {
+    "test_readme.py": ALONE, "test_docs.py": COUNTS, "test_examples.py": ALONE, "test_notebook.py": ALONE, "test_packaging.py": ALONE,
+    "test_coming_from.py": ALONE, "test_step_cost.py": COUNTS, "test_scaling.py": "asks no device", "test_types.py": "runs a type checker",
+    "test_cuda.py": "needs a CUDA device", "test_accelerator.py": "is about machines without an accelerator",
+    "vision/test_cache.py::test_of_several_independent_processes_one_decodes": ALONE,
+    "test_batch_forms.py::test_predict": BY_HAND, "test_batch_forms.py::test_metrics_see": BY_HAND, "test_batch_forms.py::test_several_outputs": BY_HAND,
+    "test_batch_forms.py::test_a_mean_squared_error": BY_HAND, "test_batch_forms.py::test_cross_entropy_takes": BY_HAND,
+    "test_data.py::test_predictions_come": BY_HAND, "test_data.py::test_validation_of_a_shuffled": BY_HAND,
+    "test_data.py::test_a_sampler_of_the_users_own_is_kept": BY_HAND, "test_data.py::test_the_datas_loss_function": BY_HAND,
+    "test_evaluation.py::test_regression_metrics": BY_HAND, "test_evaluation.py::test_validation_batches_without": BY_HAND,
+    "test_evaluation.py::test_an_evaluation_leaves_modes": BY_HAND, "test_evaluation.py::test_an_evaluation_in_the_middle": BY_HAND,
+    "vision/test_data.py::test_batches_are_normalized": BY_HAND, "test_files.py::test_a_file_of_plain_torch": BY_HAND,
+    "callbacks/test_channels_last.py::test_inputs_that_are_no_pictures": "a batch that is moved is another object",
+    "callbacks/test_checkpoint.py::test_early_stopping_remembers": DRAWS,
+    "callbacks/test_ema.py::test_apply_makes_the_average_the_weights_for_good[in a wrapper]": "wraps the model in DataParallel, which is CUDA's alone",
+    "callbacks/test_mixed_precision.py::test_a_fit_has_the_numbers": AUTOCAST, "callbacks/test_mixed_precision.py::test_only_float16": COUNTS,
+    "callbacks/test_looking_inside.py::test_each_part": ADDS, "test_optim.py::test_weights_without": ADDS, "test_optim.py::test_a_layer_replaced": ADDS,
+    "test_tensor_rates.py": "compares with rates of the CPU's optimizers; on the device: tests/accelerator/test_waits.py",
 }
 
 
