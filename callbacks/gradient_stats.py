@@ -10,8 +10,8 @@ from torch import Tensor
 from learnkit.callbacks.recorder import Recorder
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.transfer import stacked_on_host
 from learnkit.shards import whole
+from learnkit.transfer import stacked_on_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

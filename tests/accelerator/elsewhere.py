@@ -21,6 +21,7 @@ BY_HAND = "its oracle calls the model, which is on the device here, with tensors
 DRAWS = "dropout draws from the device's generator: other numbers than those for which it was written"
 COUNTS = "counts what a step costs where batches need not be moved; on a device: tests/accelerator/test_waits.py"
 AUTOCAST = "autocast on a device has other lists of operations than on the CPU, with which it compares bits"
+FOREACH = "torch steps it by its foreach kernels on a device and one by one on the CPU, which round differently"
 ADDS = "it adds a module to the model after the Learner was built, which stays on the CPU: refused, as test_one_device.py shows"
 ALONE = "starts processes of its own, which do not have the stand-in"
 CANNOT = {
@@ -34,6 +35,10 @@ CANNOT = {
     "test_data.py::test_a_sampler_of_the_users_own_is_kept": BY_HAND, "test_data.py::test_the_datas_loss_function": BY_HAND,
     "test_evaluation.py::test_regression_metrics": BY_HAND, "test_evaluation.py::test_validation_batches_without": BY_HAND,
     "test_evaluation.py::test_an_evaluation_leaves_modes": BY_HAND, "test_evaluation.py::test_an_evaluation_in_the_middle": BY_HAND,
+    "callbacks/test_label_smoothing.py::test_training_has_the_smoothed_loss_and_evaluation_the_plain_one[weights]": BY_HAND,
+    "test_fit_by_hand.py::test_a_fit_equals_the_loop_by_hand_over": BY_HAND,
+    "test_fit_by_hand.py::test_a_fit_with_any_optimizer_equals_the_loop_by_hand_with_decoupled_weight_decay[RAdam]": FOREACH,
+    "test_fit_by_hand.py::test_a_fit_with_any_optimizer_equals_the_loop_by_hand_with_decoupled_weight_decay[NAdam]": FOREACH,
     "vision/test_data.py::test_batches_are_normalized": BY_HAND, "test_files.py::test_a_file_of_plain_torch": BY_HAND,
     "callbacks/test_channels_last.py::test_inputs_that_are_no_pictures": "a batch that is moved is another object",
     "callbacks/test_checkpoint.py::test_early_stopping_remembers": DRAWS,
