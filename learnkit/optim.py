@@ -160,9 +160,9 @@ def separate(opt: Optimizer, name: str) -> None:
         value = value.clone() if id(value) in seen else value
         seen.add(id(value))
         return value
-    key = "betas" if name == "mom" and momentum_name(opt) == "betas" else "momentum" if name == "mom" else name
     for group in opt.param_groups:
-        if key in group: group[key] = own(group[key])
+        for key in ("momentum", "betas") if name == "mom" else (name,):
+            if key in group: group[key] = own(group[key])
 
 
 def scale_of(group: dict[str, Any], name: str) -> float:

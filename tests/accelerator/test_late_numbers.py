@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from learnkit import Callback, DataBunch, Learner, accelerator, accuracy
+from learnkit import Callback, DataBunch, Learner, accelerator, accuracy, evaluate
 from learnkit.callbacks import Accumulate, Checkpoint, CSVLogger, JSONLogger, MixedPrecision, Progress
 from learnkit.hooks import StopFit
 from learnkit.vision.resample import crop_weights
@@ -231,3 +231,10 @@ def test_a_rate_on_the_device_is_scheduled_without_waiting_and_trains_as_a_numbe
         assert device == "cpu" or learn.opt.param_groups[0]["lr"] is lr
         made.append((learn.recorder.lrs, learn.recorder.losses))
     assert made[0][0] == made[1][0] and made[0][1] == pytest.approx(made[1][1], rel=1e-5)
+
+
+def test_predictions_too_large_for_pinned_memory_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    learn = learner("twin")
+    small = learn.get_preds(with_loss=True)
+    monkeypatch.setattr(evaluate, "PINNED", 15)
+    assert all(map(torch.equal, small, learn.get_preds(with_loss=True)))
