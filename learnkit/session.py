@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from learnkit.hooks import STAGES, Callback, ControlFlow, Stages, add_note, causes
 from learnkit.memory import note_out_of_memory
 from learnkit.order import private_order
+from learnkit.placement import check_place, current
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -19,15 +20,13 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     everyone = sorted(check_callbacks([*learn.callbacks, *extra]), key=lambda callback: callback.order)
     if learn.resume and not any(callback.restores for callback in everyone):
         raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
-    if any(p.is_meta for p in learn.model.parameters()):
-        raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives it "
-                         "some, on one process too.")
+    check_place(learn)
     modes = [(module, module.training) for module in learn.model.modules()]
     learn.training_model = learn.evaluated_model = learn.model
     learn.running = tuple(everyone)
     learn.stages = Stages(learn, everyone, {stage: getattr(learn, f"_{stage}") for stage in STAGES})
     try:
-        with private_order(learn.data.train_dl, *dls): yield
+        with current(learn.device), private_order(learn.data.train_dl, *dls): yield
     except ControlFlow as signal:
         raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
                            f"{learn.where()}.") from signal
@@ -38,6 +37,7 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     finally:
         for module, mode in modes: module.training = mode
         learn.failure = learn.pred = learn.loss = None
+        learn._labels_read = []
         learn.stages = None  # type: ignore[assignment]
         learn.running, learn.resume = (), False
         learn.training, learn.training_model = False, learn.model
