@@ -1,6 +1,8 @@
 """Batches that do not fit into memory, split until they do."""
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,20 +12,33 @@ from torch import Tensor
 from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
 from learnkit.callbacks.distributed import Distributed
-from learnkit.hooks import Callback, Run
+from learnkit.hooks import Callback, Run, add_note
 from learnkit.learner import Learner
 from learnkit.loss import not_zero, weighted
-from learnkit.session import is_out_of_memory
+from learnkit.memory import forget_tensors, free_cached, is_in_step, is_out_of_memory
+
+Shapes = list[tuple[int, ...]]
+NO_LIMIT = 2 ** 62      # samples of a part, from a rank on which they fit
 
 
 class AutoMicrobatch(Callback):
-    """Where a training batch does not fit into memory, split it in halves until it does, and go on with parts of that size.
+    """Where a training batch does not fit into memory, split it in halves until it does, and continue with parts of that size.
 
     size    samples of a part, at most, to begin with; None: whole batches
 
-    The gradient is that of the whole batch, each part counting by its samples; `learn.loss` is the batch's, and random numbers are
-    drawn anew from where the batch began. Batch norm normalizes each part by itself. On several ranks the first batch of a fit
-    decides for all of them, and memory that runs out later is an error. Evaluations are not split.
+    The gradient is that of the whole batch, each part counting by its samples; `learn.loss` is the batch's. Batch norm normalizes each
+    part by itself. Evaluations are not split.
+
+    A batch is a trial until a part that is as large in every dimension has fitted after a step of this fit, when the optimizer has its
+    state: longer sequences and larger pictures are trials too. A trial costs a copy of the model's buffers; one that fails leaves no
+    trace in them and in random numbers. Memory that runs out later, at a size that had fitted, is a warning on one process, which splits
+    that batch: batch norm's statistics have then seen it twice. Within a window of Accumulate it is an error, as is what the optimizer's
+    step needs, which depends on no batch.
+
+    On several ranks each runs a trial without the others; all then take the least size that any of them needs, and reduce the gradients
+    after the backward pass. As a rank cannot know of another one's trial, they ask each other before every batch: one number, over the
+    CPU where the group has a backend for it, so that no device is waited for (NCCL alone would wait). Memory that runs out at a size that
+    had fitted is an error there, which ends all ranks.
 
     >>> learn.fit(5, callbacks=[AutoMicrobatch()])  # doctest: +SKIP
     """
@@ -34,49 +49,110 @@ class AutoMicrobatch(Callback):
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"size={size!r}: expected a whole number of samples, 1 or more.")
         self.initial_size = self.size = size    # samples of a part; None: a whole batch
-        self.proven = 0                         # samples of the largest part that has fitted in this fit
+        self.first_step = -1                    # the number of this fit's first step; -1: no pass has begun
+        self.proven: list[Shapes] = []          # parts that have fitted, each larger than the others in some dimension
+        self.trusted: Any = None                # the last batch that was no trial: (shapes, samples of a part, whether gradients wait)
+        self.shapes: list[torch.Size] = []      # of the last batch's tensors
+        self.n = 0                              # its samples
 
     def before_fit(self, learn: Learner) -> None:
-        self.size, self.proven = self.initial_size, 0
+        self.size, self.first_step = self.initial_size, -1
+        self.forget()
         replicas = next((callback.replicas for callback in learn.running if isinstance(callback, Distributed)), None)
         if replicas is not None and replicas.sync_bn:
             raise ValueError("AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave the others waiting in a layer "
                              "of batch norm. Take one of them; batch_size_find() tells what fits.")
 
+    def before_train(self, learn: Learner) -> None:
+        if self.first_step < 0: self.first_step = learn.step
+
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training: return run()
-        n = n_samples(learn)
+        shapes = shapes_in(learn.inputs, learn.target)
+        if shapes != self.shapes: self.shapes, self.n = shapes, n_samples(learn)
+        n = self.n
         part = n if self.size is None else min(self.size, n)
-        if part <= self.proven or (learn.world_size > 1 and self.proven):
-            if part == n: return run()
-            self.passes(learn, n, part, alone=False)
-        else: self.probe(learn, n, part)
+        batch = (shapes, part, learn.n_held > 0)
+        trial = batch != self.trusted and not self.has_fitted(batch)
+        if learn.world_size > 1: trial = learn.ranks.agree(trial)
+        if not trial:
+            before = learn.step, learn.n_held
+            try:
+                if part == n: return run()
+                self.passes(learn, n, part, alone=False)
+            except BaseException as error:
+                reason = self.why_not_split(learn, error, part, before)
+                if reason: add_note(error, reason)
+                if reason is not None: raise
+                forget_tensors(error)
+                trial = True
+            if trial: part = self.split_what_had_fitted(learn, part)
+        if trial: self.probe(learn, n, part)
         learn.stages.step()
 
+    # ------------------------------------------------------------------ what has fitted
+    def has_fitted(self, batch: Any) -> bool:
+        """Whether parts that are as large in every dimension have."""
+        need = needed(*batch, n=self.n)
+        if not any(covers(other, need) for other in self.proven): return False
+        self.trusted = batch
+        return True
+
+    def remember(self, learn: Learner, part: int) -> None:
+        """What has fitted only before the fit's first step says little: the optimizer's state came with it."""
+        if learn.step == self.first_step: return
+        need = needed(self.shapes, part, learn.n_held > 0, n=self.n)
+        self.proven = [need, *(other for other in self.proven if not covers(need, other))]
+
+    def forget(self) -> None: self.proven, self.trusted = [], None
+
+    def why_not_split(self, learn: Learner, error: BaseException, part: int, before: tuple[int, int]) -> str | None:
+        """Why this batch, of a size that had fitted, cannot be split now, empty where that is not the question; None: it can be."""
+        if not is_out_of_memory(error) or is_in_step(error) or (learn.step, learn.n_held) != before or part == 1: return ""
+        if learn.world_size > 1:
+            return ("learnkit: AutoMicrobatch could not split this batch, whose size had fitted: the others are reducing gradients with "
+                    "this one already.")
+        if learn.n_held:
+            return ("learnkit: AutoMicrobatch could not split this batch, whose size had fitted: its gradients are mixed with those that "
+                    "Accumulate holds.")
+        return None
+
+    def split_what_had_fitted(self, learn: Learner, part: int) -> int:
+        """Half the size from now on; there is less memory than there was."""
+        learn.failure = learn.pred = learn.loss = None
+        for p in learn.model.parameters(): p.grad = None
+        free_cached(learn.device)
+        self.forget()
+        self.size = max(1, part // 2)
+        warnings.warn(f"memory ran out at {part} samples, which had fitted before, {learn.where()}: another process may have taken it. "
+                      f"AutoMicrobatch continues with parts of {self.size}.", stacklevel=2)
+        return self.size
+
+    # ------------------------------------------------------------------ the passes of a batch
     def probe(self, learn: Learner, n: int, part: int) -> None:
         """Find the size of the parts that fit; the batch has its gradients then."""
-        with_others = learn.world_size > 1      # none of them may wait in a reduction for one that failed
+        several = learn.world_size > 1      # none of them may wait in a reduction for one that failed
         start = State(learn)
         while True:
-            error = self.attempt(learn, n, part, alone=with_others)
+            error = self.attempt(learn, n, part, alone=several)
             if not learn.ranks.agree(error is not None): break
-            part = max(1, part // 2) if part > 1 else 0
+            limit = NO_LIMIT if error is None else part // 2
+            if several: limit = min(learn.ranks.gather(limit))
             start.put_back(learn)
-            if not part:
-                raise error or RuntimeError("another rank's sample does not fit into its memory.")
-            if with_others: part = min(learn.ranks.gather(part))
-        if part < n: self.size = part
-        self.proven = part
+            if not limit: raise error or RuntimeError("another rank's sample does not fit into its memory.")
+            self.size, part = limit, min(part, limit)
+        self.remember(learn, part)
         start.add_gradients(learn)
-        if with_others: learn.reduce_gradients()
+        if several: learn.reduce_gradients()
 
     def attempt(self, learn: Learner, n: int, part: int, *, alone: bool) -> BaseException | None:
         """Forward and backward passes of all parts; the error, where memory runs out."""
         try: self.passes(learn, n, part, alone=alone)
         except BaseException as error:
-            if not is_out_of_memory(error): raise
+            if not is_out_of_memory(error, perhaps=True): raise
             learn.failure = learn.pred = learn.loss = None
-            return error.with_traceback(None)
+            forget_tensors(error)
+            return error
         return None
 
     def passes(self, learn: Learner, n: int, part: int, *, alone: bool) -> None:
@@ -117,12 +193,35 @@ class State:
         put_random_state(self.random, learn.device)
         for buffer, value in self.buffers: buffer.copy_(value)
         for p in self.parameters: p.grad = None
-        if learn.device.type != "cpu": torch.accelerator.memory.empty_cache()
+        free_cached(learn.device)
 
     @torch.no_grad()
     def add_gradients(self, learn: Learner) -> None:
         for p, earlier in zip(self.parameters, self.gradients, strict=True):
             if earlier is not None: p.grad = earlier if p.grad is None else p.grad.add_(earlier)
+
+
+def shapes_in(inputs: Any, target: Any) -> list[torch.Size]:
+    """Of every tensor in them, in one function, as it is called for each batch."""
+    shapes, rest = [], [inputs, target]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tensor): shapes.append(value.shape)
+        elif isinstance(value, (tuple, list)): rest.extend(value)
+        elif isinstance(value, (dict, Mapping)): rest.extend(value.values())
+    return shapes
+
+
+def needed(shapes: list[torch.Size], part: int, held: bool, *, n: int) -> Shapes:
+    """What the largest part of a batch of n samples takes: whether gradients are there before its backward pass, and its shapes."""
+    largest = -(-n // -(-n // part))
+    return [(held or largest < n,), *((largest, *shape[1:]) if shape and shape[0] == n else tuple(shape) for shape in shapes)]
+
+
+def covers(large: Shapes, small: Shapes) -> bool:
+    """Whether each tensor of `large` is as large as the one of `small`, in every dimension."""
+    return len(large) == len(small) and all(len(a) == len(b) and all(i >= j for i, j in zip(a, b, strict=True))
+                                            for a, b in zip(large, small, strict=True))
 
 
 def n_samples(learn: Learner) -> int:

@@ -27,13 +27,14 @@ def accelerator() -> torch.device | None:
 
 def _lists_cuda() -> bool:
     """Whether the driver lists a CUDA or ROCm device; CUDA is started only where the driver has no list."""
-    if not _has_driver(): return False      # else torch would ask the runtime, which ends forking for no device at all
+    if not has_driver(): return False      # else torch would ask the runtime, which ends forking for no device at all
     with warnings.catch_warnings():         # "Can't initialize NVML": the runtime, which is asked then, decides
         warnings.simplefilter("ignore", UserWarning)
         return torch.cuda.device_count() > 0
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether a driver for CUDA or ROCm is installed on this Linux: without one there is no device, and nothing to ask."""
     if torch.version.hip: return os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")      # dxg: under Windows (WSL)
     return any(map(_loads, ("libnvidia-ml.so.1", "libcuda.so.1")))
 

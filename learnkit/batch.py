@@ -1,8 +1,9 @@
 """The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or `target`."""
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(map_tensors(function, v) for v in value))
     if isinstance(value, (tuple, list)): return type(value)(map_tensors(function, v) for v in value)
     return value
+
+
+def copied(value: Any) -> Any:
+    """A nested structure of tuples, lists and mappings with a copy of every tensor in it, without its graph.
+
+    What is kept of a model's output for longer than a batch must be one: a captured CUDA graph writes its next output into the same memory.
+    """
+    if isinstance(value, MutableMapping):
+        made = copy.copy(value)
+        for key in value: made[key] = copied(value[key])
+        return made
+    if isinstance(value, (tuple, list)):
+        parts = [copied(v) for v in value]
+        return type(value)(*parts) if getattr(value, "_fields", None) else type(value)(parts)
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def as_float32(tensor: Tensor) -> Tensor: return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

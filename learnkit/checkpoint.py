@@ -137,8 +137,18 @@ def load_optimizer(opt: Optimizer, state: Mapping[str, Any]) -> None:
     given = [{**given, **{name: group[name] for name in HOW if name in group}}
              for given, group in zip(state["param_groups"], groups, strict=True)]
     opt.load_state_dict({**state, "state": values, "param_groups": given})
-    for group, loaded in zip(groups, opt.param_groups, strict=True): group.update(loaded)
+    for group, loaded in zip(groups, opt.param_groups, strict=True):
+        group.update({name: put_back(group.get(name), value) for name, value in loaded.items() if name != "params"})
+        group["params"] = loaded["params"]
     opt.param_groups[:] = groups
+
+
+def put_back(own: Any, loaded: Any) -> Any:
+    """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not become one."""
+    if isinstance(own, tuple) and isinstance(loaded, (tuple, list)) and len(own) == len(loaded):
+        return tuple(map(put_back, own, loaded))
+    if isinstance(own, Tensor): return own.fill_(loaded)  # type: ignore[arg-type]
+    return loaded.item() if isinstance(loaded, Tensor) and isinstance(own, (int, float)) else loaded
 
 
 def shape_of(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from learnkit.accelerator import can_pin
+from learnkit.accelerator import accelerator, can_pin
 from learnkit.ahead import ahead
 from learnkit.batch import describe
 from learnkit.draws import BatchTransform, transform_batch
@@ -170,6 +170,8 @@ class DataBunch:
         check_batch_size("bs", bs)
         val_bs = bs if val_bs is None else val_bs
         check_batch_size("val_bs", val_bs)
+        device = accelerator()
+        pins = device is not None and can_pin(device)
 
         def loader(dataset: Any, size: int, *, train: bool) -> DataLoader[Any] | None:
             if dataset is None: return None
@@ -177,7 +179,7 @@ class DataBunch:
                 EpochSampler(check_dataset(dataset), shuffle=train, seed=seed)
             return DataLoader(dataset, batch_size=size, sampler=sampler, drop_last=train and drop_last, collate_fn=collate_fn,
                               num_workers=default_workers(dataset) if num_workers is None else num_workers,
-                              pin_memory=torch.accelerator.is_available(), generator=PrivateGenerator())
+                              pin_memory=pins, generator=PrivateGenerator())
 
         return cls(loader(train_ds, bs, train=True),  # type: ignore[arg-type]
                    loader(valid_ds, val_bs, train=False), loader(test_ds, val_bs, train=False),
@@ -260,7 +262,7 @@ def n_batches(loader: Any) -> int | None:
 
 def default_device() -> torch.device:
     """The accelerator that this process uses (of several processes each has its own), else the CPU."""
-    if not torch.accelerator.is_available(): return torch.device("cpu")
+    if accelerator() is None: return torch.device("cpu")
     from learnkit.distributed.world import get_device
     return get_device()
 

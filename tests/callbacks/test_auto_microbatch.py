@@ -1,4 +1,6 @@
 """AutoMicrobatch: a batch that does not fit is split until it does, with the numbers of the whole one."""
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from learnkit import Callback, DataBunch, Learner, SkipBackward
 from learnkit.callbacks import EMA, Accumulate, AutoMicrobatch, Checkpoint, ClipGradients, MixedPrecision
+from learnkit.distributed import RankFailed, get_rank, launch
 
 Batch = tuple[Tensor, Tensor]
 
@@ -244,3 +247,227 @@ def test_each_fit_begins_with_the_size_that_was_given():
 @pytest.mark.parametrize("size", [0, -1, True, 2.])
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match=r"size=.*expected a whole number of samples, 1 or more"): AutoMicrobatch(size)
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is trusted
+class Shrinks(Callback):
+    """From the end of step `after` on there is room for fewer samples: what the optimizer's state does in the first one."""
+
+    def __init__(self, limit: int, after: int = 1) -> None: self.limit, self.after = limit, after
+
+    def after_step(self, learn: Learner) -> None:
+        if learn.step == self.after: learn.model.limit = self.limit
+
+
+class Told(Callback):
+    """Splits from that step on, without an error."""
+
+    def __init__(self, size: int, after: int = 1) -> None: self.size, self.after = size, after
+
+    def after_step(self, learn: Learner) -> None:
+        if learn.step == self.after: next(cb for cb in learn.callbacks if isinstance(cb, AutoMicrobatch)).size = self.size
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
+def test_memory_that_the_optimizers_state_takes_splits_the_second_batch_and_leaves_no_trace(late):
+    extra = nn.BatchNorm1d(6), nn.Dropout(.5)
+    found = learner(Limited(99, *extra, late=late), AutoMicrobatch(), Shrinks(3), train=batches(8, 8, 6))
+    told = learner(Limited(99, nn.BatchNorm1d(6), nn.Dropout(.5)), AutoMicrobatch(), Told(2), train=batches(8, 8, 6))
+    for learn in (found, told):
+        torch.manual_seed(7)
+        learn.fit(2)
+    assert found.model.seen[0] == 8 and 2 in found.model.seen
+    for a, b in zip(found.model.state_dict().values(), told.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+    assert found.recorder.losses == told.recorder.losses
+
+
+@pytest.mark.parametrize("limit", [7, 3])
+def test_in_windows_of_accumulate_the_batches_after_the_first_step_are_trials_too(limit):
+    given = batches(*[8] * 8)
+    split = learner(Limited(99), AutoMicrobatch(), Accumulate(2), Shrinks(limit), train=given).fit(1)
+    assert_near(split, learner(Limited(99), Accumulate(2), train=given).fit(1))
+    split = learner(Limited(99), AutoMicrobatch(), Accumulate(2), ShrinksWithin(limit), train=given).fit(1)
+    assert_near(split, learner(Limited(99), Accumulate(2), train=given).fit(1))
+
+
+class ShrinksWithin(Callback):
+    """In the second window, once gradients wait: there is less room with them."""
+    def after_batch(self, learn: Learner) -> None:
+        if learn.step == 1 and learn.n_held: learn.model.limit = self.limit
+    def __init__(self, limit: int) -> None: self.limit = limit
+
+
+class LimitedNumbers(nn.Module):
+    """Holds so many numbers of a batch (samples, length, 4) in training and no more."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.limit, self.seen = nn.Linear(4, 2), limit, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(tuple(x.shape[:2]))
+        if x.numel() > self.limit: raise torch.OutOfMemoryError(f"{tuple(x.shape)}")
+        return torch.tanh(self.net(x)).mean(1)
+
+
+def sequences(*shapes: tuple[int, int]) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(*shape, 4, generator=generator), torch.randn(shape[0], 2, generator=generator)) for shape in shapes]
+
+
+def test_a_longer_sequence_is_a_trial_though_its_samples_are_no_more():
+    given = sequences((8, 3), (8, 3), (8, 3), (8, 5), (8, 4), (4, 5), (8, 9))
+    split = learner(model := LimitedNumbers(8 * 4 * 4), AutoMicrobatch(), train=given).fit(1)
+    assert_near(split, learner(LimitedNumbers(10 ** 9), train=given).fit(1))
+    assert model.seen[:6] == [(8, 3), (8, 3), (8, 3), (8, 5), (4, 5), (4, 5)]
+    assert model.seen[-5:] == [(4, 9), *[(2, 9)] * 4]
+
+
+def test_a_size_that_has_fitted_is_trusted_for_all_that_is_no_larger_in_any_dimension():
+    """Memory that runs out in what is trusted is the warning; that of a trial is none."""
+    given = sequences((8, 9), (8, 9), (6, 9), (8, 2), (3, 3))
+    for last in range(2, 5):
+        learn = learner(LimitedNumbers(10 ** 9), AutoMicrobatch(), train=given)
+        with pytest.warns(UserWarning, match=r"memory ran out at \d samples, which had fitted before, epoch 0, training batch"):
+            learn.fit(1, callbacks=[RunsOutIn(last)])
+    learner(LimitedNumbers(10 ** 9), AutoMicrobatch(), train=sequences((8, 9), (8, 9), (2, 10))).fit(1, callbacks=[RunsOutIn(2)])
+
+
+class RunsOutIn(Callback):
+    """In the forward pass of one batch, once."""
+
+    def __init__(self, batch: int, rank: int = 0) -> None: self.batch, self.rank, self.done = batch, rank, False
+
+    def before_forward(self, learn: Learner) -> None:
+        if learn.training and learn.batch_index == self.batch and get_rank() == self.rank and not self.done:
+            self.done = True
+            raise torch.OutOfMemoryError("another process took it")
+
+
+def test_memory_that_another_process_takes_later_splits_the_batches_from_there_on():
+    given, auto = batches(*[8] * 6), AutoMicrobatch()
+    split = learner(model := Limited(99), auto, Shrinks(3, after=4), train=given)
+    with pytest.warns(UserWarning, match=r"memory ran out at 8 samples, which had fitted before.*continues with parts of 4"): split.fit(1)
+    assert_near(split, learner(Limited(99), train=given).fit(1))
+    assert model.seen == [8] * 5 + [4] + [2] * 8 and auto.size == 2
+
+
+def test_memory_that_runs_out_later_within_a_window_is_an_error_that_says_why():
+    given = batches(*[8] * 6)
+    with pytest.raises(torch.OutOfMemoryError) as raised: learner(Limited(99), AutoMicrobatch(), Accumulate(2), train=given).fit(1, callbacks=[RunsOutIn(5)])
+    assert any("its gradients are mixed with those that Accumulate holds" in note for note in raised.value.__notes__)
+
+
+def test_one_sample_that_does_not_fit_any_more_is_the_error_of_the_memory():
+    with pytest.raises(torch.OutOfMemoryError, match="1 samples"): learner(Limited(99), AutoMicrobatch(1), Shrinks(0, after=3)).fit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is caught
+class Raises(Limited):
+    """Another error than torch.OutOfMemoryError."""
+
+    def __init__(self, limit: int, text: str) -> None:
+        super().__init__(limit)
+        self.text = text
+
+    def forward(self, x: Tensor) -> Tensor:
+        try: return super().forward(x)
+        except torch.OutOfMemoryError: raise RuntimeError(self.text) from None
+
+
+NOT_SUPPORTED = "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."
+
+
+@pytest.mark.parametrize("text", [NOT_SUPPORTED, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "Triton Error [CUDA]: out of memory"])
+def test_the_errors_of_libraries_under_torch_split_a_batch_too(text):
+    assert_near(learner(Raises(3, text), AutoMicrobatch()).fit(2), learner(Limited(99)).fit(2))
+
+
+def test_an_error_that_a_smaller_part_does_not_cure_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_NOT_SUPPORTED"): learner(Raises(0, NOT_SUPPORTED), AutoMicrobatch()).fit(1)
+
+
+def test_no_tensor_of_a_failed_attempt_is_alive_in_the_next_one():
+    class Holds(Limited):
+        def __init__(self, limit: int) -> None:
+            super().__init__(limit)
+            self.alive: list[list[bool]] = []
+            self.made: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.alive.append([ref() is not None for ref in self.made])
+            hidden = self.first(x)
+            self.made.append(weakref.ref(hidden))
+            try: return super().forward(x)
+            except torch.OutOfMemoryError as error: raise RuntimeError("a layer of a compiled model failed") from error
+    learner(model := Holds(2), AutoMicrobatch(), train=batches(8)).fit(1)
+    assert model.alive[:3] == [[], [False], [False, False]] and not any(map(any, model.alive))
+
+
+# ------------------------------------------------------------------------------------------------------------------ several ranks
+def on_two_ranks(fit: Any) -> list[Any]:
+    """The weights, losses and sizes of what `fit` makes of a Learner on two ranks; a hang ends after 40 s."""
+    def one_rank() -> Any:
+        from learnkit.distributed import init_process_group
+        init_process_group(timeout=20)
+        learn, auto = fit()
+        return [weights(learn), learn.recorder.losses, auto.size]
+    return launch(one_rank, 2, timeout=40, every_rank=True)
+
+
+def together(model: nn.Module, auto: AutoMicrobatch, *callbacks: Callback, train: Any, **options: Any) -> tuple[Learner, AutoMicrobatch]:
+    return learner(model, auto, *callbacks, train=train).to_distributed(**options).fit(1), auto
+
+
+def assert_two_alike(split: Any, whole: Any, size: int | None) -> None:
+    found, expected = on_two_ranks(split), on_two_ranks(whole)
+    for one in found:
+        torch.testing.assert_close(one[0], expected[0][0], rtol=1e-5, atol=1e-6)
+        assert one[1] == pytest.approx(expected[0][1], rel=1e-5) and one[2] == size
+    for a, b in zip(found[0][0], found[1][0], strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"delay_allreduce": True}], ids=["", "delay_allreduce"])
+def test_where_one_rank_alone_runs_out_in_the_second_step_all_split_it(rank, options):
+    class OnOne(Shrinks):
+        def after_step(self, learn: Learner) -> None:
+            if get_rank() == rank: super().after_step(learn)
+    given = batches(*[8] * 8)         # four for each rank
+    assert_two_alike(lambda: together(Limited(99), AutoMicrobatch(), OnOne(3), train=given, **options),
+                     lambda: together(Limited(99), AutoMicrobatch(), train=given, **options), size=2)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_where_one_rank_alone_gets_a_longer_sequence_later_all_split_it(n):
+    """Each rank has batches of its own lengths, so that one's trial is nothing new to the other."""
+    lengths = {0: (3, 3, 3, 2, 3, 3, 3), 1: (3, 3, 3, 2, 8, 3, 9)}
+
+    def given() -> list[Batch]: return sequences(*((8, length) for length in lengths[get_rank()]))
+
+    def fit(limit: int) -> tuple[Learner, AutoMicrobatch]:
+        return together(LimitedNumbers(limit), AutoMicrobatch(), *([Accumulate(2)] if n == 2 else []), train=Own(given()))
+    assert_two_alike(lambda: fit(8 * 4 * 4 if get_rank() else 10 ** 9), lambda: fit(10 ** 9), size=2)
+
+
+class Own:
+    """A loader of this rank's own batches."""
+    is_sharded = True
+
+    def __init__(self, given: list[Batch]) -> None: self.given = given
+    def __iter__(self) -> Any: return iter(self.given)
+    def __len__(self) -> int: return len(self.given)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_later_on_one_rank_ends_both_with_the_reason(rank):
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=r"(?s)another process took it.*the others are reducing gradients with this one already") as raised:
+        on_two_ranks(lambda: together(Limited(99), AutoMicrobatch(), RunsOutIn(3, rank), train=batches(*[8] * 12)))
+    assert raised.value.rank == rank and time.monotonic() - start < 15
+
+
+def test_where_one_ranks_last_sample_does_not_fit_both_end_with_the_reason():
+    with pytest.raises(RankFailed, match=r"OutOfMemoryError: 1 samples|another rank's sample does not fit"):
+        on_two_ranks(lambda: together(Limited(0 if get_rank() else 99), AutoMicrobatch(), train=batches(*[8] * 4)))
