@@ -196,7 +196,7 @@ def test_sparse_batches_subclasses_and_those_with_a_graph_keep_what_they_are():
     assert sparse.is_sparse and torch.equal(sparse.to_dense().cpu(), torch.eye(3))
     assert type(named) is Named and str(named.device) == "twin:0"
     of_leaf.sum().backward()
-    assert torch.equal(leaf.grad, torch.ones(3))
+    assert leaf.grad is not None and torch.equal(leaf.grad, torch.ones(3))
 
 
 @pytest.mark.parametrize("device", ["twin", *DEVICES])
