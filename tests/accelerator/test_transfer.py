@@ -254,6 +254,20 @@ def test_a_pass_of_one_batch_takes_its_memory_once():
     assert n_bytes <= torch.accelerator.max_memory_allocated() - before < 1.5 * n_bytes
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make", ["held", "cut ahead", "one by one"])
+def test_a_look_at_the_first_batch_moves_no_generator_of_the_device(device, make):
+    def noisy(x: Tensor) -> Tensor: return x + torch.rand(x.shape, device=x.device)
+    place = torch.device(device)
+    data = {"held": lambda: DataBunch.from_tensors(whole(), bs=BS, batch_tfms=[noisy], device=place),
+            "cut ahead": lambda: DataBunch(TensorLoader(whole(), bs=BS, batch_tfms=[noisy], n_ahead=1, device=place)),
+            "one by one": lambda: ImageDataBunch.from_dataset(Pictured(), ds_tfms=[noisy], bs=BS, device=place, num_workers=0)}[make]()
+    before = torch.twin.get_rng_state(place)        # type: ignore[attr-defined]
+    first, second = data.one_batch(), data.one_batch()
+    assert torch.equal(first[0].cpu(), second[0].cpu())
+    assert torch.equal(torch.twin.get_rng_state(place), before)     # type: ignore[attr-defined]
+
+
 # ---------------------------------------------------------------------- streams
 def n_streams_taken(work: Callable[[], object]) -> int:
     """Each new stream has the next number."""
