@@ -39,7 +39,8 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk."""
+    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk. What is
+    on a device is copied to the host first: a file has the same bytes wherever its tensors were."""
     part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,10 @@ def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
+    """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits.
+
+    To a device the tensors are copied one by one from ordinary memory; the host waits for each.
+    """
     if strict: check_model(model, state)
     names, own, given = named(model, state)
     fitting = {names[key]: like(own[key], value) for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}

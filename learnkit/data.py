@@ -5,6 +5,7 @@ import copy
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -219,12 +220,23 @@ def first_batch(loader: Any) -> Any:
     """A loader's next first batch; its epoch and the global random state stay as they are."""
     samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochOrder)]
     state = [(part.generator, part.generator.get_state()) for part in parts_of(loader) if generator_of(part) is not None]
-    with torch.random.fork_rng(devices=[]):
+    with same_random_state(loader):
         for batch in loader: break
         else: raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
     for part, epoch in samplers: part.epoch = epoch
     for generator, value in state: generator.set_state(value)
     return batch
+
+
+@contextmanager
+def same_random_state(loader: Any) -> Iterator[None]:
+    """What a loader draws in the block from torch's global generators, of the CPU and of devices on which it transforms, is not missed."""
+    places = [t.device for t in getattr(loader, "tensors", ())] + [getattr(loader, "device", None)]
+    devices = {place for place in places if isinstance(place, torch.device) and place.type != "cpu"}
+    with ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices: kept.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
 
 
 def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, writing
+from learnkit.shards import is_shard
 from learnkit.staging import bytes_of, fetch, is_simple
 
 FORMAT = 2      # 1: all in .pt files
@@ -206,7 +207,7 @@ class Copies:
 
     def __init__(self) -> None:
         self.of_memory: dict[Any, Tensor] = {}          # by where it lies and how
-        self.used: set[int] = set()                     # which of them
+        self.used: set[Any] = set()                     # the memory of the copies
         self.away: list[tuple[Tensor, Tensor]] = []     # bytes on a device, and where they go
 
     def of(self, parts: Any, earlier: Any) -> Any:
@@ -220,15 +221,22 @@ class Copies:
         return parts
 
     def of_tensor(self, tensor: Tensor, earlier: Any) -> Tensor:
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else len(self.of_memory)
-        if key in self.of_memory: return self.of_memory[key]
+        key = memory_of(tensor)
+        if key in self.of_memory: return self.of_memory[key].detach()       # another tensor of the same memory
         fits = isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype) \
-            and id(earlier) not in self.used
+            and memory_of(earlier) not in self.used
         if not is_simple(tensor): made = earlier.copy_(tensor) if fits else tensor.to("cpu", copy=True)
         else:
             made = earlier if fits else torch.empty_like(tensor, device="cpu")
             if made.stride() != tensor.stride(): tensor = torch.empty_like(made, device=tensor.device).copy_(tensor)    # without gaps
             self.away.append((bytes_of(tensor), bytes_of(made)))
-        self.of_memory[key] = made
-        self.used.add(id(made))
+        if key is not None:
+            self.of_memory[key] = made
+            self.used.add(memory_of(made))
         return made
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """What two tensors have in common that are one; None for those that have no memory that could be one."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0 or is_shard(tensor) or tensor.is_meta: return None
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()

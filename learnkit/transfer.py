@@ -1,7 +1,6 @@
 """Between the host and a device, without either waiting for the other."""
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -93,13 +92,11 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor if is_dense and tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
-def copy_stream(device: torch.device) -> torch.Stream:
-    """The stream on which this process copies from and to a device, while the device computes on others."""
-    return _copy_stream(device, os.getpid())        # a child that was forked cannot use its parent's
-
-
 @cache
-def _copy_stream(device: torch.device, process: int) -> torch.Stream: return torch.Stream(device)
+def copy_stream(device: torch.device) -> torch.Stream:
+    """The stream on which this process copies from and to a device, while the device computes on others. A child that is forked makes its
+    own: a process that has used the device, and so has a stream, cannot fork one that uses it."""
+    return torch.Stream(device)
 
 
 class Enqueued:
