@@ -24,14 +24,23 @@ benchmarks := benchmarks/step_cost.py benchmarks/epoch.py benchmarks/import_cost
 	benchmarks/growth.py benchmarks/scaling.py
 PEERS ?= raw learnkit fastai lightning accelerate ignite keras skorch pytorch-accelerated poutyne
 
-.PHONY: help train test test-ray reliability lint bench bench-peers clean
+unaccelerated := $(python) -m pytest --ignore tests/ray --ignore tests/accelerator -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+accelerated := LEARNKIT_ACCELERATOR=twin $(python) -m pytest -o testpaths=tests/accelerator -n $(JOBS) --dist loadfile $(ARGS)
+# The CPU's tests once more, with the stand-in as this machine's accelerator.
+elsewhere := $(python) -m pytest -p tests.accelerator.elsewhere -o testpaths= -n $(JOBS) --dist load tests/callbacks tests/vision tests/test_*.py $(ARGS)
+# Which exit code of one of the three is no failure where the other one has run tests: ARGS may select none here (pytest's 5).
+no_test := $(if $(strip $(ARGS)),5,0)
+
+.PHONY: help train test test-accelerator test-ray reliability lint bench bench-peers gpu clean
 help:
 	@echo "make train    train on the embedded handwritten digits: bar, table, loss.png   (ARGS='...' are passed on)"
-	@echo "make test     run the tests                                  (ARGS='-k name' runs some)"
+	@echo "make test     run the tests, those on a stand-in accelerator too   (ARGS='-k name' runs some)"
+	@echo "make test-accelerator   those on a stand-in accelerator alone: needs g++ and Python's headers"
 	@echo "make test-ray   run the tests that need a Ray cluster, on this machine: installs ray[train], some 300 MB"
 	@echo "make reliability   the fault injections with their full counts: takes half an hour"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    measure against loops written by hand: prints ratios"
+	@echo "make gpu      what only a GPU can show: its tests, waits and speed, within ten minutes; writes benchmarks/gpu.md"
 	@echo "make bench-peers   the same scripts with other libraries, each in an environment of its own   (PEERS='learnkit fastai')"
 	@echo "make clean    remove what builds, tests and runs left; '$(VENV)' stays: delete it to begin anew"
 	@echo "Variables: PYTHON=$(PYTHON) (the interpreter, >= 3.10), VENV=$(VENV) (where everything is installed),"
@@ -41,7 +50,17 @@ train: $(VENV)/.installed
 	$(python) examples/01_digits.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest --ignore tests/ray -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+ifneq ($(filter tests/%,$(ARGS)),)
+	$(unaccelerated)
+else
+	first=0; $(unaccelerated) || first=$$?; [ $$first = 0 ] || [ $$first = $(no_test) ] || exit $$first; \
+	second=0; $(accelerated) || second=$$?; [ $$second = 0 ] || [ $$second = $(no_test) ] || exit $$second; \
+	$(elsewhere) || { third=$$?; [ $$third = $(no_test) ] && [ $$first$$second != 55 ]; }
+endif
+
+test-accelerator: $(VENV)/.installed-dev
+	second=0; $(accelerated) || second=$$?; [ $$second = 0 ] || [ $$second = $(no_test) ] || exit $$second; \
+	$(elsewhere) || { third=$$?; [ $$third = $(no_test) ] && [ $$second = 0 ]; }
 
 test-ray: $(VENV)/.installed-ray
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(python) -m pytest tests/ray $(ARGS)
@@ -55,6 +74,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	set -e; for script in $(benchmarks); do echo "== $$script"; $(python) "$$script" $(ARGS); done
+
+gpu: $(VENV)/.installed-dev
+	$(python) benchmarks/gpu.py $(ARGS)
 
 bench-peers: $(VENV)/.installed-bench
 	UV="$(abspath $(VENV))/bin/uv" PYTHON_VERSION="$(abspath $(VENV))/bin/python" benchmarks/peers/setup.sh $(PEERS)

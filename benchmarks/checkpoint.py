@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from epoch import cnn
-from measure import interleave, machine, ratios, spread
+from measure import clock_of, interleave, machine, ratios, spread
 from torch import nn
 
 from learnkit import Callback, DataBunch, Learner, snapshots
@@ -85,6 +86,60 @@ def beside(folder: Path, rounds: int) -> None:
             with learn.no_logging(): learn.fit(1)
     print(f"waiting with async_write / without  {spread(ratios(waited, 'async_write', 'at once'))}")
     print("  " + ", ".join(f"{name} {statistics.median(values):.4f} s" for name, values in waited.items()))
+
+
+class Span(Callback):
+    """Seconds of a training pass, whose steps each last `pace` seconds longer than the work of the device."""
+    order = 10_000
+
+    def __init__(self, device: torch.device, pace: float) -> None: self.clock, self.pace, self.seconds = clock_of(device), pace, 0.
+
+    def around_train(self, learn: Learner, run: Callable[[], None]) -> None:
+        start = self.clock()
+        run()
+        self.seconds = self.clock() - start
+
+    def before_batch(self, learn: Learner) -> None: time.sleep(self.pace)
+
+
+class SaveByHand(Callback):
+    """What a loop by hand does: torch.save of both states, flushed to the disk."""
+    order = Checkpoint.order
+
+    def __init__(self, folder: Path, every: int) -> None: self.path, self.every = folder / "by hand.pt", every
+
+    def after_batch(self, learn: Learner) -> None:
+        if learn.step % self.every: return
+        plain({"model": learn.model.state_dict(), "optimizer": learn.opt.state_dict()}, self.path, durable=True)
+
+
+def stalls(folder: Path, megabytes: int, rounds: int, device: torch.device, *, every: int = 8, n_saves: int = 2) -> dict[str, list[float]]:
+    """Seconds that a training pass on a device waits for one save of so many megabytes: a pass with saves, less one without. The steps
+    between two saves last twice as long as writing by hand does, so that a save in the background is over when the next one is due."""
+    layers, x = max(1, megabytes // 12), torch.randn(8, 1024, device=device)       # 4 MB each, and two moments for each
+    data = [(x, x)] * (every * n_saves + every // 2)        # what waits for the last copy is in it, too
+
+    def train(pace: float, *keepers: Callback) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
+        span = Span(device, pace)
+        learn = Learner((data, None), model, loss_func=nn.functional.mse_loss, callbacks=[span, *keepers], device=device)
+        with learn.no_logging(): learn.fit(1, 1e-6)
+        return span.seconds
+
+    train(0.)
+    pace = 2 * (train(0., SaveByHand(folder, every)) - train(0.)) / n_saves / every
+    keep: Any = partial(Checkpoint, every_n_steps=every, every_n_epochs=None, keep=1)
+    keepers = {"torch.save by hand": lambda own: SaveByHand(folder, every), "Checkpoint": keep,
+               "Checkpoint(async_write=True)": partial(keep, async_write=True)}
+    found: dict[str, list[float]] = {name: [] for name in keepers}
+    for i in range(rounds):
+        base = train(pace)
+        for name, make in keepers.items():
+            own = folder / f"{megabytes} {i} {name}"
+            found[name].append((train(pace, make(own)) - base) / n_saves)
+            shutil.rmtree(own, ignore_errors=True)
+    return found
 
 
 class Leave(Callback):

@@ -1,6 +1,6 @@
 """One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, against a loop by hand.
 
-    python benchmarks/epoch.py [--rounds 11] [--images 12800]
+    python benchmarks/epoch.py [--rounds 11] [--images 12800] [--device cuda]
 
 Printed: time ratios round by round, as median and middle half, on the same DataLoader and with `from_tensors`; and the peak memory of
 fresh processes. Goals: 1.02 × on the same DataLoader, below 1 × with from_tensors, 15 MB over the hand loop's peak.
@@ -12,13 +12,13 @@ import io
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from typing import Any
 
 import torch
-from measure import interleave, machine, ratios, spread
+from measure import CPU, add_device_option, clock_of, interleave, machine, ratios, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,14 +44,16 @@ def cnn() -> nn.Module:
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def loaders(n: int) -> tuple[DataLoader, DataLoader]:
-    return (DataLoader(TensorDataset(*images(n)), batch_size=128, shuffle=True, drop_last=True),
-            DataLoader(TensorDataset(*images(n // 5)), batch_size=128))
+def loaders(n: int, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader]:
+    return (DataLoader(TensorDataset(*images(n)), batch_size=128, shuffle=True, drop_last=True, pin_memory=pin_memory),
+            DataLoader(TensorDataset(*images(n // 5)), batch_size=128, pin_memory=pin_memory))
 
 
-def hand(n: int) -> Callable[[], None]:
+def hand(n: int, device: torch.device = CPU) -> Callable[[], None]:
     from tqdm import tqdm
-    net, (train_dl, valid_dl) = cnn(), loaders(n)
+    net, (train_dl, valid_dl) = cnn().to(device), loaders(n, pin_memory=device.type != "cpu")
+
+    def move(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def fit() -> None:
         opt = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9, fused=True)
@@ -60,6 +62,7 @@ def hand(n: int) -> Callable[[], None]:
             net.train()
             losses = []
             for xb, yb in tqdm(train_dl, leave=False):
+                if device != CPU: xb, yb = move(xb, yb)
                 loss = F.cross_entropy(net(xb), yb)
                 loss.backward()
                 opt.step()
@@ -67,26 +70,31 @@ def hand(n: int) -> Callable[[], None]:
                 scheduler.step()
                 losses.append(loss.detach())
             net.eval()
-            totals = torch.zeros(3)
+            totals, n_samples = torch.zeros(2, device=device), 0
             with torch.no_grad():
                 for xb, yb in valid_dl:
+                    if device != CPU: xb, yb = move(xb, yb)
                     out = net(xb)
-                    totals += torch.stack([F.cross_entropy(out, yb) * len(yb), (out.argmax(1) == yb).sum(), torch.tensor(float(len(yb)))])
-            print(torch.stack(losses).mean().item(), (totals[:2] / totals[2]).tolist())
+                    totals += torch.stack([F.cross_entropy(out, yb) * len(yb), (out.argmax(1) == yb).sum()])
+                    n_samples += len(yb)
+            print(torch.stack(losses).mean().item(), (totals / n_samples).tolist())
     return fit
 
 
-def ours(n: int, *, tensors: bool) -> Callable[[], None]:
+def ours(n: int, device: torch.device = CPU, *words: str, tensors: bool, **options: Any) -> Callable[[], None]:
+    """`words`: of the Learner, such as "to_bf16"; `options` are those of `compile()`."""
     from learnkit import DataBunch, Learner, accuracy
-    data = DataBunch.from_tensors(images(n), images(n // 5), bs=128) if tensors else DataBunch(*loaders(n))
-    learn = Learner(data, cnn(), loss_func=F.cross_entropy, opt_func=sgd, wd=0., metrics=accuracy)
+    data = (DataBunch.from_tensors(images(n), images(n // 5), bs=128, device=device) if tensors
+            else DataBunch(*loaders(n, pin_memory=device.type != "cpu")))
+    learn = Learner(data, cnn(), loss_func=F.cross_entropy, opt_func=sgd, wd=0., metrics=accuracy, device=device)
+    for word in words: getattr(learn, word)(**(options if word == "compile" else {}))
 
     def fit() -> None:
         with redirect_stdout(Terminal()), redirect_stderr(Terminal()): learn.fit_one_cycle(1, LR)
     return fit
 
 
-WAYS: dict[str, Callable[[int], Callable[[], None]]] = {
+WAYS: dict[str, Callable[..., Callable[[], None]]] = {
     "hand": hand, "learnkit, same DataLoader": partial(ours, tensors=False), "learnkit, from_tensors": partial(ours, tensors=True)}
 
 
@@ -101,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--images", type=int, default=12_800)
     parser.add_argument("--one", choices=WAYS, help="run one epoch and print the peak memory in MB")
+    add_device_option(parser)
     args = parser.parse_args()
     if args.one:
         WAYS[args.one](args.images)()
@@ -108,7 +117,7 @@ def main() -> None:
             print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
         return
     print(machine(), f"n = {args.rounds} rounds of {args.images:,} training and {args.images // 5:,} validation images", sep="\n")
-    seconds = interleave({name: way(args.images) for name, way in WAYS.items()}, args.rounds, time.perf_counter)
+    seconds = interleave({name: way(args.images, args.device) for name, way in WAYS.items()}, args.rounds, clock_of(args.device))
     peaks = {name: [peak_mb(name, args.images) for _ in range(3)] for name in WAYS}
     print(f"{'':28} {'s/epoch':>8}  {'time, ratio':22}  peak MB over hand (n = 3, range)")
     for name in WAYS:

@@ -1,6 +1,8 @@
 """Ratios measured in one run: two or more ways of doing the same work, interleaved, compared pair by pair."""
 from __future__ import annotations
 
+import argparse
+import importlib
 import platform
 import statistics
 import sys
@@ -8,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Work = Callable[[], Any]
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def interleave(ways: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
@@ -27,6 +32,40 @@ def interleave(ways: Mapping[str, Work], rounds: int, clock: Callable[[], float]
             ways[name]()
             if i: seconds[name].append(clock() - start)
     return seconds
+
+
+def device_named(name: str) -> torch.device:
+    """The device "cpu", "cuda" or another of torch's accelerators; or "twin", the stand-in accelerator of the tests, which is loaded."""
+    if name == "twin":
+        stand_in().load()
+    device = torch.device(name)
+    if device.type != "cpu" and torch.accelerator.current_accelerator(check_available=True) != torch.device(device.type):
+        raise SystemExit(f"--device {name}: this machine has no such accelerator. On the CPU, --device twin is a stand-in for one.")
+    return device if device.index is not None or name == "cpu" else torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def stand_in() -> Any:
+    """tests/accelerator/twin.py."""
+    if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
+    return importlib.import_module("tests.accelerator.twin")
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=device_named, default=CPU, help="cpu, cuda, or twin, the stand-in accelerator of the tests")
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all that it was given; the CPU always has."""
+    if device.type != "cpu": torch.accelerator.synchronize(device)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """`time.perf_counter`, read when the device is done: the host waits for it at the ends of a measurement, not within."""
+
+    def clock() -> float:
+        finish(device)
+        return time.perf_counter()
+    return clock
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[float]:

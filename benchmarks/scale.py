@@ -1,4 +1,4 @@
-"""Two ranks of one thread each, on the CPU: a 12-block transformer under `learn.to_fsdp()`, its memory and its time.
+"""Two ranks of one thread each: a 12-block transformer under `learn.to_fsdp()`, its memory and its time.
 
     python benchmarks/scale.py [--cases memory time] [--runs 3] [--rounds 11] [--width 512] [--tokens 512] [--clock wall]
 
@@ -32,13 +32,13 @@ import torch
 import torch._dynamo  # optimizers import it: not a part of any way's memory
 import torch.distributed as dist
 import torch.distributed.fsdp
-from measure import interleave, machine, ratios, spread
+from measure import finish, interleave, machine, ratios, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnkit import DataBunch, Learner, TensorLoader
 from learnkit.callbacks import Checkpoint, Progress, Recorder
-from learnkit.distributed import get_rank, init_process_group, launch
+from learnkit.distributed import get_device, get_rank, init_process_group, launch
 from learnkit.ray import RayReport, fit_on_ray
 from learnkit.shards import own_part, whole
 
@@ -131,12 +131,13 @@ def memory(args: argparse.Namespace) -> None:
 def by_hand(width: int, bs: int, n_steps: int) -> tuple[nn.Module, Callable[[], None]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    net, mesh = model(width), init_device_mesh("cpu", (N_RANKS,))
+    device = get_device()
+    net, mesh = model(width).to(device), init_device_mesh(device.type, (N_RANKS,))
     for block in net.blocks: fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     opt = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0., fused=True)
     whole_one = TensorLoader(samples(bs * N_RANKS * n_steps), bs=bs, shuffle=True, drop_last=True, seed=0)
-    loader = whole_one.sharded(get_rank(), N_RANKS, even=True)
+    loader = whole_one.to(device).sharded(get_rank(), N_RANKS, even=True)
     epochs = iter(range(10 ** 6))
 
     def fit() -> None:
@@ -160,8 +161,11 @@ def time_of(args: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
     """(seconds of each round of each way, the largest difference between their weights)"""
     init_process_group()
     torch.set_num_threads(1)
+    device = get_device()
+    if device.type != "cpu": torch.accelerator.set_device_index(device.index)
 
     def clock() -> float:
+        finish(device)
         dist.barrier()
         return {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]()
     size = args.width // 4, args.tokens // N_TOKENS, args.steps

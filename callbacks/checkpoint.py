@@ -20,6 +20,7 @@ from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
+from learnkit.transfer import Enqueued
 
 STOPPING = [s for s in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT")) if s is not None]
 SAVING = getattr(signal, "SIGUSR1", None)
@@ -162,23 +163,24 @@ class Checkpoint(Callback):
         if now == self.saved_at and not over: return
         self.saved_at = now
         parts = resume.take(learn, self, self.generators, place, gathered=not self.sharded)
-        if self.async_write:
-            parts |= {"run": snapshots.in_memory(parts["run"]), "model": resume.with_own_buffers(learn, parts["model"])}
+        if self.async_write: parts = resume.with_own_copies(learn, parts)
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
                  "values": {name: str(value) for name, value in learn.values.items()}}
         apart = in_parts.begin(learn, self.dir, parts, about) if self.sharded and in_parts.is_spread(parts) else None
-        learn.ranks.on_main(lambda: self.write(parts, about) if apart is None else self.keep_newest(apart()),
+        learn.ranks.on_main(lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
                             f"write a checkpoint to {self.dir}")
 
-    def write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
+    def write(self, learn: Learner, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write: return self.write_now(parts, about)
         self.finish_writing()           # one at a time; its error comes up here
         if self.writer is None: self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.copied.clear()
-        self.writing = self.writer.submit(self.copy_and_write, parts, about)
+        self.writing = self.writer.submit(self.copy_and_write, parts, about, Enqueued(learn.device))
 
-    def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
-        try: parts = self.copy = snapshots.in_memory(parts, self.copy)
+    def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any], steps: Enqueued) -> None:
+        """In the thread: from a device on its copy stream, which waits for the `steps` that were enqueued before the save."""
+        try:
+            with steps.awaited(): parts = self.copy = snapshots.in_memory(parts, self.copy)
         finally: self.copied.set()
         self.write_now(parts, about)
 

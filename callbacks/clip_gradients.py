@@ -45,7 +45,7 @@ class ClipGradients(Callback):
         self.are_alike = False      # of one device and dtype, and whole
 
     @property
-    def norms(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
+    def norms(self) -> list[float]: return self.trace.read().tolist()       # reads the device
 
     def before_fit(self, learn: Learner) -> None:
         self.trace, self.parameters = Trace(), list(learn.model.parameters())
@@ -79,9 +79,11 @@ class ClipGradients(Callback):
             largest = unit_norms(p).clamp(min=1e-3) * limit
             p.grad.mul_((largest / unit_norms(p.grad).clamp(min=1e-6)).clamp(max=1.))
 
-    def state_dict(self) -> dict[str, Any]: return {"norms": self.trace.since(0)}
+    def state_dict(self) -> dict[str, Any]: return {"norms": self.trace.read()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.trace.folded, self.trace.recent = [state["norms"]], []
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trace = Trace()
+        self.trace.read_before = state["norms"].cpu()
 
 
 def unit_norms(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from learnkit.callbacks.mixup import first_input, losses
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.order import mix
+from learnkit.transfer import sent
 
 
 class CutMix(Callback):
@@ -37,7 +38,8 @@ class CutMix(Callback):
         draw = random.Random(mix(learn.order_seed or 0, learn.epochs_trained, learn.batch_index, learn.rank, 1))
         side = (1 - draw.betavariate(self.alpha, self.alpha)) ** .5
         rows, columns = (span(draw, length, side) for length in x.shape[2:])
-        self.partners = torch.tensor(draw.sample(range(len(x)), len(x)), device=x.device)
+        self.partners = torch.tensor(draw.sample(range(len(x)), len(x)))
+        if not x.is_cpu: self.partners = sent(self.partners, x.device)
         self.share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (x.shape[2] * x.shape[3])
         learn.inputs = (pasted(x, self.partners, rows, columns), *learn.inputs[1:])     # type: ignore[index]
 

@@ -34,10 +34,13 @@ from learnkit.distributed.world import (
     get_world_size,
     init_process_group,
     seed_everything,
+    take_device,
 )
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
+from learnkit.optim import number
 from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
+from learnkit.placement import place
 from learnkit.shards import is_shard
 
 NO_BATCH = 2**62        # further than any batch of an epoch
@@ -263,13 +266,13 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     if any(map(is_shard, learn.model.parameters())):
         raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
     if not join(learn, local_rank, timeout): return alone(learn, algorithm)
-    learn.model.to(learn.device)
-    share_weights(learn.model)
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
     if delay_allreduce: beside.append(ReduceAfterwards())
-    return install(learn, callback, *beside)
+    with guard(hang_timeout=callback.hang_timeout, describe=lambda: "to_distributed"):
+        share_weights(learn.model)
+        return install(learn, callback, *beside)
 
 
 def alone(learn: Learner, algorithm: Algorithm) -> Learner:
@@ -281,10 +284,14 @@ def alone(learn: Learner, algorithm: Algorithm) -> Learner:
 
 def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
     """Make the Learner one of the ranks, on its device; returns whether there are others."""
-    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs, in a group that exists
-    if init_process_group(local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
+    as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs
+    # A Learner on the CPU of a machine with devices: there may be more ranks than devices, and nothing is sent from one.
+    backend = "gloo" if learn.device.type == "cpu" else None
+    if init_process_group(backend, local_rank=local_rank, timeout=timeout): atexit.register(destroy_process_group)
     if get_world_size() == 1: return False
-    if learn.device.type != "cpu": learn.device = get_device(local_rank)
+    device = learn.device if learn.device.type == "cpu" else get_device(local_rank)
+    take_device(device)
+    place(learn, device)
     learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
     return True
 
@@ -406,7 +413,7 @@ def facts(learn: Learner) -> dict[str, Any]:
 
 def settings(learn: Learner) -> str:
     """Every setting of the optimizer's groups; what is equal in all of them once."""
-    return "; ".join(", ".join(f"{name}={value}" for name, value in group.items() if name != "params")
+    return "; ".join(", ".join(f"{name}={number(value)}" for name, value in group.items() if name != "params")
                      for group in learn.opt.param_groups)
 
 

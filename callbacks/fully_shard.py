@@ -22,6 +22,7 @@ from learnkit.distributed.fully_shard import (
     reshard,
     shard_model,
 )
+from learnkit.distributed.guard import guard
 from learnkit.fitting import optimizer_of
 from learnkit.hooks import Callback, ControlFlow, Run
 from learnkit.learner import Learner
@@ -160,7 +161,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     others = join(learn, local_rank, timeout)
     opt = None if learn.opt is None else learn.opt.state_dict()
     names = {id(p): name for name, p in learn.model.named_parameters()}
-    shard_model(learn.model, device=learn.device, **options)
+    with guard(hang_timeout=hang_timeout, describe=lambda: "to_fsdp"): shard_model(learn.model, device=learn.device, **options)
     if not others: return learn
     if built: point_to(learn.opt, names, dict(learn.model.named_parameters()))
     elif opt is not None:

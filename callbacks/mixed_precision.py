@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from learnkit.accelerator import can_float64
 from learnkit.batch import as_float32, map_tensors
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run, SkipStep
@@ -85,13 +87,24 @@ class MixedPrecision(Callback):
 
     def around_step(self, learn: Learner, run: Run) -> None:
         if self.scaler is None or all(p.grad is None for group in learn.opt.param_groups for p in group["params"]): return run()
-        self.scaler.unscale_(learn.opt)
+        self.unscale(learn)
         try:
             if self.overflows(learn):
                 learn.zero_grad()
                 raise SkipStep
             run()
         finally: self.scaler.update()
+
+    def unscale(self, learn: Learner) -> None:
+        scaler: Any = self.scaler
+        scale, kind = scaler._scale, learn.device.type
+        if kind == "mps" or can_float64(learn.device): return scaler.unscale_(learn.opt)
+        # torch takes the reciprocal in float64 on every other device (2.15). The scales are powers of two where init_scale is one: that of
+        # a float32 is as exact.
+        state = scaler._per_optimizer_states[id(learn.opt)]
+        found = torch.zeros((), device=scale.device)
+        state["found_inf_per_device"] = scaler._unscale_grads_(learn.opt, scale.reciprocal(), found, False)
+        state["stage"] = OptState.UNSCALED
 
     def overflows(self, learn: Learner) -> bool:
         """Whether the unscaled gradients are not all finite; reads the device, once."""

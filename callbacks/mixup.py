@@ -12,6 +12,7 @@ from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.loss import default_loss, per_sample
 from learnkit.order import mix
+from learnkit.transfer import sent
 
 
 class MixUp(Callback):
@@ -36,8 +37,9 @@ class MixUp(Callback):
         x = first_input(learn, "MixUp")
         draw = random.Random(mix(learn.order_seed or 0, learn.epochs_trained, learn.batch_index, learn.rank))
         weights = [draw.betavariate(self.alpha, self.alpha) for _ in range(len(x))]
-        self.weights = torch.tensor([max(w, 1 - w) for w in weights], device=x.device, dtype=x.dtype)
-        self.partners = torch.tensor(draw.sample(range(len(x)), len(x)), device=x.device)
+        self.weights = torch.tensor([max(w, 1 - w) for w in weights], dtype=x.dtype)
+        self.partners = torch.tensor(draw.sample(range(len(x)), len(x)))
+        if not x.is_cpu: self.weights, self.partners = sent(self.weights, x.device), sent(self.partners, x.device)
         blend = self.weights.view(-1, *[1] * (x.ndim - 1))
         learn.inputs = (torch.lerp(x[self.partners], x, blend), *learn.inputs[1:])    # type: ignore[index]
 

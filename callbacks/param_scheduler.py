@@ -4,6 +4,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from learnkit import optim
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
@@ -48,6 +50,7 @@ class ParamScheduler(Callback):
                 own = schedule if isinstance(schedule, Schedule) else schedule[group.get("layer_group", i)]
                 values, scale = own.values(self.n_steps), optim.scale_of(group, name)
                 self.tables.append((group, name, values if scale == 1 else [scale * value for value in values]))
+            if len({tuple(values) for _, own_name, values in self.tables if own_name == name}) > 1: optim.separate(learn.opt, name)
 
     def before_step(self, learn: Learner) -> None:
         step = learn.step + learn.steps_ahead
@@ -56,6 +59,7 @@ class ParamScheduler(Callback):
             return
         for group, name, values in self.tables:
             if name == "mom": optim.set_hyper(group, name, values[step])
+            elif isinstance(held := group[name], Tensor): held.fill_(values[step])     # as set_hyper, without a call for each group
             else: group[name] = values[step]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkit.accelerator import widest_float
 from learnkit.callbacks.recorder import Recorder
 from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run
@@ -87,7 +88,7 @@ class Progress(Callback):
             if self.graph: self.draw(learn)
 
     def draw(self, learn: Learner) -> None:
-        """By fastprogress, in a terminal nothing. Reads the device, once an epoch."""
+        """By fastprogress, in a terminal nothing. The Recorder has read the epoch's losses by now."""
         recorder = next((cb for cb in learn.running if isinstance(cb, Recorder)), None)
         if recorder is None: return
         columns = [self.graph] if isinstance(self.graph, str) else ["train_loss", "valid_loss"]
@@ -123,6 +124,7 @@ class Progress(Callback):
 
     def loss_so_far(self, learn: Learner) -> str:
         if learn.world_size == 1: self.follow_loss(learn)
+        elif self.reading is not None and self.reading.has_arrived: self.take_loss_of_all()
         return f"train_loss {self.smooth / self.debias:.4f}" if self.debias else ""
 
     def follow_loss(self, learn: Learner) -> None:
@@ -136,11 +138,20 @@ class Progress(Callback):
         self.reading = None
 
     def show_loss_of_all(self, learn: Learner) -> None:
-        """The mean loss of all ranks since the last time: a collective and a read, which Distributed asks all ranks for."""
-        losses = losses_since(self.n_seen, learn)
+        """The mean loss of all ranks since the last time: a collective, which Distributed asks all ranks for. It is shown when it has
+        arrived on the host, which does not wait for it."""
+        losses = losses_since(self.n_seen, learn).to(learn.device)
         self.n_seen += len(losses)
-        total, n = learn.ranks.all_sum([losses.double().sum(), len(losses)])
-        self.smooth, self.debias = float(total) / max(n, 1), 1.
+        wide = widest_float(learn.device)
+        sums = learn.ranks.all_sum([losses.sum(dtype=wide), torch.full((), len(losses), dtype=wide, device=learn.device)])
+        if self.reading is not None: self.take_loss_of_all()
+        self.reading = Reading(torch.stack(sums))
+        if self.reading.has_arrived: self.take_loss_of_all()
+
+    def take_loss_of_all(self) -> None:
+        assert self.reading is not None
+        total, n = self.reading.tolist()
+        self.smooth, self.debias, self.reading = total / max(n, 1), 1., None
 
 
 def say(learn: Learner, text: str) -> None:

@@ -11,6 +11,7 @@ from learnkit.batch import count_samples
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.optim import momentum_name
+from learnkit.transfer import sent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +21,13 @@ FOLD_EVERY = 256     # losses kept as separate tensors; 64 to 4096 cost the same
 
 
 class Trace:
-    """A growing row of numbers on the device: 0-d tensors go in without a read, Python floats come out late."""
+    """A growing row of numbers on the device: 0-d tensors go in without a read, Python floats come out late.
+
+    What goes in must be a copy of its own: a captured CUDA graph writes its next output over its last one.
+    """
 
     def __init__(self) -> None:
+        self.read_before = torch.zeros(0)       # float (n,) on the CPU: the first of them, each of which is read once
         self.folded: list[torch.Tensor] = []
         self.recent: list[torch.Tensor] = []
 
@@ -35,16 +40,25 @@ class Trace:
         self.recent = []
 
     def since(self, start: int) -> torch.Tensor:
-        """The numbers from index `start` on: float (n,), on the device."""
+        """The numbers from index `start` on: float (n,), on the device where one of them was not read yet."""
         if self.recent: self.fold()
+        n_read = len(self.read_before)
+        if not self.folded: return self.read_before[start:]
         if len(self.folded) > 1: self.folded = [torch.cat([part.to(self.folded[-1].device) for part in self.folded])]
-        return self.folded[0][start:] if self.folded else torch.zeros(0)
+        [newer] = self.folded
+        return newer[start - n_read:] if start >= n_read else torch.cat([sent(self.read_before[start:], newer.device), newer])
+
+    def read(self) -> torch.Tensor:
+        """All numbers: float (n,), on the CPU; waits for the device where there are new ones."""
+        if self.folded or self.recent:
+            self.read_before, self.folded = torch.cat([self.read_before, self.since(len(self.read_before)).cpu()]), []
+        return self.read_before
 
     def replace(self, start: int, values: torch.Tensor) -> None:
-        """Put `values` in the place of the numbers from `start` on."""
-        self.folded = [torch.cat([self.since(0)[:start], values])]
+        """Put `values`, on the CPU, in the place of the numbers from `start` on."""
+        self.read_before = torch.cat([self.read()[:start], values.float()])
 
-    def __len__(self) -> int: return sum(len(part) for part in self.folded) + len(self.recent)
+    def __len__(self) -> int: return len(self.read_before) + sum(len(part) for part in self.folded) + len(self.recent)
 
 
 class Recorder(Callback):
@@ -66,8 +80,8 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.trace = Trace()
         self.counts: list[Any] = []     # samples of each step, or what else an Accumulate counts, then as 0-d tensors
-        self.lrs: list[float] = []
-        self.moms: list[float] = []
+        self.rates: list[Any] = []      # see lrs; 0-d tensors where the optimizer's are
+        self.momenta: list[Any] = []    # see moms
         self.metric_names: tuple[str, ...] = ()
         self.values: list[list[float]] = []
         self.ends: list[int] = []       # steps done at the end of each epoch
@@ -75,7 +89,17 @@ class Recorder(Callback):
         self.is_main = True
 
     @property
-    def losses(self) -> list[float]: return self.trace.since(0).tolist()     # reads the device
+    def losses(self) -> list[float]: return self.trace.read().tolist()      # reads the device
+
+    @property
+    def lrs(self) -> list[float]:
+        self.rates = read(self.rates)
+        return self.rates
+
+    @property
+    def moms(self) -> list[float]:
+        self.momenta = read(self.momenta)
+        return self.momenta
 
     def before_fit(self, learn: Learner) -> None:
         self.__init__()
@@ -85,22 +109,25 @@ class Recorder(Callback):
         self.trace.append(learn.loss.detach().clone())     # a copy: the user may change the loss in place later
         self.counts.append(count_samples(learn.inputs, learn.target) if learn.in_step is None else learn.in_step)
         group = learn.opt.param_groups[-1]
-        self.lrs.append(group["lr"])
+        lr = group["lr"]
+        self.rates.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
         if self.momentum is not None:
             if self.momentum not in group: group = next(g for g in reversed(learn.opt.param_groups) if self.momentum in g)
             mom = group[self.momentum]
-            self.moms.append(mom[0] if self.momentum == "betas" else mom)
+            if self.momentum == "betas": mom = mom[0]
+            self.momenta.append(mom.clone() if isinstance(mom, torch.Tensor) else mom)
 
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
-        own = self.trace.since(start).cpu().double()                                # reads the device, once an epoch
-        counts = torch.tensor(read(self.counts[start:]), dtype=torch.float64)
+        own = self.trace.read()[start:].double()            # reads the device, once an epoch
+        counts = torch.tensor(read(self.counts[start:]), dtype=torch.float64)       # once more where a `count` gives tensors,
+        self.rates, self.momenta = self.lrs, self.moms                              # and where the optimizer's rates are tensors there
         n_steps = learn.ranks.gather(len(counts))
         if len(set(n_steps)) > 1: raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
         if len(counts) == 0: return
         sums, counts = learn.ranks.all_sum([own * counts, counts])      # once an epoch; gathered, they would be as many as ranks
         self.counts[start:] = counts.tolist()
-        self.trace.replace(start, (sums / counts).to(self.trace.since(start)))
+        self.trace.replace(start, sums / counts)
         learn.values["train_loss"] = float(sums.sum() / counts.sum())
 
     def after_epoch(self, learn: Learner) -> None:
@@ -139,7 +166,7 @@ class Recorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         rows = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("lrs", "moms", "ends")}
         rows["counts"] = torch.tensor(read(self.counts), dtype=torch.float64)
-        return {"losses": self.trace.since(0), "values": self.values, "metric_names": list(self.metric_names), **rows}
+        return {"losses": self.trace.read(), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
         """Of the epoch under way each had the losses of its own samples: all of these are rank 0's now."""
@@ -153,13 +180,16 @@ class Recorder(Callback):
                 "counts": torch.cat([first["counts"][:start].cpu(), counts if rank == 0 else torch.zeros_like(counts)])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trace.folded, self.trace.recent = [state["losses"]], []
+        self.trace = Trace()
+        self.trace.read_before = state["losses"].cpu()
         self.metric_names, self.values = tuple(state["metric_names"]), [list(row) for row in state["values"]]
-        for name in ("counts", "lrs", "moms"): setattr(self, name, state[name].tolist())
+        self.counts, self.rates, self.momenta = (state[name].tolist() for name in ("counts", "lrs", "moms"))
         self.ends = state["ends"].long().tolist()
 
 
-def read(counts: list[Any]) -> list[float]:
-    """As numbers; those on a device by one read."""
-    if not any(isinstance(count, torch.Tensor) for count in counts): return counts
-    return torch.stack([torch.as_tensor(count).to(counts[-1].device) for count in counts]).tolist()
+def read(values: list[Any]) -> list[float]:
+    """As numbers; the tensors among them, which are on one device, by one read."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not tensors: return values
+    numbers = iter(torch.stack([tensor.to(tensors[-1].device) for tensor in tensors]).tolist())
+    return [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]

@@ -9,6 +9,7 @@ from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.monitor import Monitor
+from learnkit.optim import number, set_each
 
 
 class ReduceLROnPlateau(Callback):
@@ -50,10 +51,11 @@ class ReduceLROnPlateau(Callback):
 
     def reduce(self, learn: Learner) -> None:
         self.n_worse, self.n_cooling = 0, self.cooldown
-        before = [group["lr"] for group in learn.opt.param_groups]
-        for group, lr in zip(learn.opt.param_groups, before, strict=True): group["lr"] = max(lr * self.factor, min(lr, self.min_lr))
-        if before[-1] != (now := learn.opt.param_groups[-1]["lr"]):
-            say(learn, f"ReduceLROnPlateau: {self.monitor}, has stalled: the rate falls from {before[-1]:.3g} to {now:.3g}")
+        before = [number(group["lr"]) for group in learn.opt.param_groups]     # reads the device where a rate is a tensor there
+        rates = [max(lr * self.factor, min(lr, self.min_lr)) for lr in before]
+        set_each(learn.opt, ["lr"] * len(rates), rates)
+        if before[-1] != rates[-1]:
+            say(learn, f"ReduceLROnPlateau: {self.monitor}, has stalled: the rate falls from {before[-1]:.3g} to {rates[-1]:.3g}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.monitor.best, "n_worse": self.n_worse, "n_cooling": self.n_cooling}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils import get_total_norm
 
+from learnkit.batch import map_tensors
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.callbacks.mixed_precision import MixedPrecision
@@ -41,7 +42,9 @@ class SAM(Callback):
 
     def around_step(self, learn: Learner, run: Run) -> None:
         moved = [p for p in learn.model.parameters() if p.grad is not None]
-        kept: dict[str, Any] = {name: getattr(learn, name) for name in ("pred", "loss")}
+        # Copies: a captured CUDA graph writes the second pass's output over the first one's.
+        pred, loss = learn.pred, learn.loss.clone()
+        pred = pred.clone() if isinstance(pred, torch.Tensor) else map_tensors(torch.clone, pred)
         weights, buffers = [p.detach().clone() for p in moved], [(b, b.clone()) for b in learn.model.buffers()]
         try:
             self.climb(moved)
@@ -51,7 +54,7 @@ class SAM(Callback):
         finally:
             with torch.no_grad():
                 for p, value in (*zip(moved, weights, strict=True), *buffers): p.copy_(value)
-            for name, value in kept.items(): setattr(learn, name, value)
+            learn.pred, learn.loss = pred, loss
         run()
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -62,15 +63,17 @@ class SWA(Callback):
         layers = [module for module in learn.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
         momenta = [layer.momentum for layer in layers]
         set_epoch(learn.data.train_dl, learn.order_seed, learn.epoch)
+        hooks = [layer.register_forward_pre_hook(Cumulative()) for layer in layers]
         try:
             for layer in layers:
                 layer.reset_running_stats()
-                layer.momentum = None
                 layer.train()
-            for batch in learn.data.train_dl if layers else ():
-                learn.inputs, learn.target = split_batch(to_device(batch, learn.device))
-                learn.stages.forward()
+            with uncompiled(learn.model):      # else each batch, with a momentum of its own, would be compiled again
+                for batch in learn.data.train_dl if layers else ():
+                    learn.inputs, learn.target = split_batch(to_device(batch, learn.device))
+                    learn.stages.forward()
         finally:
+            for hook in hooks: hook.remove()
             for layer, momentum in zip(layers, momenta, strict=True): layer.eval().momentum = momentum
         learn.ranks.share([buffer for layer in layers for buffer in layer.buffers()])
         self.is_measured = True
@@ -93,3 +96,20 @@ class SWA(Callback):
         if state["average"] is not None and self.model is not None:
             self.average = Average(self.model)
             self.average.load_state_dict(state["average"])
+
+
+class Cumulative:
+    """Give a batch norm, before each call of it, the momentum that makes its running statistics the mean over all calls. PyTorch's
+    momentum=None does so too, and reads the number of calls from the device each time (2.15)."""
+
+    def __init__(self) -> None: self.n_calls = 0
+
+    def __call__(self, layer: _BatchNorm, _inputs: object) -> None:
+        self.n_calls += 1
+        layer.momentum = 1 / self.n_calls
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Within the block a model that was compiled runs as it was written."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

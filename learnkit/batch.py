@@ -1,12 +1,15 @@
 """The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or `target`."""
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from learnkit.accelerator import can_pin
 
 TARGET_KEYS = ("labels", "target")
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -42,16 +45,38 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def copied(value: Any) -> Any:
+    """A nested structure of tuples, lists and mappings with a copy of every tensor in it, without its graph.
+
+    What is kept of a model's output for longer than a batch must be one: a captured CUDA graph writes its next output into the same memory.
+    """
+    if isinstance(value, MutableMapping):
+        made = copy.copy(value)
+        for key in value: made[key] = copied(value[key])
+        return made
+    if isinstance(value, (tuple, list)):
+        parts = [copied(v) for v in value]
+        return type(value)(*parts) if getattr(value, "_fields", None) else type(value)(parts)
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def as_float32(tensor: Tensor) -> Tensor: return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`; copies from pinned memory do not wait."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping): return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(to_device(v, device) for v in value))
-    if isinstance(value, (tuple, list)): return type(value)(to_device(v, device) for v in value)
+    """`value` with every tensor in it on `device`. The host does not wait for a copy from pinned memory to a device; it waits for a copy
+    to the CPU, or to a device that would read pageable memory later (MPS)."""
+    non_blocking = can_pin(device)
+    return moved(value, device, lambda part: part.to(device, non_blocking=non_blocking) if isinstance(part, Tensor) else part.to(device))
+
+
+def moved(value: Any, device: torch.device, move: Callable[[Any], Any]) -> Any:
+    """`value` with `move` of each part that is not on `device`: tensors, and objects with a method `to`, e.g. a PackedSequence."""
+    if isinstance(value, Tensor): return value if value.device == device else move(value)
+    if isinstance(value, Mapping): return {k: moved(v, device, move) for k, v in value.items()}
+    if callable(getattr(value, "to", None)): return move(value)
+    if isinstance(value, tuple) and getattr(value, "_fields", None): return type(value)(*(moved(v, device, move) for v in value))
+    if isinstance(value, (tuple, list)): return type(value)(moved(v, device, move) for v in value)
     return value
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,15 @@ import torch
 
 from learnkit.batch import map_tensors, tensors_in
 from learnkit.data import first_batch
+from learnkit.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
 from learnkit.ranks import Alone
-from learnkit.session import is_out_of_memory
 from learnkit.shards import is_shard
 from learnkit.trial import unchanged
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
+
+N_SKIPS = 30    # steps that float16 may skip until its scaled gradients are finite: from 2^16 down to its smallest scale, 2^-14
 
 
 def find(learn: Learner, max_bs: int, n_steps: int) -> int:
@@ -27,12 +28,15 @@ def find(learn: Learner, max_bs: int, n_steps: int) -> int:
     samples = first_batch(learn.data.train_dl)
     with unchanged(learn):
         by_oneself(learn)
-        largest, bs = 0, 2      # of one sample there is no batch norm
-        while bs <= max_bs and fits(learn, samples, bs, n_steps): largest, bs = bs, 2 * bs
-        if not largest: largest = int(fits(learn, samples, 1, n_steps))
+        largest, bs, failure = 0, 2, None       # of one sample there is no batch norm
+        while bs <= max_bs and (failure := attempt(learn, samples, bs, n_steps)) is None: largest, bs = bs, 2 * bs
+        if not largest and not (failure is not None and stage_of(failure) == "step"):   # what a step needs depends on no batch
+            failure = attempt(learn, samples, 1, n_steps)
+            largest = int(failure is None)
     found = min(learn.ranks.gather(largest))
-    if found == 0: raise RuntimeError("not even one sample fits into memory: take a smaller model, or to_bf16().")
-    return found
+    if found: return found
+    if failure is not None and not is_out_of_memory(failure): raise failure     # taken for one of memory, which it was not
+    raise RuntimeError("not even one sample fits into memory: take a smaller model, or to_bf16().") from failure
 
 
 def by_oneself(learn: Learner) -> None:
@@ -43,21 +47,26 @@ def by_oneself(learn: Learner) -> None:
     learn.ranks, learn.world_size = Alone(), 1
 
 
-def fits(learn: Learner, samples: Any, bs: int, n_steps: int) -> bool:
-    loader = [grown(samples, bs)] * (n_steps * math.prod(cb.batches_per_step for cb in learn.callbacks))
+def attempt(learn: Learner, samples: Any, bs: int, n_steps: int) -> BaseException | None:
+    """Train `n_steps` steps with batches of bs samples; the error, where memory runs out.
+
+    From the second step on the optimizer has its state.
+    """
+    n_batches = (n_steps + N_SKIPS) * math.prod(cb.batches_per_step for cb in learn.callbacks)
     learn.data = copy.copy(learn.data)
-    learn.data.train_dl, learn.data.valid_dl = loader, None
-    try: learn.fit(1, max_steps=n_steps)
+    learn.data.valid_dl = None
+    try:
+        learn.data.train_dl = [grown(samples, bs)] * n_batches
+        learn.fit(1, max_steps=n_steps)
     except BaseException as error:
-        if not is_out_of_memory(error): raise
-        return False
+        if not is_out_of_memory(error, perhaps=True): raise
+        forget_tensors(error)
+        return error
     finally:
         learn.data.train_dl = [samples]
-        del loader
-        if learn.device.type != "cpu":
-            gc.collect()
-            torch.accelerator.memory.empty_cache()
-    return True
+        learn.inputs, learn.target = (), None
+        free_cached(learn.device)
+    return None
 
 
 def grown(batch: Any, bs: int) -> Any:

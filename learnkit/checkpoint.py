@@ -39,7 +39,8 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk."""
+    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk. What is
+    on a device is copied to the host first: a file has the same bytes wherever its tensors were."""
     part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,11 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read_for(learn: Learner, path: Path) -> dict[str, Any]:
-    """As `read`; what is spread over ranks is read by rank 0, and stays with it until it is put into parts."""
-    if not any(map(is_shard, learn.model.parameters())): return read(path, learn.device)
-    return read_on_main(learn.ranks, lambda: read(path, torch.device("cpu")), lambda state: outline_of(learn.model, state))
+    """As `read`, in the CPU's memory: on a device, it would lie there twice until it is loaded. What is spread over ranks is read by rank
+    0, and stays with it until it is put into parts."""
+    cpu = torch.device("cpu")
+    if not any(map(is_shard, learn.model.parameters())): return read(path, cpu)
+    return read_on_main(learn.ranks, lambda: read(path, cpu), lambda state: outline_of(learn.model, state))
 
 
 def from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:
@@ -86,7 +89,10 @@ def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits."""
+    """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits.
+
+    To a device the tensors are copied one by one from ordinary memory; the host waits for each.
+    """
     if strict: check_model(model, state)
     names, own, given = named(model, state)
     fitting = {names[key]: like(own[key], value) for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
@@ -135,8 +141,18 @@ def load_optimizer(opt: Optimizer, state: Mapping[str, Any]) -> None:
     given = [{**given, **{name: group[name] for name in HOW if name in group}}
              for given, group in zip(state["param_groups"], groups, strict=True)]
     opt.load_state_dict({**state, "state": values, "param_groups": given})
-    for group, loaded in zip(groups, opt.param_groups, strict=True): group.update(loaded)
+    for group, loaded in zip(groups, opt.param_groups, strict=True):
+        group.update({name: put_back(group.get(name), value) for name, value in loaded.items() if name != "params"})
+        group["params"] = loaded["params"]
     opt.param_groups[:] = groups
+
+
+def put_back(own: Any, loaded: Any) -> Any:
+    """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not become one."""
+    if isinstance(own, tuple) and isinstance(loaded, (tuple, list)) and len(own) == len(loaded):
+        return tuple(map(put_back, own, loaded))
+    if isinstance(own, Tensor): return own.fill_(loaded)  # type: ignore[arg-type]
+    return loaded.item() if isinstance(loaded, Tensor) and isinstance(own, (int, float)) else loaded
 
 
 def shape_of(value: Any) -> Any:

@@ -5,6 +5,7 @@ import copy
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
+from learnkit.accelerator import accelerator, can_pin
 from learnkit.ahead import ahead
-from learnkit.batch import describe, to_device
+from learnkit.batch import describe
 from learnkit.draws import BatchTransform, transform_batch
 from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
+from learnkit.transfer import mover, sent
 
 
 def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -98,35 +101,42 @@ class TensorLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         sampler, epoch, order = self.sampler, self.sampler.next_epoch(), None
-        if sampler.shuffle: order = permutation(sampler.n, sampler.seed, epoch).to(self.tensors[0].device, non_blocking=True)
+        if sampler.shuffle: order = sent(permutation(sampler.n, sampler.seed, epoch), self.tensors[0].device)
         return self.batches(order, sampler.seed, epoch)
 
     def batches(self, order: Tensor | None, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        cuts = ahead(self.cuts(order, pin=True), self.n_ahead) if self.n_ahead else self.cuts(order)
-        for first, last, batch in cuts:
-            if self.device is not None: batch = to_device(batch, self.device)
+        is_host = self.tensors[0].device.type == "cpu"      # a device cuts batches while the host goes on: it needs no thread
+        cuts = self.cuts(order, pin=is_host and self.device is not None and can_pin(self.device))
+        if self.n_ahead and is_host: cuts = ahead(cuts, self.n_ahead)
+        if self.device is not None: cuts = map(mover(self.device), cuts)
+        for start, numbers, batch in cuts:
             if self.batch_tfms:
-                index = partial(numbers, order, first, last, batch[0].device)
+                index = partial(numbers_of, batch[0], start, numbers)
                 batch = (transform_batch(batch[0], self.batch_tfms, seed, epoch, index), *batch[1:])
             yield batch
 
-    def cuts(self, order: Tensor | None, *, pin: bool = False) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-        """(start, stop, tensors) of each batch, by its place in the order."""
-        step, pin = self.items_per_batch, pin and self.device is not None and self.device.type == "cuda"
-        n = self.n_samples
+    def cuts(self, order: Tensor | None, *, pin: bool) -> Iterator[tuple[int, Tensor | None, tuple[Tensor, ...]]]:
+        """(start, numbers, tensors) of each batch: its place in the order, and the samples' numbers where the order is not plain."""
+        step, n = self.items_per_batch, self.n_samples
         for first in range(self.n_left_out, self.n_left_out + len(self) * step, step):
             start, stop = share(min(step, n - first), self.rank, self.world_size)
             start, stop = first + start, first + stop
-            if order is None: batch = tuple([t[start:stop] for t in self.tensors])
-            else:
-                index = order[start:stop]
-                batch = tuple([t.index_select(0, index) for t in self.tensors])
-            yield start, stop, tuple([t.pin_memory() for t in batch]) if pin else batch
+            numbers = None if order is None else order[start:stop]
+            if pin: yield start, None if numbers is None else numbers.pin_memory(), in_pinned_memory(self.tensors, start, stop, numbers)
+            elif numbers is None: yield start, None, tuple([t[start:stop] for t in self.tensors])
+            else: yield start, numbers, tuple([t.index_select(0, numbers) for t in self.tensors])
 
 
-def numbers(order: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor:
-    """The samples' numbers in the data set: int64 (stop - start,)."""
-    return torch.arange(start, stop, device=device) if order is None else order[start:stop].to(device, non_blocking=True)
+def in_pinned_memory(tensors: Sequence[Tensor], start: int, stop: int, numbers: Tensor | None) -> tuple[Tensor, ...]:
+    """The samples start … stop - 1 of each, or those of these numbers, in memory from which a copy to a device does not wait."""
+    if numbers is None: return tuple(t[start:stop].pin_memory() for t in tensors)
+    rooms = [torch.empty((len(numbers), *t.shape[1:]), dtype=t.dtype, pin_memory=True) for t in tensors]
+    return tuple(torch.index_select(t, 0, numbers, out=room) for t, room in zip(tensors, rooms, strict=True))
+
+
+def numbers_of(batch: Tensor, start: int, numbers: Tensor | None) -> Tensor:
+    """The samples' numbers in the data set: int64 (samples,), where the batch is."""
+    return torch.arange(start, start + len(batch), device=batch.device) if numbers is None else numbers
 
 
 class DataBunch:
@@ -161,6 +171,8 @@ class DataBunch:
         check_batch_size("bs", bs)
         val_bs = bs if val_bs is None else val_bs
         check_batch_size("val_bs", val_bs)
+        device = accelerator()
+        pins = device is not None and can_pin(device)
 
         def loader(dataset: Any, size: int, *, train: bool) -> DataLoader[Any] | None:
             if dataset is None: return None
@@ -168,7 +180,7 @@ class DataBunch:
                 EpochSampler(check_dataset(dataset), shuffle=train, seed=seed)
             return DataLoader(dataset, batch_size=size, sampler=sampler, drop_last=train and drop_last, collate_fn=collate_fn,
                               num_workers=default_workers(dataset) if num_workers is None else num_workers,
-                              pin_memory=torch.accelerator.is_available(), generator=PrivateGenerator())
+                              pin_memory=pins, generator=PrivateGenerator())
 
         return cls(loader(train_ds, bs, train=True),  # type: ignore[arg-type]
                    loader(valid_ds, val_bs, train=False), loader(test_ds, val_bs, train=False),
@@ -208,12 +220,23 @@ def first_batch(loader: Any) -> Any:
     """A loader's next first batch; its epoch and the global random state stay as they are."""
     samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochOrder)]
     state = [(part.generator, part.generator.get_state()) for part in parts_of(loader) if generator_of(part) is not None]
-    with torch.random.fork_rng(devices=[]):
+    with same_random_state(loader):
         for batch in loader: break
         else: raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
     for part, epoch in samplers: part.epoch = epoch
     for generator, value in state: generator.set_state(value)
     return batch
+
+
+@contextmanager
+def same_random_state(loader: Any) -> Iterator[None]:
+    """What a loader draws in the block from torch's global generators, of the CPU and of devices on which it transforms, is not missed."""
+    places = [t.device for t in getattr(loader, "tensors", ())] + [getattr(loader, "device", None)]
+    devices = {place for place in places if isinstance(place, torch.device) and place.type != "cpu"}
+    with ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices: kept.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
 
 
 def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
@@ -251,7 +274,7 @@ def n_batches(loader: Any) -> int | None:
 
 def default_device() -> torch.device:
     """The accelerator that this process uses (of several processes each has its own), else the CPU."""
-    if not torch.accelerator.is_available(): return torch.device("cpu")
+    if accelerator() is None: return torch.device("cpu")
     from learnkit.distributed.world import get_device
     return get_device()
 

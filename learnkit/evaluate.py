@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learnkit.batch import count_samples, describe, prediction
+from learnkit.batch import copied, count_samples, describe, prediction
 from learnkit.data import check_loader, in_order
 from learnkit.metrics import Mean, Metric, read
 from learnkit.order import private_order
 from learnkit.ranks import Ranks
 from learnkit.session import session
+from learnkit.transfer import Reading
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
 
-OF_A_PASS = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target")
+OF_A_PASS = ("dl", "batch_index", "training", "inputs", "target", "pred", "loss", "_loss_of", "meter", "_passes_target", "_first_target",
+             "_evaluated")
+PINNED = 1 << 26    # bytes of the largest tensor that is copied through pinned memory, which torch never frees: a larger one takes 3 ms and
+                    # more by itself (25 GB/s), compared with which a wait is little
 
 
 def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
@@ -26,7 +30,7 @@ def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
         with session(learn, dls=(dl,)): return evaluate(learn, dl, meter)
     kept = {name: getattr(learn, name) for name in OF_A_PASS}
     modes = [(module, module.training) for module in learn.model.modules()]
-    learn.dl, learn.meter, learn.training, learn.batch_index = in_order(dl), meter, False, -1
+    learn.dl, learn.meter, learn.training, learn.batch_index, learn._evaluated = in_order(dl), meter, False, -1, dl
     learn.model.eval()
     try:
         with private_order(learn.dl): learn.stages.validate()
@@ -54,6 +58,7 @@ class Measure:
         self.loss, self.metrics = Mean(), metrics
         self.direct = [metric for metric in metrics if metric.summable or world_size == 1]
         self.later = [metric for metric in metrics if metric not in self.direct]
+        self.keeps = bool(self.later) or any(metric.keeps for metric in metrics)    # predictions, beyond their batch
         self.rows: list[tuple[Any, ...]] = []       # (pred, target) of each batch, for the later ones
         for metric in metrics: metric.reset()
 
@@ -62,8 +67,9 @@ class Measure:
         if loss is not None: self.loss.add(loss, n)
         if self.metrics:
             pred = prediction(output)
-            for metric in self.direct: metric.update(pred, target, n)
-            if self.later: self.rows.append((detached(pred), detached(target)))
+            own = copied(pred) if self.keeps else None
+            for metric in self.direct: metric.update(own if metric.keeps else pred, target, n)
+            if self.later: self.rows.append((detached(own), detached(target)))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
         """{"valid_loss": …, metric: …} over all ranks, by one read from the device."""
@@ -84,19 +90,30 @@ class Measure:
 class Collect:
     """Predictions and targets (and each sample's loss), batch by batch on the CPU, joined at the end.
 
-    `everywhere`: each rank sees all batches, and keeps its own predictions.
+    A batch's are copied there while the device works on the next one. `everywhere`: each rank sees all batches, and keeps its own
+    predictions.
     """
 
     def __init__(self, loss_func: Any = None, *, everywhere: bool = False) -> None:
         self.loss_func, self.everywhere = loss_func, everywhere
-        self.rows: list[tuple[Any, ...]] = []
+        self.rows: list[tuple[Any, ...]] = []           # all batches' but the last one's
+        self.last: tuple[Any, ...] | None = None        # which is on its way
 
     def update(self, inputs: Any, target: Any, output: Any, loss: Tensor | None) -> None:
         pred = prediction(output)
-        row = (pred, target) if self.loss_func is None else (pred, target, self.loss_func(pred, target))
-        self.rows.append(tuple(to_cpu(value) for value in row))
+        losses = () if self.loss_func is None else (self.loss_func(pred, target),)
+        coming = (to_cpu(pred, copy=True), to_cpu(target), *(to_cpu(value, copy=True) for value in losses))
+        self.add_last()
+        self.last = coming
+
+    def add_last(self) -> None:
+        last, self.last = self.last, None
+        if last is None: return
+        for reading in readings_in(last)[-1:]: wait_for(reading)        # the others have come before it
+        self.rows.append(arrived(last))
 
     def results(self, ranks: Ranks) -> dict[str, float]:
+        self.add_last()
         if not self.everywhere: self.rows = ranks.batches_in_order(self.rows)
         return {}
 
@@ -111,12 +128,33 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def to_cpu(value: Any) -> Any:
-    """A nested structure of tensors on the CPU; reads the device: the predictions of a data set may not fit on it."""
-    if isinstance(value, Tensor): return value.detach().cpu()
-    if isinstance(value, Mapping): return {k: to_cpu(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)): return tuple(to_cpu(v) for v in value)
-    return value
+def to_cpu(value: Any, *, copy: bool = False) -> Any:
+    """A nested structure of tensors on their way to the CPU, for `arrived`: the predictions of a data set may not fit on the device.
+    `copy`: in memory of its own, where it is on the CPU already."""
+    if isinstance(value, Mapping): return {k: to_cpu(v, copy=copy) for k, v in value.items()}
+    if isinstance(value, (tuple, list)): return tuple(to_cpu(v, copy=copy) for v in value)
+    if not isinstance(value, Tensor): return value
+    is_plain = type(value) is Tensor and value.layout is torch.strided and not value.is_cpu
+    return Reading(value) if is_plain and value.nbytes <= PINNED else value.detach().to("cpu", copy=copy)
+
+
+def arrived(value: Any) -> Any:
+    """What `to_cpu` gave, with tensors in ordinary memory; waits for those that are not there yet."""
+    if isinstance(value, Mapping): return {k: arrived(v) for k, v in value.items()}
+    if isinstance(value, tuple): return tuple(map(arrived, value))
+    if not isinstance(value, Reading): return value
+    wait_for(value)
+    return value.values if value.event is None else value.values.clone()    # pinned memory is short, and goes back to torch
+
+
+def readings_in(value: Any) -> list[Reading]:
+    if isinstance(value, Mapping): value = tuple(value.values())
+    if isinstance(value, tuple): return [reading for part in value for reading in readings_in(part)]
+    return [value] if isinstance(value, Reading) else []
+
+
+def wait_for(reading: Reading) -> None:
+    if reading.event is not None and not reading.event.query(): reading.event.synchronize()
 
 
 def join(values: list[Any]) -> Any:

@@ -26,6 +26,7 @@ from learnkit.data import first_batch
 from learnkit.files import Damaged, explained, size_of, sync_folder, write_bytes
 from learnkit.hooks import add_note
 from learnkit.shards import is_shard
+from learnkit.snapshots import in_memory
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -59,7 +60,7 @@ def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
 
 
 def write(learn: Learner, path: Path, stats: Any) -> None:
-    with learn.saved_weights(): model = copy.deepcopy(learn.model).cpu().eval()
+    with learn.saved_weights(): model = on_cpu(learn.model).eval()
     names, example = example_of(split_batch(first_batch(learn.data.train_dl))[0])
     said = about(learn, names, example, stats if stats is not None else vars(learn.data).get("stats"))
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -75,6 +76,15 @@ def write(learn: Learner, path: Path, stats: Any) -> None:
         with suppress(OSError): part.unlink(missing_ok=True)
         if isinstance(error, OSError): raise explained(error, path, size_of(model.state_dict())) from error
         raise
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU, made without a second one on its device."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    held = in_memory({key: t for key, t in tensors.items() if not t.is_cpu})
+    memo: dict[int, Any] = {key: nn.Parameter(copied, tensors[key].requires_grad) if isinstance(tensors[key], nn.Parameter) else copied
+                            for key, copied in held.items()}
+    return copy.deepcopy(model, memo).cpu()
 
 
 def example_of(inputs: Inputs) -> tuple[list[str], tuple[Tensor, ...]]:

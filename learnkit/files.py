@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkit.staging import on_host
+
 CHUNK = 1 << 18         # stays in a core's cache between reading and hashing: 1 MB took 5 % more processor time (2026-11-21)
 LARGE = 1 << 16         # bytes from which a piece is worth waking another thread
 PARTIAL = re.compile(r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part")     # the second is what format 1 began with
@@ -98,7 +100,8 @@ class Growing:
 def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[Path, dict[str, Any]]]:
     """torch.save of each to a new file; yields {"sha256", "bytes"} of each, while the disk works. Durable when the block is over.
 
-    While one is written, those before it are hashed and flushed. `seal` puts the hash at the end of the file.
+    While one is written, those before it are hashed and flushed. Tensors of a device are copied to the host, one state after the other.
+    `seal` puts the hash at the end of the file.
     """
     for path, state in states.items(): check_plain(state, f"the state for {path.name}")
     with ExitStack() as open_files, ThreadPoolExecutor(2 * len(states) or 1, "files") as helpers:
@@ -106,7 +109,7 @@ def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[
         for path, state in states.items():
             files[path] = file = Growing(path, helpers)
             open_files.callback(file.file.close)
-            file.save(state, crc32=seal)        # a sealed file is for other tools too, which may look at it
+            file.save(on_host(state), crc32=seal)       # a sealed file is for other tools too, which may look at it
             settled.append(helpers.submit(file.settle, seal=seal))
         yield {path: {"sha256": file.digest.result(), "bytes": file.n_bytes} for path, file in files.items()}
         for done in settled: done.result()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from learnkit import optim
+from learnkit.accelerator import widest_float
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.fitting import check_count
 from learnkit.hooks import Callback, StopFit
@@ -100,7 +101,7 @@ class Sweep(Callback):
         self.average, self.best = Average(), math.inf
 
     def before_step(self, learn: Learner) -> None:
-        for group in learn.opt.param_groups: group["lr"] = self.lrs[learn.step] * optim.scale_of(group, "lr")
+        optim.set_rates(learn.opt, [self.lrs[learn.step]] * len(learn.opt.param_groups))
 
     def after_step(self, learn: Learner) -> None:
         loss = loss_of_all(learn)
@@ -114,7 +115,9 @@ class Sweep(Callback):
 def loss_of_all(learn: Learner) -> float:
     """The loss of the step just made, over the samples of all ranks: one collective and one read from the device."""
     n = learn.count(learn.inputs, learn.target) if learn.in_step is None else learn.in_step
-    total, n = learn.ranks.all_sum([learn.loss.detach().double() * n, torch.as_tensor(n, dtype=torch.float64, device=learn.device)])
+    wide = widest_float(learn.device)
+    n = n.to(learn.device, wide) if isinstance(n, torch.Tensor) else torch.full((), n, dtype=wide, device=learn.device)
+    total, n = learn.ranks.all_sum([learn.loss.detach().to(wide) * n, n])
     return float(total / n)
 
 

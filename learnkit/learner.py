@@ -14,13 +14,14 @@ from torch.optim import AdamW, Optimizer
 
 from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
-from learnkit.data import DataBunch, default_device, first_batch
+from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
 from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded_workers
+from learnkit.placement import as_device, check_autocast, place
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
 from learnkit.session import as_callbacks, check_callbacks
@@ -40,7 +41,7 @@ class Learner:
     """Trains `model` on `data` and measures it.
 
     data        a DataBunch, or a pair (train_dl, valid_dl) of re-iterables of batches
-    model       moved to `device` in place
+    model       moved to `device` in place, as is a loss function that is an nn.Module; all of it is on one device
     loss_func   (prediction, target) -> 0-d tensor. None: the data's, else a model output's own `.loss`, else cross-entropy
                 for integer targets and mean squared error for float ones
     opt_func    a callable of parameter groups such as torch.optim.SGD, whose weight decay becomes decoupled, or a built
@@ -53,7 +54,8 @@ class Learner:
     path        where `model_dir` lies, in which save and load keep their files
     seed        None: sample order follows torch's seed at the data's construction. A number: it decides the order, and fit
                 seeds torch's global generator with it, so that two fits of equal Learners are equal
-    device      None: the accelerator if there is one, else the CPU
+    device      such as "cuda:1", "xpu" or "cpu". None: the accelerator if there is one, else the CPU; after to_distributed each rank has
+                its own. Raises ValueError for one that is not there
 
     >>> data = DataBunch.from_tensors((torch.randn(64, 4), torch.randint(3, (64,))), bs=16)
     >>> learn = Learner(data, nn.Linear(4, 3)).fit_one_cycle(2, 1e-2)
@@ -73,9 +75,9 @@ class Learner:
         if not isinstance(opt_func, Optimizer) and not callable(opt_func):
             raise TypeError(f"opt_func={opt_func!r}, expected a class such as torch.optim.SGD, a functools.partial of one, or a built "
                             "torch.optim.Optimizer.")
-        self.device = default_device() if device is None else torch.zeros(0, device=device).device   # "cuda" -> "cuda:0"
+        self.device = as_device(device)
         self.data = as_data(data)
-        self.model = model if has_meta(model) else model.to(self.device)
+        self.model = model
         self.loss_func = loss_func if loss_func is not None else self.data.loss_func
         self.opt_func, self.splitter = opt_func, splitter
         self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
@@ -83,6 +85,7 @@ class Learner:
         self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
         self.path, self.model_dir, self.seed = Path(path), model_dir, seed
         self.callbacks: list[Callback] = []
+        place(self, self.device)
         optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
 
         # One device is a world of one: to_distributed says otherwise.
@@ -132,6 +135,9 @@ class Learner:
         self.running: tuple[Callback, ...] = () # the callbacks of the session under way, in their order
         self.stages: Stages = None              # type: ignore[assignment]  # with their hooks; None outside fit, validate and predict
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
+        self._first_target: Any = None          # of a pass, until its first loss: as the loader gave it, on the device, its version there
+        self._evaluated: Any = None             # the loader that the evaluation under way was asked for
+        self._labels_read: list[Any] = []       # loaders whose class numbers were checked in this session, the last eight
         self.meter: Measure | Collect = Measure(())     # what the evaluation under way gathers
         self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
         self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
@@ -196,11 +202,14 @@ class Learner:
     def _feed(self, loader: Any, first: int = 0) -> Generator[None, None, None]:
         """Put one batch after the other in place, on the device; what the first one tells is found out once a pass."""
         self._loss_of = self._first_loss
-        self.batch_index, move = first - 1, None
+        self.batch_index, move, given = first - 1, None, None
         for self.batch_index, batch in enumerate(loader, first):
-            if self.batch_index == first and self._see_first(batch): move = mover(self.device)
+            if self.batch_index == first:
+                given = split_batch(batch)[1]
+                if self._see_first(batch): move = mover(self.device)
             if move is not None: batch = move(batch)
             self.inputs, self.target = split_batch(batch)
+            if self.batch_index == first: self._first_target, given = (given, self.target, version_of(self.target)), None
             if self._passes_target: self.inputs = {**self.inputs, self._passes_target: self.target}  # type: ignore[dict-item]
             yield
         # A rank's share of an evaluation may be empty, and so may the rest of an epoch that another number of ranks began.
@@ -220,11 +229,21 @@ class Learner:
 
     def _first_loss(self, pred: Any, target: Any) -> Any:
         """A pass's first loss: chosen, checked, and then computed by the loss function alone."""
-        loss_of = choose_loss(self.loss_func, pred, target, training=self.training)
+        loss_of = choose_loss(self.loss_func, pred, target, training=self.training, labels=self._labels_to_read(target))
         loss = loss_of(pred, target)
         if loss is not None or self.training: check_loss(loss, training=self.training)
         self._loss_of = getattr(loss_of, "plain", loss_of)
         return loss
+
+    def _labels_to_read(self, target: Any) -> Any:
+        """Whether the loss reads class numbers to check them: once a session and loader, as that waits for the device; or the same target
+        as it came from the loader, if it was on the CPU and no hook has changed it since."""
+        (given, moved, version), self._first_target = self._first_target or (None, None, None), None
+        loader = self.data.train_dl if self.training else self._evaluated
+        if any(loader is other for other in self._labels_read): return False
+        self._labels_read = [*self._labels_read[-7:], loader]      # not all: a hook may make a loader in each epoch
+        if not isinstance(given, Tensor) or given.device.type != "cpu": return True
+        return given if target is moved and version is not None and version == version_of(target) else True
 
     # ------------------------------------------------------------------ fitting
     def fit(self, epochs: int, lr: Rate | None = None, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
@@ -516,6 +535,7 @@ class Learner:
 
     def _to_half(self, dtype: torch.dtype, **options: Any) -> Learner:
         from learnkit.callbacks.mixed_precision import MixedPrecision
+        if not options["pure"]: check_autocast(self.device, dtype)
         return self._replace(MixedPrecision, MixedPrecision(dtype, **options))
 
     def to_channels_last(self, *, cudnn_benchmark: bool | None = None) -> Learner:
@@ -618,7 +638,9 @@ class Learner:
         return summarize(self)
 
 
-def has_meta(model: nn.Module) -> bool: return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+def version_of(value: Any) -> int | None:
+    """By which a change in place of a tensor is seen; None of what has none."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def as_data(data: Any) -> DataBunch:

@@ -5,13 +5,17 @@ A log goes on where its run did: of a fit that is resumed from a checkpoint, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from learnkit.data import n_batches
+from learnkit.hooks import ControlFlow
+from learnkit.optim import number
+from learnkit.transfer import Reading
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -40,7 +44,8 @@ class Sink(Protocol):
 class Journal:
     """What a fit tells a sink: every n steps the loss over the samples since the last time and the rate, every epoch all values.
 
-    Values are those of all ranks. Between two times nothing reads the device: sums stay on it. Steps count on from fit to fit.
+    Values are those of all ranks. Nothing waits for the device: sums stay on it, and a row of steps is logged when its numbers have
+    arrived, at the latest before the next row or a checkpoint. Steps count on from fit to fit.
     """
 
     def __init__(self, every_n_steps: int | None) -> None:
@@ -55,6 +60,8 @@ class Journal:
         self.place: int | None = None   # the step after which a log goes on; None: it begins
         self.in_fit = self.opened = False
         self.writes = False             # whether this rank does
+        self.due: Callable[[], None] | None = None      # what logs a row of steps whose numbers are on their way from the device
+        self.readings: list[Reading] = []               # these numbers
 
     @contextmanager
     def of_fit(self, learn: Learner, sink: Sink) -> Iterator[None]:
@@ -62,12 +69,21 @@ class Journal:
         self.writes, self.total, self.count = learn.rank == 0, 0., 0.
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
         self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
-        self.in_fit, self.opened = True, False
-        try: yield
+        self.in_fit, self.opened, self.due, self.readings = True, False, None, []
+        failed = True
+        try:
+            yield
+            failed = False
+        except ControlFlow:
+            failed = False
+            raise
         finally:
-            if self.opened and self.writes: sink.finish()
-            self.in_fit = self.opened = False
-            self.n_before += self.n_done
+            try:
+                if not failed or self.has_arrived(): self.tell_due()    # after an error the device may never answer
+            finally:
+                if self.opened and self.writes: sink.finish()
+                self.in_fit = self.opened = False
+                self.n_before += self.n_done
 
     def begin(self, learn: Learner, sink: Sink) -> None:
         if self.writes: sink.open(self.place, names_of(learn, steps=self.every is not None))
@@ -77,6 +93,7 @@ class Journal:
     def step(self, learn: Learner, sink: Sink) -> None:
         self.n_done = learn.step
         if self.every is None: return
+        if self.readings and self.has_arrived(): self.tell_due()
         n = learn.count(learn.inputs, learn.target) if learn.in_step is None else learn.in_step
         self.total, self.count = self.total + learn.loss.detach() * n, self.count + n
         if learn.step >= self.next_step: self.tell_step(learn, sink)
@@ -86,18 +103,33 @@ class Journal:
         self.next_step = learn.step + self.every
         total, count = learn.ranks.all_sum([self.total, self.count])
         self.total, self.count = 0., 0.
-        self.tell(learn, sink, {"loss": float(total / count), "lr": learn.opt.param_groups[-1]["lr"]})    # reads the device
+        self.tell_due()                 # in the order of their steps
+        if not self.opened: self.begin(learn, sink)
+        if not self.writes: return
+        lr, step = learn.opt.param_groups[-1]["lr"], self.n_before + learn.step
+        values = {"loss": total / count, "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)}
+        readings = {name: Reading(value.reshape(1)) for name, value in values.items()}
+        self.readings = list(readings.values())
+        self.due = lambda: sink.log({name: reading.tolist()[0] for name, reading in readings.items()}, step)
+        if self.has_arrived(): self.tell_due()
+
+    def has_arrived(self) -> bool: return all(reading.has_arrived for reading in self.readings)
+
+    def tell_due(self) -> None:
+        """Log the last row of steps, where that was not done yet; waits for its numbers."""
+        due, self.due, self.readings = self.due, None, []
+        if due is not None: due()
 
     def epoch(self, learn: Learner, sink: Sink) -> None:
-        self.tell(learn, sink, {"epoch": learn.epoch, **learn.values, "lr": learn.opt.param_groups[-1]["lr"]})
-
-    def tell(self, learn: Learner, sink: Sink, values: dict[str, float]) -> None:
+        self.tell_due()
         if not self.opened: self.begin(learn, sink)
-        if self.writes: sink.log(values, self.n_before + learn.step)
+        lr = number(learn.opt.param_groups[-1]["lr"])
+        if self.writes: sink.log({"epoch": learn.epoch, **learn.values, "lr": lr}, self.n_before + learn.step)
 
     # ------------------------------------------------------------------ checkpoints
     def state(self) -> dict[str, Any]:
-        """Of this rank: each one sums up its own losses."""
+        """Of this rank: each one sums up its own losses. The log has all rows up to here, as a resumed fit goes on after them."""
+        self.tell_due()
         return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count}
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
@@ -123,7 +155,8 @@ def config_of(learn: Learner) -> dict[str, Any]:
     loss = learn.loss_func
     group = learn.opt.param_groups[-1]
     return {"model": type(learn.model).__name__, "parameters": sum(p.numel() for p in learn.model.parameters()),
-            "optimizer": type(learn.opt).__name__, "lr": group["lr"], "weight_decay": group.get("weight_decay") or group.get("wd", 0.),
+            "optimizer": type(learn.opt).__name__, "lr": number(group["lr"]),
+            "weight_decay": number(group.get("weight_decay", 0.)) or number(group.get("wd", 0.)),
             "loss": "default" if loss is None else getattr(loss, "__name__", type(loss).__name__), "epochs": learn.n_epochs,
             "steps": learn.n_steps or -1, "batches": n_batches(learn.data.train_dl) or -1,
             "batch_size": getattr(learn.data.train_dl, "batch_size", None) or -1, "world_size": learn.world_size,

@@ -18,11 +18,11 @@ ELEMENTWISE: tuple[Any, ...] = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber
 ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
-def choose_loss(loss_func: LossFunc | None, output: Any, target: Any, *, training: bool) -> Callable[[Any, Any], Any]:
+def choose_loss(loss_func: LossFunc | None, output: Any, target: Any, *, training: bool, labels: Any = True) -> Callable[[Any, Any], Any]:
     """The function of (output, target) that gives this pass's losses.
 
     `loss_func` where there is one; else the output's own `.loss`; else cross-entropy for integer targets and mean squared
-    error for float ones. Outside training a batch may have no target: then it has no loss.
+    error for float ones. Outside training a batch may have no target: then it has no loss. `labels`: see `check_target`.
     """
     if loss_func is None and isinstance(own_loss(output), Tensor): return lambda output, target: output.loss
     if target is None:
@@ -30,7 +30,7 @@ def choose_loss(loss_func: LossFunc | None, output: Any, target: Any, *, trainin
         raise ValueError("a training batch has no target: expected (x, y), or a mapping with 'labels' or 'target', or a model "
                          f"whose output has a .loss; the model returned {describe(output)}.")
     if loss_func is None: loss_func = default_loss(output, target)
-    check_target(loss_func, output, target)
+    check_target(loss_func, output, target, labels)
     return explained(loss_func)
 
 
@@ -51,8 +51,11 @@ def default_loss(output: Any, target: Any) -> LossFunc:
     return F.cross_entropy
 
 
-def check_target(loss_func: LossFunc, output: Any, target: Any) -> None:
-    """Refuse targets of a dtype or shape that a known loss would reject less clearly, or would broadcast silently."""
+def check_target(loss_func: LossFunc, output: Any, target: Any, labels: Any = True) -> None:
+    """Refuse targets of a dtype or shape that a known loss would reject less clearly, or would broadcast silently.
+
+    `labels`: whether class numbers are read too, to see that there is a score for each; or the target on the CPU, to read them there.
+    """
     if not isinstance(target, Tensor) or not isinstance(output, Tensor): return
     got = f"prediction {describe(output)} and target {describe(target)}"
     if loss_func in ELEMENTWISE or isinstance(loss_func, ELEMENTWISE_MODULES):
@@ -61,10 +64,10 @@ def check_target(loss_func: LossFunc, output: Any, target: Any) -> None:
                              f"against each other silently. {fit_shapes(output, target)}")
         if not target.is_floating_point():
             raise TypeError(f"{name_of(loss_func)} needs a float target, got {got}. Convert it with target.float().")
-    if loss_func is F.cross_entropy or isinstance(loss_func, nn.CrossEntropyLoss): check_classes(loss_func, output, target, got)
+    if loss_func is F.cross_entropy or isinstance(loss_func, nn.CrossEntropyLoss): check_classes(loss_func, output, target, got, labels)
 
 
-def check_classes(loss_func: LossFunc, output: Tensor, target: Tensor, got: str) -> None:
+def check_classes(loss_func: LossFunc, output: Tensor, target: Tensor, got: str, labels: Any) -> None:
     name = name_of(loss_func)
     if target.is_floating_point():
         if target.shape == output.shape: return        # class probabilities
@@ -76,13 +79,24 @@ def check_classes(loss_func: LossFunc, output: Tensor, target: Tensor, got: str)
     if target.shape != wanted:
         raise ValueError(f"{name} expects a target of shape {tuple(wanted)} for such a prediction, got {got}. "
                          "Squeeze the target's extra dimension, or check the model's last layer.")
+    if labels is False or not target.numel(): return
     ignored = getattr(loss_func, "ignore_index", -100)
-    labels = target[target != ignored]
-    if labels.numel():
-        lowest, highest = torch.aminmax(labels)        # reads the device, once a pass: on CUDA the kernel would abort instead
-        if int(lowest) < 0 or int(highest) >= output.shape[1]:
-            raise ValueError(f"targets run from {int(lowest)} to {int(highest)}, but the model gives {output.shape[1]} scores, for "
-                             f"classes 0 to {output.shape[1] - 1} ({got}). Check the number of outputs and the label encoding.")
+    lowest, highest = range_of(labels if isinstance(labels, Tensor) else target, ignored)
+    if lowest <= highest and (lowest < 0 or highest >= output.shape[1]):
+        raise ValueError(f"targets run from {lowest} to {highest}, but the model gives {output.shape[1]} scores, for "
+                         f"classes 0 to {output.shape[1] - 1} ({got}). Check the number of outputs and the label encoding.")
+
+
+def range_of(labels: Tensor, ignored: int) -> tuple[int, int]:
+    """The lowest and the highest class number without `ignored`; (1, 0) where there is no other.
+
+    One read, which waits for a device: on CUDA the loss's kernel would abort instead of raising an error.
+    """
+    labels = labels.detach().long()
+    none = labels == ignored
+    largest = torch.iinfo(torch.int64).max
+    lowest, highest = torch.stack([labels.masked_fill(none, largest).min(), labels.masked_fill(none, -largest).max()]).tolist()
+    return (lowest, highest) if highest > -largest else (1, 0)
 
 
 def fit_shapes(output: Tensor, target: Tensor) -> str:

@@ -12,10 +12,12 @@ from typing import Any, final
 from warnings import catch_warnings, simplefilter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from learnkit.accelerator import widest_float
 from learnkit.batch import describe
 from learnkit.hooks import add_note
+from learnkit.transfer import sent
 
 MetricFunction = Callable[[Any, Any], Any]
 
@@ -82,13 +84,13 @@ class Mean:
             return
         value = value.detach()
         # The product is a new tensor: what happens to `value` later does not matter, and a view keeps no batch alive.
-        self._sums.append(value.to(_widest(value.device)) * n)
+        self._sums.append(value.to(widest_float(value.device)) * n)
         self._count += n
         if len(self._sums) == 256:  # bounds the memory of a long epoch
             self._sums = [_stacked(self._sums).sum()]
 
     def compute(self) -> Tensor:
-        """The mean of what was added, 0-d float64 on its device (float32 on mps); nan where nothing was."""
+        """The mean of what was added, 0-d float64 on its device (float32 where it has no float64); nan where nothing was."""
         total, n_samples = self.state()
         return total / n_samples
 
@@ -136,7 +138,8 @@ class Metric(ABC):
 
     `names` are the columns, known before anything is computed. `summable`: what it keeps are sums, so that it becomes the
     whole world's metric when `sums()` are added up over the ranks and given to `load_sums`; of another metric all ranks'
-    batches must be brought together.
+    batches must be brought together. `keeps`: it may hold on to the predictions that it is given, which are then copies, as
+    a captured CUDA graph writes its next output over its last one; unless said otherwise, what is not summable does.
 
     >>> metric = as_metric(accuracy)
     >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
@@ -147,9 +150,11 @@ class Metric(ABC):
     name: str
     names: tuple[str, ...]
     summable: bool
+    keeps: bool = True
 
-    def __init__(self, name: str, names: tuple[str, ...], *, summable: bool) -> None:
+    def __init__(self, name: str, names: tuple[str, ...], *, summable: bool, keeps: bool | None = None) -> None:
         self.name, self.names, self.summable = name, names, summable
+        self.keeps = not summable if keeps is None else keeps
 
     @abstractmethod
     def reset(self) -> None:
@@ -259,7 +264,9 @@ class ObjectMetric(Metric):
 
     def _place(self, like: Any) -> None:
         move = getattr(self.wrapped, "to", None)
-        if isinstance(like, Tensor) and callable(move):
+        if isinstance(like, Tensor) and isinstance(self.wrapped, nn.Module) and _torchmetrics_in(self.wrapped):
+            self.wrapped._apply(partial(sent, device=like.device))  # what its `to` does, without waiting for each tensor
+        elif isinstance(like, Tensor) and callable(move):
             move(like.device)
         self._placed = True
 
@@ -346,14 +353,10 @@ def read(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return {name: numbers[name] for name in values}
 
 
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-
-
 def _stacked(values: list[Tensor]) -> Tensor:
     # A function may return a plain 0.0 for some batches, so that a few values are on the CPU.
     device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-    return torch.stack([value.to(device, _widest(device)) for value in values])
+    return torch.stack([value.to(device, widest_float(device)) for value in values])
 
 
 def _check_classes(name: str, pred: Tensor, target: Tensor) -> None:

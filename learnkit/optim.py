@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -78,7 +78,8 @@ def make_optimizer(opt_func: OptFunc, groups: list[dict[str, Any]], lr: float) -
     accepted = inspect.signature(opt_func).parameters
     extra: dict[str, Any] = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in accepted else {}
     if can_fuse(opt_func, accepted, groups): extra["fused"] = True
-    opt = opt_func(groups, lr=lr, **extra)
+    own = opt_func.keywords.get("lr") if isinstance(opt_func, partial) else None
+    opt = opt_func(groups, lr=torch.full_like(own, lr) if isinstance(own, Tensor) else lr, **extra)
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt_func returned {type(opt).__name__}, expected a torch.optim.Optimizer: give a class such as "
                         "torch.optim.SGD, or functools.partial(torch.optim.SGD, momentum=0.9).")
@@ -119,9 +120,10 @@ def set_mode(opt: Any, *, training: bool) -> None: opt.train() if training else 
 
 
 def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
-    """Multiply the weights that are about to be stepped by `1 - lr * wd`."""
+    """Multiply the weights that are about to be stepped by `1 - lr * wd`; of tensors, without reading them."""
     for group in opt.param_groups:
-        if not (wd := group.get("wd", 0.)): continue
+        wd = group.get("wd", 0.)
+        if not isinstance(wd, Tensor) and not wd: continue
         params = [p for p in group["params"] if p.grad is not None]
         if params:
             with torch.no_grad(): torch._foreach_mul_(params, 1 - group["lr"] * wd)  # type: ignore[reportPrivateImportUsage]
@@ -129,15 +131,38 @@ def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
 
 def set_weight_decay(opt: Optimizer, wd: float) -> None:
     """Give every group that decays the rate `wd`, under the key that its algorithm reads."""
-    for group in opt.param_groups:
-        rate = wd if group.get("decays", True) else 0.
-        if "layer_group" not in group or is_decoupled(opt): group["weight_decay"] = rate
-        else: group["wd"] = rate
+    rates = [wd if group.get("decays", True) else 0. for group in opt.param_groups]
+    names = ["weight_decay" if "layer_group" not in group or is_decoupled(opt) else "wd" for group in opt.param_groups]
+    set_each(opt, names, rates)
 
 
 def set_rates(opt: Optimizer, rates: Sequence[float], name: str = "lr") -> None:
     """Set a hyper-parameter of every group from one value a layer group; a built optimizer's groups are its layer groups."""
-    for i, group in enumerate(opt.param_groups): set_hyper(group, name, rates[group.get("layer_group", i)] * scale_of(group, name))
+    values = [rates[group.get("layer_group", i)] * scale_of(group, name) for i, group in enumerate(opt.param_groups)]
+    set_each(opt, [name] * len(values), values)
+
+
+def set_each(opt: Optimizer, names: Sequence[str], values: Sequence[float]) -> None:
+    """Set a hyper-parameter, of the name that it has there, in each group."""
+    if len(set(values)) > 1:
+        for name in set(names): separate(opt, name)
+    for group, name, value in zip(opt.param_groups, names, values, strict=True): set_hyper(group, name, value)
+
+
+def separate(opt: Optimizer, name: str) -> None:
+    """Before groups are given different values: of groups that hold one and the same tensor, as torch's optimizers do with an `lr` that is
+    one (2.15), the first keeps it, and the others get copies."""
+    seen: set[int] = set()
+
+    def own(value: Any) -> Any:
+        if isinstance(value, tuple): return tuple(own(v) for v in value)
+        if not isinstance(value, Tensor): return value
+        value = value.clone() if id(value) in seen else value
+        seen.add(id(value))
+        return value
+    for group in opt.param_groups:
+        for key in ("momentum", "betas") if name == "mom" else (name,):
+            if key in group: group[key] = own(group[key])
 
 
 def scale_of(group: dict[str, Any], name: str) -> float:
@@ -147,7 +172,14 @@ def scale_of(group: dict[str, Any], name: str) -> float:
 
 def own_rate(group: dict[str, Any]) -> float:
     """The rate that a built optimizer's group came with; before its lr_scale, which is applied when rates are set."""
-    return group.setdefault("initial_lr", group["lr"]) if "lr_scale" in group else group["lr"]
+    rate = number(group["lr"])
+    return number(group.setdefault("initial_lr", rate)) if "lr_scale" in group else rate
+
+
+def number(value: Any) -> Any:
+    """A hyper-parameter's value as a plain number, or a tuple of them; a tensor on a device is read, which waits for it."""
+    if isinstance(value, tuple): return tuple(map(number, value))
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def spread(rate: float | slice, n_groups: int) -> list[float]:
@@ -176,10 +208,19 @@ def momentum_name(opt: Optimizer) -> str | None:
 
 
 def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
-    """Set one hyper-parameter of an optimizer group; "mom" is its momentum, or the first of its betas."""
+    """Set one hyper-parameter of an optimizer group; "mom" is its momentum, or the first of its betas.
+
+    A tensor stays the same object and takes the value: a captured CUDA graph or a compiled step reads its memory. Nothing is waited for.
+    """
     if name == "mom":
-        if "momentum" in group: group["momentum"] = value
-        elif "betas" in group: group["betas"] = (value, *group["betas"][1:])
+        name = "momentum"
+        if name not in group:
+            first = group["betas"][0] if "betas" in group else None
+            if isinstance(first, Tensor): first.fill_(value)
+            elif first is not None: group["betas"] = (value, *group["betas"][1:])
+            return
+    held = group.get(name)
+    if isinstance(held, Tensor): held.fill_(value)
     else: group[name] = value
 
 

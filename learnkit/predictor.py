@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from learnkit.batch import to_device
 from learnkit.checkpoint import load_model
 from learnkit.files import Damaged
 
@@ -17,7 +18,7 @@ Run = Callable[[Sequence[Tensor]], Any]
 
 @final
 class Predictor:
-    """A model for inference, on the CPU.
+    """A model for inference; what it is given may be anywhere, what it returns is on the CPU.
 
     info        what the file says: model, parameters, inputs (name, dtype, shape of one sample), classes, stats, values, versions
     classes     the names of the classes, or None
@@ -54,13 +55,14 @@ class Predictor:
         return {names[i]: share for i, share in zip(order.tolist(), shares.tolist(), strict=True)}
 
 
-def load_learner(path: str | Path, *, model: nn.Module | None = None) -> Predictor:
-    """A model that `learn.export` wrote to a .pt2, .onnx or .safetensors file, for inference on the CPU; of the latter, `model` is
-    an object of the same class, whose weights are replaced.
+def load_learner(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Predictor:
+    """A model that `learn.export` wrote to a .pt2, .onnx or .safetensors file, for inference; of the latter, `model` is an object of the
+    same class, whose weights are replaced.
 
+    `device`: where it computes, such as "cuda"; an .onnx file on the CPU only. What it is given goes there, what it predicts comes back.
     Nothing in the file is executed: one that holds more than `learn.export` writes, or was changed, is refused with Damaged.
     """
-    path = Path(path)
+    path, place = Path(path), torch.empty(0, device=device).device
     if not path.exists(): raise FileNotFoundError(f"there is no {path}.")
     if path.suffix not in READERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(READERS)}. What learn.save wrote goes to "
@@ -68,22 +70,30 @@ def load_learner(path: str | Path, *, model: nn.Module | None = None) -> Predict
     if (model is not None) != (path.suffix == ".safetensors"):
         raise TypeError(f"{path} " + ("has its model in it: leave model=… out." if model is not None else
                                       "has the weights alone: give load_learner(path, model=…) an object of the model's class."))
-    run, info = READERS[path.suffix](path, model)
+    run, info = READERS[path.suffix](path, model, place)
     if not isinstance(info, dict) or info.get("format") != 1:
         raise Damaged(f"{path} has format {info.get('format') if isinstance(info, dict) else None}, this version of learnkit reads 1.")
-    return Predictor(run, info)
+    return Predictor(run if place.type == "cpu" else there_and_back(run, place), info)
 
 
-def from_pt2(path: Path, _: nn.Module | None) -> tuple[Run, Any]:
+def there_and_back(run: Run, device: torch.device) -> Run:
+    """`run` on a device, from and to the CPU. Reading what it predicts waits for the device."""
+    return lambda inputs: to_device(run(to_device(inputs, device)), torch.device("cpu"))
+
+
+def from_pt2(path: Path, _: nn.Module | None, device: torch.device) -> tuple[Run, Any]:
     from learnkit import pt2
     from learnkit.export import ABOUT
-    program, extra = pt2.read(path)
+    program, extra = pt2.read(path, device)
     if ABOUT not in extra: raise Damaged(f"{path} has no {ABOUT}: it was written by something else than learn.export.")
     return lambda inputs: program(*inputs), json.loads(extra[ABOUT])
 
 
-def from_onnx(path: Path, _: nn.Module | None) -> tuple[Run, Any]:
+def from_onnx(path: Path, _: nn.Module | None, device: torch.device) -> tuple[Run, Any]:
     from learnkit import onnx_file
+    if device.type != "cpu":
+        raise ValueError(f"{path} cannot be loaded on {device}: ONNX Runtime computes on the CPU here. Leave device=… out, or export to a "
+                         "file ending in .pt2.")
     session = onnx_file.session_of(path)
     names = [entry.name for entry in session.get_inputs()]
 
@@ -94,16 +104,16 @@ def from_onnx(path: Path, _: nn.Module | None) -> tuple[Run, Any]:
     return run, json.loads(session.get_modelmeta().custom_metadata_map.get("learnkit", "null"))
 
 
-def from_safetensors(path: Path, model: nn.Module | None) -> tuple[Run, Any]:
+def from_safetensors(path: Path, model: nn.Module | None, device: torch.device) -> tuple[Run, Any]:
     from learnkit import tensor_file
     from learnkit.export import Predicts
     assert model is not None
     state, info = tensor_file.read(path)
     load_model(model, state, strict=True)
     names = [entry["name"] for entry in info["inputs"]]
-    whole = Predicts(model.cpu().eval(), [] if names == [f"x{i}" for i in range(len(names))] else names)
+    whole = Predicts(model.to(device).eval(), [] if names == [f"x{i}" for i in range(len(names))] else names)
     return lambda inputs: whole(*inputs), info
 
 
-READERS: dict[str, Callable[[Path, nn.Module | None], tuple[Run, Any]]] = {
+READERS: dict[str, Callable[[Path, nn.Module | None, torch.device], tuple[Run, Any]]] = {
     ".pt2": from_pt2, ".onnx": from_onnx, ".safetensors": from_safetensors}

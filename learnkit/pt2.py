@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export.passes import move_to_device_pass
 
 from learnkit.files import SEAL, Damaged, check_seal
 
@@ -48,13 +49,14 @@ def sealed(archive: bytes) -> bytes:
 
 
 # ---------------------------------------------------------------------- reading
-def read(path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
-    """(the model, the extra texts) of an archive. Raises Damaged, and executes nothing that is in the file."""
+def read(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict[str, str]]:
+    """(the model on `device`, the extra texts) of an archive. Raises Damaged, and executes nothing that is in the file."""
     extra = check(path)
     found = dict.fromkeys(extra, "")
     try:
         with path.open("rb") as file: program = torch.export.load(file, extra_files=found)
     except Exception as error: raise Damaged(f"{path} is an archive of torch.export that this torch cannot read: {error}") from error
+    if device.type != "cpu": program = move_to_device_pass(program, device)
     return program.module(check_guards=False), extra
 
 

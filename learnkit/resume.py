@@ -48,14 +48,16 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
             "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
 
 
-def with_own_buffers(learn: Learner, weights: dict[str, Any]) -> dict[str, Any]:
-    """A model's state in which only the parameters are still the model's own: they change in steps alone, buffers in any forward."""
+def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a snapshot in which only parameters and optimizer state are still the fit's own: they change in steps alone, what
+    callbacks keep and buffers at other times too. Waits for the device once for most models."""
     if any(map(is_shard, learn.model.parameters())):    # gathered for this: a copy already
-        buffers = {name for name, _ in learn.model.named_buffers()}
-        return {name: in_memory(value) if name in buffers else value for name, value in weights.items()}
-    parameters = {p.data_ptr() for p in learn.model.parameters()}
-    return {name: value if isinstance(value, Tensor) and value.data_ptr() in parameters else in_memory(value)
-            for name, value in weights.items()}
+        own = {name for name, _ in learn.model.named_buffers()}
+    else:
+        parameters = {p.data_ptr() for p in learn.model.parameters()}
+        own = {name for name, value in parts["model"].items() if not (isinstance(value, Tensor) and value.data_ptr() in parameters)}
+    copies = in_memory({"run": parts["run"], "model": {name: value for name, value in parts["model"].items() if name in own}})
+    return {**parts, "run": copies["run"], "model": {**parts["model"], **copies["model"]}}
 
 
 def put_place(learn: Learner, place: dict[str, Any]) -> None:

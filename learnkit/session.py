@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from learnkit.batch import count_samples, describe
 from learnkit.hooks import STAGES, Callback, ControlFlow, Stages, add_note, causes
+from learnkit.memory import note_out_of_memory
 from learnkit.order import private_order
+from learnkit.placement import check_place, current
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -21,25 +20,24 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     everyone = sorted(check_callbacks([*learn.callbacks, *extra]), key=lambda callback: callback.order)
     if learn.resume and not any(callback.restores for callback in everyone):
         raise ValueError("resume=True has nothing to resume from: add callbacks=[Checkpoint(folder)] to the Learner.")
-    if any(p.is_meta for p in learn.model.parameters()):
-        raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives it "
-                         "some, on one process too.")
+    check_place(learn)
     modes = [(module, module.training) for module in learn.model.modules()]
     learn.training_model = learn.evaluated_model = learn.model
     learn.running = tuple(everyone)
     learn.stages = Stages(learn, everyone, {stage: getattr(learn, f"_{stage}") for stage in STAGES})
     try:
-        with private_order(learn.data.train_dl, *dls): yield
+        with current(learn.device), private_order(learn.data.train_dl, *dls): yield
     except ControlFlow as signal:
         raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
                            f"{learn.where()}.") from signal
     except BaseException as error:
         first = surfacing(error, learn.failure)
-        if is_out_of_memory(first): add_note(first, out_of_memory(learn.inputs, learn.target))
+        note_out_of_memory(learn, first)
         raise first  # noqa: B904
     finally:
         for module, mode in modes: module.training = mode
         learn.failure = learn.pred = learn.loss = None
+        learn._labels_read = []
         learn.stages = None  # type: ignore[assignment]
         learn.running, learn.resume = (), False
         learn.training, learn.training_model = False, learn.model
@@ -62,17 +60,6 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
             raise ValueError(f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
                              f"remove_callback({name}).")
     return callbacks
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """On a device, or on the CPU, where it is a RuntimeError like others."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
-def out_of_memory(inputs: Any, target: Any) -> str:
-    """What to do when a batch did not fit, with its size."""
-    return (f"learnkit: this batch of {count_samples(inputs, target)} samples did not fit into memory ({describe(inputs)}). Take a smaller "
-            "batch size. The model and the optimizer are as they were before it.")
 
 
 def surfacing(error: BaseException, first: BaseException | None) -> BaseException:

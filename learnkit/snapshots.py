@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from learnkit.files import Damaged, explained, hash_file, partial, read_state, size_of, sync_folder, write_bytes, writing
+from learnkit.shards import is_shard
+from learnkit.staging import bytes_of, fetch, is_simple
 
 FORMAT = 2      # 1: all in .pt files
 NAME = re.compile(r"(\d{6,})-step-(\d+)")
@@ -189,17 +191,52 @@ def remove(path: Path) -> None:
 
 
 def in_memory(parts: Any, into: Any = None) -> Any:
-    """A copy that training on does not change: tensors on the CPU. `into`: an earlier copy, which is over; its memory is used again,
-    as new pages cost up to ten times the copy (see docs/decisions.md)."""
-    if isinstance(parts, Tensor):
-        fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (parts.shape, parts.dtype)
-        return into.copy_(parts.detach()) if fits else parts.detach().to("cpu", copy=True)
-    if isinstance(parts, Mapping):
-        earlier = into if isinstance(into, Mapping) else {}
-        return {k: in_memory(v, earlier.get(k)) for k, v in parts.items()}
-    if isinstance(parts, (list, tuple)):
-        of_each = into if isinstance(into, (list, tuple)) and len(into) == len(parts) else [None] * len(parts)
-        return type(parts)(in_memory(v, earlier) for v, earlier in zip(parts, of_each, strict=True))
-    return parts
+    """A copy that training on does not change: tensors on the CPU, one for those that are the same memory. `into`: an earlier copy, which
+    is over; its memory is used again, as new pages cost up to ten times the copy (see docs/decisions.md).
+
+    Tensors of a device have the values that what is enqueued there next would find. The host waits for all of them together.
+    """
+    copies = Copies()
+    made = copies.of(parts, into)
+    fetch(copies.away)
+    return made
 
 
+class Copies:
+    """Those of one snapshot: made on the CPU, asked for of a device."""
+
+    def __init__(self) -> None:
+        self.of_memory: dict[Any, Tensor] = {}          # by where it lies and how
+        self.used: set[Any] = set()                     # the memory of the copies
+        self.away: list[tuple[Tensor, Tensor]] = []     # bytes on a device, and where they go
+
+    def of(self, parts: Any, earlier: Any) -> Any:
+        if isinstance(parts, Tensor): return self.of_tensor(parts.detach(), earlier)
+        if isinstance(parts, Mapping):
+            of_key = earlier if isinstance(earlier, Mapping) else {}
+            return {k: self.of(v, of_key.get(k)) for k, v in parts.items()}
+        if isinstance(parts, (list, tuple)):
+            of_each = earlier if isinstance(earlier, (list, tuple)) and len(earlier) == len(parts) else [None] * len(parts)
+            return type(parts)(self.of(v, own) for v, own in zip(parts, of_each, strict=True))
+        return parts
+
+    def of_tensor(self, tensor: Tensor, earlier: Any) -> Tensor:
+        key = memory_of(tensor)
+        if key in self.of_memory: return self.of_memory[key].detach()       # another tensor of the same memory
+        fits = isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype) \
+            and memory_of(earlier) not in self.used
+        if not is_simple(tensor): made = earlier.copy_(tensor) if fits else tensor.to("cpu", copy=True)
+        else:
+            made = earlier if fits else torch.empty_like(tensor, device="cpu")
+            if made.stride() != tensor.stride(): tensor = torch.empty_like(made, device=tensor.device).copy_(tensor)    # without gaps
+            self.away.append((bytes_of(tensor), bytes_of(made)))
+        if key is not None:
+            self.of_memory[key] = made
+            self.used.add(memory_of(made))
+        return made
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """What two tensors have in common that are one; None for those that have no memory that could be one."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0 or is_shard(tensor) or tensor.is_meta: return None
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()

@@ -45,7 +45,8 @@ def switches() -> dict[str, object]:
 def same_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)  # Learner(path='.') writes here, not into the checkout
     before, python_state = switches(), random.getstate()
-    with torch.random.fork_rng():
+    kind = torch.accelerator.current_accelerator() or torch.device("cuda")
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind.type):
         torch.manual_seed(0)
         random.seed(0)
         yield

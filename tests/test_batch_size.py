@@ -136,3 +136,55 @@ def test_data_of_workers_and_of_pairs_of_loaders_are_found_for():
     pairs: list[Any] = [([(x, y)], None), (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4, shuffle=True), None)]
     for pair in pairs: assert Learner(pair, Limited(20), opt_func=partial(torch.optim.SGD, momentum=.9)).batch_size_find() == 16
     assert learn.batch_size_find() == 16
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is measured
+class State(Callback):
+    """The optimizer's state takes memory from the end of the first step on; notes the steps of each fit."""
+
+    def __init__(self, before: int, after: int) -> None: self.before, self.after, self.n_steps = before, after, NOTED
+
+    def before_fit(self, learn: Learner) -> None:
+        learn.model.limit = self.before
+        self.n_steps.append(0)
+
+    def after_step(self, learn: Learner) -> None:
+        learn.model.limit = self.after
+        self.n_steps[-1] += 1
+
+
+NOTED: list[int] = []
+
+
+def test_a_size_fits_where_it_does_with_the_optimizers_state():
+    assert learner(10 ** 9, State(16, 5)).batch_size_find() == 4
+    assert learner(10 ** 9, State(16, 99)).batch_size_find() == 16
+    assert learner(10 ** 9, State(16, 5)).batch_size_find(n_steps=1) == 16
+
+
+def test_steps_that_float16_skips_are_not_counted():
+    NOTED.clear()
+    learner(10 ** 9, State(4, 4), MixedPrecision(torch.float16, init_scale=2. ** 40)).batch_size_find()
+    assert NOTED == [2, 2, 0]       # with 2, 4 and 8 samples
+
+
+class NoRoom(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> None: raise torch.OutOfMemoryError("no room for the state")
+
+
+def test_where_the_optimizers_step_does_not_fit_no_other_size_is_tried():
+    learn = learner(10 ** 9, opt_func=NoRoom)
+    with pytest.raises(RuntimeError, match="not even one sample fits") as raised: learn.batch_size_find()
+    assert learn.model.seen == [2] and any("in the optimizer's step" in note for note in raised.value.__cause__.__notes__)
+
+
+def test_a_batch_that_cannot_even_be_made_does_not_fit():
+    x, y = torch.zeros(1).expand(2, 2 ** 42), torch.zeros(2, dtype=torch.long)
+    learn = Learner(DataBunch([(x, y)]), Limited(9), device="cpu")
+    with pytest.raises(RuntimeError, match="not even one sample fits into memory"): learn.batch_size_find()
+
+
+def test_an_error_that_no_smaller_size_cures_is_raised_as_it_is():
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor: raise RuntimeError("GET was unable to find an engine to execute this computation")
+    with pytest.raises(RuntimeError, match="GET was unable to find an engine"): Learner(learner(9).data, Fails(4, 3)).batch_size_find()

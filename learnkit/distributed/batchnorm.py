@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from learnkit.accelerator import widest_float
 from learnkit.distributed.reduce import needs_group
 
 M = TypeVar("M", bound=nn.Module)
@@ -16,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 def sync_batchnorm(model: M) -> M:
     """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
 
-    On a CPU, for which PyTorch has none, `GlobalBatchNorm`; else torch's SyncBatchNorm. `restore_batchnorm` turns it back.
+    torch's SyncBatchNorm on devices that have its kernels (CUDA, XPU), else `GlobalBatchNorm`. `restore_batchnorm` turns it back.
     """
     return replaced(model, synchronized)
 
@@ -64,16 +65,17 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, mean, variance) per channel over all ranks, float64, in one collective.
+    """(n, mean, variance) per channel over all ranks, float64 (float32 on a device without it), in one collective.
 
     Each rank sums about its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
     """
     dims, n_channels, n_own = [d for d in range(x.dim()) if d != 1], x.shape[1], x.numel() // x.shape[1]
+    wide = widest_float(x.device)
     own_mean = x.detach().sum(dims) / max(n_own, 1)  # any constant would do
-    centred, shift = x - own_mean.view(1, -1, *(1,) * (x.dim() - 2)), own_mean.double()
-    rest = centred.sum(dims).double()
-    squares = centred.square().sum(dims).double() + 2 * shift * rest + n_own * shift.square()
-    own = torch.cat([rest + n_own * shift, squares, shift.new_tensor([n_own])])
+    centred, shift = x - own_mean.view(1, -1, *(1,) * (x.dim() - 2)), own_mean.to(wide)
+    rest = centred.sum(dims).to(wide)
+    squares = centred.square().sum(dims).to(wide) + 2 * shift * rest + n_own * shift.square()
+    own = torch.cat([rest + n_own * shift, squares, shift.new_full((1,), n_own)])   # filled there: no copy, no wait
     total, squares, n = SumOverRanks.apply(own).split([n_channels, n_channels, 1])
     mean = total / n
     return n, mean, (squares / n - mean.square()).clamp(min=0)
@@ -105,13 +107,19 @@ def replaced(module: Any, replace: Any) -> Any:
 def synchronized(module: nn.Module) -> nn.Module:
     done = (GlobalBatchNorm, nn.SyncBatchNorm)
     if not isinstance(module, _BatchNorm) or isinstance(module, done): return module
-    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
-    kind: Any = GlobalBatchNorm if on_cpu else nn.SyncBatchNorm
+    kind: Any = nn.SyncBatchNorm if has_kernels(module) else GlobalBatchNorm
     twin = kind.__new__(kind)  # shares all that the module has: parameters, buffers, hooks and settings are the same objects
     twin.__dict__.update(module.__dict__)
     twin.__dict__["replaces"] = module  # not as an attribute, which would register it as a child
     if kind is nn.SyncBatchNorm: twin.__dict__["process_group"] = None  # the default one
     return twin
+
+
+def has_kernels(module: nn.Module) -> bool:
+    """Whether torch's SyncBatchNorm has kernels for the device that this module is on."""
+    kinds = {t.device.type for t in (*module.parameters(), *module.buffers())}
+    if len(kinds) != 1: return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::batch_norm_stats", torch._C._dispatch_key_for_device(*kinds))
 
 
 def restored(module: nn.Module) -> nn.Module:

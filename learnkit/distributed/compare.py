@@ -1,11 +1,10 @@
 """What must be equal on all ranks is compared before the first step: a rank with another rate trains on, quietly wrong."""
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from learnkit.distributed.reduce import agree_all, gather_objects
+from learnkit.distributed.reduce import agree_all, gather_objects, hashed
 
 Fact = str | int | float | bool | None
 MISSING = "(not there)"
@@ -28,8 +27,7 @@ def check_same(facts: Mapping[str, Fact]) -> None:
 
 def digest(facts: Mapping[str, Fact]) -> int:
     """The same number where the facts are the same, in whatever order."""
-    shown = repr(sorted((name, repr(value)) for name, value in facts.items()))
-    return int.from_bytes(hashlib.blake2b(shown.encode(), digest_size=8).digest(), "big") >> 1
+    return hashed(sorted((name, repr(value)) for name, value in facts.items()))
 
 
 def differing(by_rank: Sequence[Mapping[str, Fact]]) -> list[str]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from learnkit.accelerator import can_pin
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
 from learnkit.distributed.weights import share_weights
-from learnkit.distributed.world import get_device, get_world_size
+from learnkit.distributed.world import backends, get_device, get_world_size, take_device
 from learnkit.order import EpochOrder
 from learnkit.order import set_epoch as set_seed_and_epoch
 
@@ -49,6 +50,8 @@ def shard_model(model: nn.Module, *, blocks: Blocks = (), activation_checkpointi
         with shared_random_state(device): materialize(model, device)
         return model
     check_shardable(model)
+    take_device(device)
+    if cpu_offload: check_offload()
     share_weights(model)
     if activation_checkpointing:
         for block in found: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -110,7 +113,16 @@ def mesh_of(device: torch.device) -> Any:
 
 def offload_policy(device: torch.device) -> Any:
     from torch.distributed.fsdp import CPUOffloadPolicy
-    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    return CPUOffloadPolicy(pin_memory=can_pin(device))
+
+
+def check_offload() -> None:
+    """Shards in the CPU's memory are gathered, clipped and saved there: refuse a group that sends nothing from the CPU."""
+    if "cpu" not in backends():
+        given = ",".join(f"{kind}:{backend}" for kind, backend in backends().items())
+        raise RuntimeError(f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {given!r}, which "
+                           f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), leave it to learnkit, "
+                           "which makes such a one, or leave cpu_offload out.")
 
 
 def as_policy(mixed_precision: Any) -> Any:
@@ -195,8 +207,10 @@ def reset_of(module: nn.Module) -> Callable[[], None]:
 @contextmanager
 def shared_random_state(device: torch.device) -> Iterator[None]:
     """Draw what rank 0 draws."""
-    kinds = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
-    for kind in kinds: kind.set_rng_state(broadcast_from_main(kind.get_rng_state()).cpu())
+    torch.random.set_rng_state(broadcast_from_main(torch.random.get_rng_state()).cpu())
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        module.set_rng_state(broadcast_from_main(module.get_rng_state(device).cpu()), device)
     yield
 
 

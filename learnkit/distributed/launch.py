@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -22,7 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
 
+from learnkit.accelerator import has_driver
 from learnkit.distributed.process import (
     ERROR_FILE,
     die_with_parent,
@@ -35,6 +39,7 @@ from learnkit.distributed.world import destroy_process_group, get_rank, get_worl
 
 GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
 PATIENCE = 2.0  # seconds from SIGTERM to SIGKILL
+IN_USE = "{} is in use in this process already, or was asked for in a way that starts it, such as torch.cuda.is_available()"
 
 
 class RankFailed(RuntimeError):
@@ -52,19 +57,19 @@ class RankFailed(RuntimeError):
 
 def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None, every_rank: bool = False,
            start_method: str | None = None) -> Any:
-    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned.
+    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned, its tensors on the CPU.
 
     `every_rank=True` returns the list of what all returned. In `fn`, `init_process_group()` or
     `Learner.to_distributed()` joins them; each rank has its share of the cores as threads. nprocs=1 calls `fn` here.
-    Ranks are forked, so `fn` may be a notebook's; where CUDA is in use here already they are spawned, and `fn` must be
-    importable. Raises RankFailed with the culprit's traceback, TimeoutError after `timeout` seconds; no rank outlives
-    the call, nor this process.
+    Ranks are forked, so `fn` may be a notebook's. Where the accelerator is in use here already, or was asked for by
+    `torch.cuda.is_available()`, they are spawned, and `fn` must be importable. Raises RankFailed with the culprit's
+    traceback, TimeoutError after `timeout` seconds; no rank outlives the call, nor this process.
     """
-    method = start_method or choose_start_method(fn)
-    check_can_launch(fn, nprocs, method)
+    check_can_launch(fn, nprocs, start_method)
     if nprocs == 1:
         alone = fn(*args)
         return [alone] if every_rank else alone
+    method = start_method or choose_start_method(fn)
     with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
         store = open_store()
         try: results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
@@ -81,17 +86,51 @@ def open_store() -> dist.TCPStore:
 
 def choose_start_method(fn: Callable[..., Any]) -> str:
     can_fork = "fork" in multiprocessing.get_all_start_methods()
-    if can_fork and not torch.cuda.is_initialized(): return "fork"
-    main = sys.modules["__main__"]
-    if getattr(fn, "__module__", None) == "__main__" and getattr(main, "__file__", None) is None:
-        why = "CUDA is in use in this process already" if can_fork else "this system does not fork processes"
-        raise RuntimeError(f"launch cannot start {fn!r}: {why}, so ranks must import the function, and a notebook's "
-                           "cannot be imported. Restart the kernel and use the GPU only inside the function, or move "
-                           "the function into a .py file.")
+    lost = lost_by_fork()
+    if can_fork and lost is None: return "fork"
+    if not can_import(fn):
+        why = IN_USE.format(lost) if can_fork else "this system does not fork processes"
+        raise RuntimeError(f"launch cannot start {fn!r}: {why}, so ranks must import the function, and one of a notebook, a lambda "
+                           "or one that is defined in another function cannot be imported. Restart the kernel and use the accelerator "
+                           "only inside the function, or move the function into a .py file.")
     return "spawn"
 
 
-def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str) -> None:
+def can_import(fn: Callable[..., Any]) -> bool:
+    """Whether a new process finds the function; a script is run there once more, without its main guard's block."""
+    if getattr(fn, "__module__", None) == "__main__" and getattr(sys.modules["__main__"], "__file__", None) is None: return False
+    try: pickle.dumps(fn)
+    except (pickle.PicklingError, AttributeError, TypeError): return False
+    return True
+
+
+def lost_by_fork() -> torch.device | None:
+    """The accelerator of this machine that a forked child of this process could not use; None: there is none.
+
+    Whoever asks torch for a GPU may have started CUDA, with `torch.cuda.is_available()` too, of which `torch.cuda.is_initialized()`
+    says nothing (torch 2.15). A forked child knows: it takes about 15 ms, and none where there is no driver or torch was built for
+    the CPU alone. The accelerator is asked for only if that child is lost, as the question may be what loses it.
+
+    MPS is not asked about: a machine has one such device, which ranks cannot share, so theirs is the CPU.
+    """
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or kind.type == "mps" or not hasattr(os, "fork"): return None
+    if kind.type == "cuda" and not has_driver(): return None
+    is_lost = getattr(torch.get_device_module(kind), "_is_in_bad_fork", None)
+    if is_lost is None or not in_forked_child(is_lost): return None
+    return kind if torch.accelerator.is_available() else None
+
+
+def in_forked_child(ask: Callable[[], bool]) -> bool:
+    with forking(): child = os.fork()
+    if child == 0:
+        answer = 1
+        try: answer = int(ask())
+        finally: os._exit(answer)  # flushes nothing, and runs no handler of the parent's
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str | None) -> None:
     if not callable(fn): raise TypeError(f"launch(fn, nprocs): fn is {fn!r}, expected a function.")
     if isinstance(nprocs, bool) or not isinstance(nprocs, int) or nprocs < 1:
         raise ValueError(f"launch(fn, nprocs): nprocs={nprocs!r}, expected a whole number of 1 or more.")
@@ -99,9 +138,9 @@ def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str) -> None:
         raise RuntimeError(f"launch would start {nprocs} ranks inside rank {get_rank()} of {get_world_size()}: this "
                            "process is in a group already. Call the function itself, or start the script without a "
                            "launcher.")
-    if nprocs > 1 and method == "fork" and torch.cuda.is_initialized():
-        raise RuntimeError("launch cannot fork: CUDA is in use in this process already. Leave start_method out, or use "
-                           "the GPU only inside the function.")
+    if nprocs > 1 and method == "fork" and (lost := lost_by_fork()) is not None:
+        raise RuntimeError(f"launch cannot fork: {IN_USE.format(lost)}. Leave start_method out, or use the accelerator only "
+                           "inside the function.")
 
 
 class Ranks:
@@ -263,10 +302,23 @@ def result_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def as_answer(result: Any) -> bytes:
-    try: return pickle.dumps(result)
+    answer = io.BytesIO()
+    try: Answer(answer, pickle.HIGHEST_PROTOCOL).dump(result)
     except Exception as error:
         raise TypeError(f"rank {get_rank()} returned a {type(result).__name__} that cannot be sent back: "
                         f"{one_line(error)}. Return numbers, tensors, or a state_dict.") from error
+    return answer.getvalue()
+
+
+class Answer(pickle.Pickler):
+    """What a rank returns, with the tensors of its device on the CPU: else the parent would use each rank's device, and could then
+    not fork ranks that do."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.device.type in ("cpu", "meta") or type(obj) not in (Tensor, Parameter): return NotImplemented
+        here = obj.detach().cpu()
+        if isinstance(obj, Parameter): return Parameter, (here, obj.requires_grad)
+        return here.requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def wait_for(processes: list[Any], seconds: float) -> None:

@@ -15,7 +15,7 @@ from learnkit.distributed.algorithms import Communication, Hook, as_algorithm
 from learnkit.distributed.batchnorm import sync_batchnorm
 from learnkit.distributed.reduce import needs_group
 from learnkit.distributed.weights import reduce_after_backward, share_weights
-from learnkit.distributed.world import get_device
+from learnkit.distributed.world import get_device, take_device
 
 UNPREPARED = ("algorithm={name!r} averages the weights after the optimizer's steps, and knows no optimizer of this model yet: write "
               "optimizer = prepare_optimizer(optimizer, model) before the loop.")
@@ -41,8 +41,9 @@ def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, devi
     if mixed_precision not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected torch.bfloat16, torch.float16 or None.")
     device = get_device(local_rank) if device is None else device
-    model = model.to(device)
     if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
+    if needs_group(): take_device(device)
+    model = model.to(device)
     if mixed_precision is not None: compute_in(model, mixed_precision, device)
     if not needs_group(): return model
     if sync_bn: model = sync_batchnorm(model)

@@ -2,25 +2,33 @@
 """What ranks tell each other: sums, rows, plain objects and flags.
 
 Sums and counts travel, never means; lengths travel before rows. Nothing here unpickles what another process sent:
-objects travel as JSON beside the raw bytes of their tensors.
+objects travel as JSON together with the raw bytes of their tensors.
+
+One rule says where tensors travel, the same on all ranks, as a collective on the CPU never meets one on a device: on the CPU,
+unless a rank has something to send that is on its device, which then all use; ranks that have nothing to send, or have it on
+the CPU, follow. A group that has a backend for one of the two alone leaves no choice. Flags, counts and texts are on the host.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from learnkit.accelerator import widest_float
 from learnkit.distributed.process import is_alive, machine_id
-from learnkit.distributed.world import COMMAND, get_device, get_rank, get_store, get_world_size, has_group
+from learnkit.distributed.world import COMMAND, backends, get_rank, get_store, get_world_size, has_group, own_device
 
 HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
+BUCKET = 64 * 2**20  # bytes of tensors that are sent as one: a model is not held twice while it is shared
 _n_turns = 0  # of rank0_first, the same on every rank
 _n_collectives = 0  # of those below that this rank has come to: at one place of a program the same on every rank
 _turns: dict[str, tuple[int, int]] = {}  # of on_main, by name: (collectives before it, turns since the last of them)
@@ -42,7 +50,7 @@ def agree(flag: int) -> int:
 def agree_all(numbers: Sequence[int]) -> list[int]:
     """Of each number the largest that a rank gave, in one collective; all give equally many."""
     if not needs_group(): return list(numbers)
-    values = torch.tensor(numbers, dtype=torch.int64, device=collective_device())
+    values = torch.tensor(numbers, dtype=torch.int64, device=host())
     finish(dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True), values.device)
     return values.tolist()
 
@@ -55,15 +63,19 @@ def barrier() -> None:
 def all_sum(tensors: Any) -> Any:
     """The sums over all ranks of a tensor, a number, or a nested list, tuple or dict of them, in the same structure.
 
-    One collective however many there are: as float64, or exactly as int64 if all are whole numbers or bools. What was
-    given stays as it is; results have its shapes, devices and dtypes (bools count as int64, half precision as float32).
+    One collective for the sums however many there are, and one number on the CPU before it where the group has backends for the
+    CPU and for a device: a rank may have on the CPU what others have on their device. As float64 (float32 on a device without
+    it), or exactly as int64 if all are whole numbers or bools. What was given stays as it is; results have its shapes, devices
+    and dtypes (bools count as int64, half precision as float32).
     """
     leaves = list(leaves_of(tensors))
+    if not leaves:
+        return rebuilt(tensors, iter(()))
     whole = not any(is_float(leaf) for leaf in leaves)
     given = [torch.as_tensor(leaf).detach() for leaf in leaves]
-    device = collective_device(given) if needs_group() else None
-    parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else torch.float64) for t in given]
-    if device is not None and parts:
+    device = agreed_device(given) if needs_group() else None
+    parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else widest_float(device or t.device)) for t in given]
+    if device is not None:
         packed = torch.cat(parts)
         finish(dist.all_reduce(packed, async_op=True), device)
         parts = list(packed.split([t.numel() for t in given]))
@@ -105,6 +117,8 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
     """Concatenates; a rank without rows need not know the others' shape or dtype."""
     rows = [t.reshape(1) if t.ndim == 0 else t for t in rows]
     filled = [t for t in rows if len(t)] or [rows[0]]
+    device = next((t.device for t in filled if t.device.type != "cpu"), filled[0].device)     # ranks may have them in either place
+    filled = [t.to(device) for t in filled]
     if len({(t.dtype, t.shape[1:]) for t in filled}) > 1:
         seen = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in filled)
         raise ValueError(f"gather_for_metrics cannot join {seen}: only the first dimension may differ between ranks.")
@@ -115,41 +129,107 @@ def gather_objects(obj: Any) -> list[Any]:
     """What each rank gave, in rank order, on every rank: None, bools, numbers, strings, tensors, and lists, tuples or
     dicts of them, nested at will.
 
-    Other types raise TypeError, on all ranks. (`torch.distributed.all_gather_object` takes anything, by pickle.)
+    Tensors of a device arrive on the receiver's own. Other types raise TypeError, on all ranks.
+    (`torch.distributed.all_gather_object` takes anything, by pickle.)
     """
     if not needs_group(): return [obj]
-    description, payload = packed(obj)
+    description, tensors = described(obj)
     descriptions = [json.loads(text) for text in gather_texts(description)]
     raise_for(descriptions)
-    payloads = gather_bytes(payload, [d["bytes"] for d in descriptions])
-    return [unpacked(d, p, payload.device) for d, p in zip(descriptions, payloads, strict=True)]
+    device = device_for(descriptions, tensors)
+    payloads = gather_bytes(as_payload(tensors, device), [d["bytes"] for d in descriptions])
+    return [unpacked(d, p) for d, p in zip(descriptions, payloads, strict=True)]
 
 
 def gather_on_main(obj: Any) -> list[Any]:
     """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where the group has it."""
     if not needs_group(): return [obj]
-    description, payload = packed(obj)
+    description, tensors = described(obj)
     text, error = as_bytes(description.encode()), json.loads(description).get("error", "")
+    payload = as_payload(tensors, text.device)
     told = [n.tolist() for n in all_gather(torch.tensor([len(text), len(payload), bool(error)], device=text.device))]
     failed = [rank for rank, (_, _, fails) in enumerate(told) if fails]
     if failed: raise TypeError(error or f"rank {failed[0]} has something that cannot be sent; its own error says what.")
     longest = max(n + m for n, m, _ in told)
-    own = torch.cat([text, payload.to(text.device), text.new_zeros(longest - len(text) - len(payload))])
+    own = torch.cat([text, payload, text.new_zeros(longest - len(text) - len(payload))])
     shares = [torch.empty_like(own) for _ in told] if get_rank() == 0 else []
     finish(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
-    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], own.device) for share, (n, _, _) in zip(shares, told, strict=False)]
+    sizes = [n for n, _, _ in told][:len(shares)]
+    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device) for share, n in zip(shares, sizes, strict=True)]
 
 
 def broadcast_from_main(obj: Any = None) -> Any:
-    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes."""
+    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes, which arrive as there."""
     if not needs_group(): return obj
-    description, payload = packed(obj if get_rank() == 0 else None)
+    description, tensors = described(obj if get_rank() == 0 else None)
     received = json.loads(broadcast_text(description))
     raise_for([received])
-    if get_rank() == 0: content = payload
-    else: content = torch.empty(received["bytes"], dtype=torch.uint8, device=collective_device())
-    if received["bytes"]: finish(dist.broadcast(content, 0, async_op=True), content.device)
-    return obj if get_rank() == 0 else unpacked(received, content, content.device)
+    device = device_for([received], tensors)
+    content = as_payload(tensors, device) if get_rank() == 0 else torch.empty(received["bytes"], dtype=torch.uint8, device=device)
+    if received["bytes"]: finish(dist.broadcast(content, 0, async_op=True), device)
+    return obj if get_rank() == 0 else unpacked(received, content)
+
+
+def broadcast_into(tensors: Sequence[Tensor]) -> None:
+    """Puts rank 0's values in the place of these tensors' on every rank, in buckets of up to `BUCKET` bytes.
+
+    Two numbers travel before them, by which ranks know that all have the same shapes, dtypes and devices; where devices alone
+    differ, each tensor travels as the rule above says. Raises ValueError on all ranks where shapes or dtypes differ.
+    """
+    if not needs_group() or not tensors: return
+    on_device = devices_of_all(tensors)
+    with torch.no_grad():
+        for bucket, device in in_buckets(tensors, on_device): broadcast_bucket(bucket, device)
+
+
+def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
+    """Of each tensor whether it is on a device on any rank, and so travels between devices."""
+    always = "cpu" not in backends()
+    own = [[str(t.dtype).removeprefix("torch."), list(t.shape), always or on_device(t)] for t in tensors]
+    found = hashed(own)
+    largest, negative = agree_all([found, -found])
+    if largest == -negative: return [places for *_, places in own]
+    of_all = gather_objects(own)
+    for rank, rows in enumerate(of_all):
+        for k, (first, row) in enumerate(zip_longest(of_all[0], rows)):
+            if first is None or row is None or first[:2] != row[:2]:
+                raise ValueError(f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and "
+                                 f"{in_words(row)} on rank {rank}. Build the same model on every rank.")
+    return [any(rows[k][2] for rows in of_all) for k in range(len(own))]
+
+
+def in_words(row: Sequence[Any] | None) -> str:
+    return "not there" if row is None else f"{row[0]} {tuple(row[1])}"
+
+
+def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator[tuple[list[Tensor], torch.device]]:
+    """The tensors in order, those that are sent as one together, and the device on which they are sent."""
+    for places in (True, False):
+        bucket: list[Tensor] = []
+        chosen = [t for t, on in zip(tensors, on_device, strict=True) if on is places and t.numel()]
+        device = device_if(places, chosen)
+        for t in chosen:
+            if bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET:
+                yield bucket, device
+                bucket = []
+            bucket.append(t)
+        if bucket: yield bucket, device
+
+
+def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
+    if len(tensors) == 1 and tensors[0].device == device and tensors[0].is_contiguous():    # perhaps a large one: in place
+        finish(dist.broadcast(tensors[0].detach().view(-1).view(torch.uint8), 0, async_op=True), device)
+        return
+    payload = as_payload(tensors, device)
+    finish(dist.broadcast(payload, 0, async_op=True), device)
+    if get_rank() == 0: return
+    parts = payload.split([t.nbytes for t in tensors])
+    for own, part in zip(tensors, parts, strict=True): own.copy_(as_tensor(part, own.dtype, own.shape))
+
+
+def hashed(value: Any) -> int:
+    """A number of 63 bits: the same where the value, of plain types, is the same."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
@@ -161,32 +241,43 @@ def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
 # --- descriptions: a structure as JSON, its tensors as bytes ----------------------------------------------------------
 
 
-def packed(obj: Any) -> tuple[str, Tensor]:
+def described(obj: Any) -> tuple[str, list[Tensor]]:
+    """A structure as JSON, and its tensors in the order in which it names them."""
     tensors: list[Tensor] = []
-    try: description: dict[str, Any] = {"is": described(obj, tensors)}
-    except TypeError as error: description, tensors = {"error": str(error)}, []
-    parts = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in tensors]
-    device = collective_device(tensors)
-    payload = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *(part.to(device) for part in parts)])
-    return json.dumps({**description, "bytes": payload.numel()}), payload
+    try: description: dict[str, Any] = {"is": outlined(obj, tensors), "bytes": sum(t.nbytes for t in tensors)}
+    except TypeError as error: description, tensors = {"error": str(error), "bytes": 0}, []
+    description["on_device"] = any(map(on_device, tensors))
+    return json.dumps(description), tensors
 
 
-def described(obj: Any, tensors: list[Tensor]) -> Any:
+def outlined(obj: Any, tensors: list[Tensor]) -> Any:
     """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
     if isinstance(obj, Tensor) and obj.is_meta: return ["meta", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Tensor) and obj.layout == torch.strided:
         tensors.append(obj)
-        return ["tensor", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
+        kind = "tensor" if obj.device.type == "cpu" else "device"
+        return [kind, str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Mapping):
-        return ["dict", [[described(key, tensors), described(value, tensors)] for key, value in obj.items()]]
-    if isinstance(obj, list): return ["list", [described(v, tensors) for v in obj]]
-    if isinstance(obj, tuple): return ["tuple", [described(v, tensors) for v in obj]]
+        return ["dict", [[outlined(key, tensors), outlined(value, tensors)] for key, value in obj.items()]]
+    if isinstance(obj, list): return ["list", [outlined(v, tensors) for v in obj]]
+    if isinstance(obj, tuple): return ["tuple", [outlined(v, tensors) for v in obj]]
     raise TypeError(f"cannot send a {type(obj).__name__} between ranks: expected None, a bool, number, string or dense "
                     "tensor, or a list, tuple or dict of them.")
 
 
-def unpacked(description: Mapping[str, Any], payload: Tensor, device: torch.device) -> Any:
+def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The tensors' bytes in one row, uint8 (bytes,), on `device`: what is on another device comes by one copy."""
+    rows: list[Tensor] = []
+    for source, group in groupby(tensors, lambda t: t.device):
+        parts = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in group]
+        rows.append((torch.cat(parts) if len(parts) > 1 else parts[0]).to(device if source != device else source))
+    if len(rows) == 1 and rows[0].data_ptr() != tensors[0].data_ptr(): return rows[0]
+    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *rows])     # a copy: what was given may change meanwhile
+
+
+def unpacked(description: Mapping[str, Any], payload: Tensor, land: torch.device | None = None) -> Any:
+    """What `described` has put aside, from its bytes. `land`: where all tensors come to; None: each to what it was sent from."""
     offset = 0
 
     def build(node: Any) -> Any:
@@ -195,13 +286,18 @@ def unpacked(description: Mapping[str, Any], payload: Tensor, device: torch.devi
         kind, *content = node
         if kind == "dict": return {build(k): build(v) for k, v in content[0]}
         if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](build(v) for v in content[0])
-        dtype, shape = getattr(torch, content[0]), content[1]
+        dtype, shape = getattr(torch, content[0]), torch.Size(content[1])
         if kind == "meta": return torch.empty(shape, dtype=dtype, device="meta")
-        n_bytes = torch.Size(shape).numel() * dtype.itemsize
-        offset += n_bytes  # clone: a view as another dtype must start at a multiple of its size
-        return payload[offset - n_bytes:offset].clone().view(dtype).reshape(shape).to(device)
+        n_bytes = shape.numel() * dtype.itemsize
+        offset += n_bytes
+        tensor = as_tensor(payload[offset - n_bytes:offset], dtype, shape)
+        return tensor.to(land or (torch.device("cpu") if kind == "tensor" else payload.device if on_device(payload) else own_device()))
 
     return build(description["is"])
+
+
+def as_tensor(part: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return part.clone().view(dtype).reshape(shape)  # clone: a view as another dtype must start at a multiple of its size
 
 
 # --- the collectives beneath ------------------------------------------------------------------------------------------
@@ -246,7 +342,7 @@ def as_header(data: bytes) -> Tensor:
 
 
 def as_bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(collective_device())
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(host())
 
 
 def needs_group() -> bool:
@@ -258,12 +354,31 @@ def needs_group() -> bool:
     return False
 
 
-def collective_device(tensors: Sequence[Tensor] = ()) -> torch.device:
-    """Where to communicate: where a tensor is already, else the CPU, else (a group of NCCL alone) its own device."""
-    able = {pair.partition(":")[0] for pair in dist.get_backend_config().split(",")}
-    for tensor in tensors:
-        if tensor.device.type in able and tensor.device.type != "cpu": return tensor.device
-    return torch.device("cpu") if "cpu" in able else get_device()
+def host() -> torch.device:
+    """Where flags, counts and texts travel: on the CPU, so that no device is waited for; on the device where the group has that alone."""
+    return torch.device("cpu") if "cpu" in backends() else own_device()
+
+
+def agreed_device(tensors: Sequence[Tensor]) -> torch.device:
+    """Where these tensors travel: see the rule above. One number on the CPU, where the group leaves a choice."""
+    able = backends()
+    if len(able) == 1: return device_if("cpu" not in able, tensors)
+    return device_if(bool(agree(any(map(on_device, tensors)))), tensors)
+
+
+def device_for(descriptions: Sequence[Mapping[str, Any]], tensors: Sequence[Tensor]) -> torch.device:
+    """As `agreed_device`, where the ranks have told already what they send."""
+    return device_if(any(d["on_device"] for d in descriptions) or "cpu" not in backends(), tensors)
+
+
+def device_if(on: bool, tensors: Sequence[Tensor]) -> torch.device:
+    """The CPU, or if `on` the device on which this rank's tensors are, else this rank's own."""
+    return next((t.device for t in tensors if on_device(t)), own_device()) if on else torch.device("cpu")
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether a tensor is where the group has a backend beside the CPU's."""
+    return tensor.device.type != "cpu" and tensor.device.type in backends()
 
 
 def finish(work: Any, device: torch.device) -> None:

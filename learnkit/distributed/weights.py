@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from learnkit.distributed.compare import check_same
-from learnkit.distributed.reduce import all_sum, broadcast_from_main
+from learnkit.distributed.reduce import broadcast_into, finish, needs_group
 from learnkit.distributed.world import get_world_size
 
 
@@ -19,12 +21,9 @@ def share_weights(model: nn.Module) -> None:
     share([t for t in model.state_dict().values() if isinstance(t, Tensor) and not t.is_meta])
 
 
-def share(values: list[Any]) -> None:
-    """Put rank 0's tensors in the place of this rank's, in one broadcast."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors: return
-    with torch.no_grad():
-        for own, given in zip(tensors, broadcast_from_main(tensors), strict=True): own.copy_(given)
+def share(values: Iterable[Any]) -> None:
+    """Put rank 0's tensors in the place of this rank's."""
+    broadcast_into([value for value in values if isinstance(value, Tensor)])
 
 
 def model_in_words(model: nn.Module) -> str:
@@ -32,10 +31,23 @@ def model_in_words(model: nn.Module) -> str:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """What DDP does during the backward pass, afterwards and in one collective: the mean of all ranks' gradients, on all."""
+    """What DDP does during the backward pass, afterwards and in one collective a dtype: the mean of all ranks' gradients, on all.
+
+    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each rank's device.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients: return
-    for gradient, total in zip(gradients, all_sum(gradients), strict=True): gradient.copy_(total / get_world_size())
+    if not needs_group():
+        return
+    for _, alike in groupby(sorted(gradients, key=kind_of), key=kind_of):
+        own = list(alike)
+        flat = torch.cat([g.reshape(-1) for g in own]).div_(get_world_size())
+        finish(dist.all_reduce(flat, async_op=True), flat.device)
+        parts = flat.split([g.numel() for g in own])
+        torch._foreach_copy_(own, [part.view_as(g) for g, part in zip(own, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
+
+
+def kind_of(tensor: Tensor) -> tuple[str, str]:
+    return str(tensor.device), str(tensor.dtype)
 
 
 def reduce_after_backward(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from learnkit.accelerator import accelerator
 from learnkit.distributed.nodes import warn_where_no_node_can_join
 from learnkit.distributed.round import name_of_round
 
@@ -82,21 +83,112 @@ def get_device(local_rank: int | str | None = None) -> torch.device:
 
     Raises ValueError where the machine has no accelerator of that number.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        as_local_rank(local_rank)  # a wrong one is said here too, not only where there are GPUs
+    check_local_rank(local_rank)  # a wrong one is an error without GPUs too
+    kind = accelerator()
+    if kind is None:
         return torch.device("cpu")
-    return torch.device(accelerator.type, _device_index(as_local_rank(local_rank)))
+    return torch.device(kind.type, _device_index(as_local_rank(local_rank)))
+
+
+def own_device() -> torch.device:
+    """The device on which this rank communicates: the one that the group is bound to, else this process's current accelerator."""
+    bound = dist.distributed_c10d._get_default_group().bound_device_id if has_group() else None
+    if bound is not None:
+        return bound
+    kind = accelerator()
+    return torch.device("cpu") if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def take_device(device: torch.device) -> None:
+    """Make `device` this process's current one, as collectives, streams and compiled code of a device go by that.
+
+    Raises RuntimeError where the process group cannot send what is on it, or is bound to another one.
+    """
+    check_backend(device)
+    check_bound(device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+
+
+def check_backend(device: torch.device) -> None:
+    """Refuse a group that cannot send what is on `device`: raises RuntimeError that says how to make one that can."""
+    pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    if device.type in pairs and can_send(pairs[device.type], device):
+        return
+    if device.type != "cpu":
+        wanted, advice = default_backend(device), "train on the CPU, with Learner(…, device='cpu')"
+    else:
+        kind, backend = next(iter(pairs.items()))
+        wanted, advice = f"cpu:gloo,{kind}:{backend}", f"put the model on the device, with Learner(…, device={kind!r})"
+    raise RuntimeError(f"the process group was made with backend {dist.get_backend_config()!r}, which sends nothing that is on "
+                       f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), leave it to learnkit, which "
+                       f"makes such a one, or {advice}.")
+
+
+def default_backend(device: torch.device) -> str:
+    """gloo for what is on the CPU, so that flags and counts are agreed without waiting for a device, and the device's own backend.
+
+    Raises RuntimeError where PyTorch has no backend for this kind of device, as for MPS.
+    """
+    if device.type == "cpu":
+        return "gloo"
+    backend = dist.Backend.default_device_backend_map.get(device.type)
+    if backend is None or not can_send(backend, device):
+        raise RuntimeError(f"PyTorch {torch.__version__} has no backend by which processes could send what is on {device.type}: train on "
+                           "one process, or on the CPU, with Learner(…, device='cpu').")
+    return f"cpu:gloo,{device.type}:{backend}"
+
+
+def can_send(backend: str, device: torch.device) -> bool:
+    """Whether a backend takes tensors of such a device; PyTorch lists gloo for MPS too, which it does not send."""
+    return device.type in dist.Backend.backend_capability.get(backend, [device.type])
+
+
+def check_bound(device: torch.device) -> None:
+    """Refuse a group that is bound to another device than the one on which this rank trains."""
+    bound = dist.distributed_c10d._get_default_group().bound_device_id
+    if bound is not None and device.type == bound.type and device != bound:
+        raise RuntimeError(f"the process group is bound to {bound} (device_id=…), but this rank trains on {device}: its local_rank is "
+                           f"{device.index}. Give both the same device.")
+
+
+def backends() -> dict[str, str]:
+    """{device type: backend} of the process group, such as {"cpu": "gloo", "cuda": "nccl"}, without devices that this machine lacks.
+
+    A device whose backend is gloo counts only where the CPU has none: gloo sends its tensors by way of the CPU anyway.
+    """
+    pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    kind = torch.accelerator.current_accelerator()      # the one that PyTorch was built for: asks no device
+    there = ("cpu",) if kind is None else ("cpu", kind.type)
+    return {kind: name for kind, name in pairs.items() if kind in there and (kind == "cpu" or name != "gloo" or "cpu" not in pairs)}
 
 
 def as_local_rank(local_rank: int | str | None) -> int | None:
-    """`local_rank` as a number; None for None and for -1, the default that older scripts give their `--local_rank`."""
+    """`local_rank` as a number; None for None and for -1, the default that older scripts give their `--local_rank`.
+
+    Raises ValueError where it is no such number, or not the one that the launcher gave this process.
+    """
     if local_rank is None or local_rank in (-1, "-1"):
         return None
     if isinstance(local_rank, bool) or not re.fullmatch(r"\d+", str(local_rank)):
         raise ValueError(f"local_rank={local_rank!r}: expected this process's number on its machine (0, 1, …), or None "
                          "to read it from LOCAL_RANK or --local-rank.")
     return int(local_rank)
+
+
+def check_local_rank(local_rank: int | str | None) -> None:
+    """Refuse a `local_rank` that is not this process's: two processes would share a device, and wait for each other for ever."""
+    given = as_local_rank(local_rank)
+    if given is None or get_world_size() == 1:
+        return
+    n_local, told = get_local_world_size(), launch_environment().get("LOCAL_RANK")
+    if told is not None and told.isdigit() and int(told) != given and not (given == 0 and _shows_each_process_its_own_device()):
+        raise ValueError(f"local_rank={given}, but the launcher started this process as LOCAL_RANK={told}: expected {told}. Pass "
+                         "get_local_rank(), or leave local_rank out. To use other devices, set CUDA_VISIBLE_DEVICES (or your device's "
+                         "variable) for the launcher.")
+    if n_local > 1 and given >= n_local:
+        raise ValueError(f"local_rank={given}, but {n_local} processes run on this machine: expected 0 to {n_local - 1}. Pass "
+                         "get_local_rank(), or leave local_rank out.")
 
 
 def _local_rank_in(arguments: list[str]) -> int | None:
@@ -134,13 +226,13 @@ def _device_index(local_rank: int | None) -> int:
         return index
     if n_devices == 1 and _shows_each_process_its_own_device():
         return 0
-    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start "
-                     "as many processes a machine as it has devices (--nproc-per-node).")
+    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start as many processes a "
+                     "machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the Learner and its data.")
 
 
 def _shows_each_process_its_own_device() -> bool:
     """SLURM's --gpus-per-task and containers hide the other processes' devices: number 0 is then everybody's own."""
-    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
     return any(os.environ.get(name) and "," not in os.environ[name] for name in names)
 
 
@@ -230,6 +322,7 @@ def init_process_group(backend: str | None = None, seed: int | None = None, time
     global _owns_group
     if seed is not None:
         seed_everything(seed)
+    check_local_rank(local_rank)
     if has_group():
         return False
     _check_environment()
@@ -237,7 +330,7 @@ def init_process_group(backend: str | None = None, seed: int | None = None, time
         warn_where_no_node_can_join()
     if get_world_size() == 1:
         return False
-    device = get_device(local_rank)
+    device = torch.device("cpu") if backend in ("gloo", "cpu:gloo") else get_device(local_rank)
     backend = _checked_backend(backend, device)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
@@ -267,7 +360,7 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
     """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try again."""
     global _n_groups
     choose_interface()
-    bound = device if device.type != "cpu" and backend != "gloo" else None
+    bound = None if device.type == "cpu" else device
     place = {"rank": get_rank(), "world_size": get_world_size()}
     for attempt in range(N_ATTEMPTS):
         _n_groups += 1  # a second group of the same processes must not meet the first one's keys
@@ -363,10 +456,8 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
 
 
 def _checked_backend(backend: str | None, device: torch.device) -> str:
-    if backend is None and device.type == "cpu":
-        return "gloo"
-    if backend is None:  # gloo beside it: flags and counts are then agreed without a device synchronisation
-        return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
+    if backend is None:
+        return default_backend(device)
     if "nccl" in backend.lower() and not torch.cuda.is_available():
         raise RuntimeError(f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out "
                            "(gloo is then used), or see that the driver and a CUDA build of PyTorch are installed.")

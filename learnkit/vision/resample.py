@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from learnkit.accelerator import can_float64
+
 
 def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:
     """Pictures turned counter-clockwise by `angle` (radians) and enlarged by `scale`, (n,) each, about their centres."""
@@ -21,15 +23,28 @@ def crop_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, *, antial
     A triangle about the place of the output row, as wide as the larger one of an input and an output row; nothing outside of the
     crop counts. So do torch's interpolate and Pillow.
     """
-    scale = length.double() / n_out
-    support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
-    out = torch.arange(n_out, device=start.device, dtype=torch.float64)
-    centre = scale[:, None] * (out + .5)
-    if not antialias: centre = centre.clamp(min=.5).minimum(length[:, None] - .5)
     at = torch.arange(n_in, device=start.device) - start[:, None]           # of the input rows, within the crop
-    distance = (at[:, None, :] + .5 - centre[:, :, None]) / support[:, None, None]
+    distance = (distances if can_float64(start.device) else distances_in_float32)(at, length, n_out, antialias=antialias)
     weights = (1 - distance.abs()).clamp(min=0) * ((at >= 0) & (at < length[:, None]))[:, None, :]
     return (weights / weights.sum(2, keepdim=True)).float()
+
+
+def distances(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
+    """From each output row to the input rows `at` (n, n_in), in units of the triangle's half width: float64 (n, n_out, n_in)."""
+    scale = length.double() / n_out
+    support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
+    out = torch.arange(n_out, device=at.device, dtype=torch.float64)
+    centre = scale[:, None] * (out + .5)
+    if not antialias: centre = centre.clamp(min=.5).minimum(length[:, None] - .5)
+    return (at[:, None, :] + .5 - centre[:, :, None]) / support[:, None, None]
+
+
+def distances_in_float32(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
+    """As `distances`, for a device without float64: places are whole numbers of 1 / (2 n_out) rows, exact until the one division."""
+    centre = length[:, None] * (2 * torch.arange(n_out, device=at.device) + 1)
+    if not antialias: centre = centre.clamp(min=n_out).minimum(((2 * length - 1) * n_out)[:, None])
+    half_width = 2 * (length.clamp(min=n_out) if antialias else torch.full_like(length, n_out))
+    return ((2 * at + 1)[:, None, :] * n_out - centre[:, :, None]).float() / half_width[:, None, None].float()
 
 
 def resize_batch(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from learnkit.batch import to_device
+from learnkit.accelerator import can_pin
 from learnkit.data import default_workers
 from learnkit.draws import BatchTransform, transform_batch
 from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, mix, parts_of, private_state, seed_process, swapped
+from learnkit.transfer import mover
 
 
 class SampleLoader(DataLoader[Any]):
@@ -26,7 +27,7 @@ class SampleLoader(DataLoader[Any]):
                  device: torch.device, seed: int | None = None, num_workers: int | None = None) -> None:
         super().__init__(dataset, batch_size=bs, sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed), drop_last=drop_last,
                          num_workers=default_workers(dataset) if num_workers is None else num_workers,
-                         pin_memory=device.type == "cuda", generator=PrivateGenerator())
+                         pin_memory=can_pin(device), generator=PrivateGenerator())
         self.batch_tfms, self.device = tuple(batch_tfms), device
 
     def in_order(self) -> SampleLoader:
@@ -40,8 +41,7 @@ class SampleLoader(DataLoader[Any]):
         seed, epoch = order.seed, order.epoch
         own = copy.copy(self)
         object.__setattr__(own, "dataset", Numbered(self.dataset, seed, epoch))     # DataLoader refuses a plain assignment
-        for x, *others, index in DataLoader.__iter__(own):
-            x, index = to_device((x, index), self.device)
+        for x, *others, index in map(mover(self.device), DataLoader.__iter__(own)):
             yield (transform_batch(x, self.batch_tfms, seed, epoch, lambda index=index: index), *others)
 
 

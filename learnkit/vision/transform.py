@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnkit.draws import Draws, SampleTransform
+from learnkit.transfer import sent
 from learnkit.vision.resample import affine_batch, crop_weights, resize_batch
 
 Range = float | tuple[float, float]
@@ -222,7 +223,9 @@ class contrast(SampleTransform):
 
 def grey(x: Tensor) -> Tensor:
     """(n, 1, height, width): the luma of ITU-R BT.601, with torchvision's weights."""
-    return x if x.shape[1] == 1 else (x * x.new_tensor([.2989, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+    if x.shape[1] == 1: return x
+    weights = sent(torch.tensor([.2989, .587, .114], dtype=x.dtype), x.device)
+    return (x * weights.view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def factors(scale: tuple[float, float], p: float, draws: Draws) -> Tensor:
@@ -245,7 +248,7 @@ class normalize:
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.mean.device != x.device: self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        if self.mean.device != x.device: self.mean, self.std = sent(self.mean, x.device), sent(self.std, x.device)
         if x.is_floating_point(): return (x - self.mean) / self.std
         return torch.addcmul(-self.mean / self.std, x, 1 / (255 * self.std))
 

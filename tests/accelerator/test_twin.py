@@ -41,12 +41,12 @@ def refuses_to_read(tensor):
 
 def test_torch_knows_the_device():
     assert torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device("twin")
-    assert torch.accelerator.device_count() == torch.twin.device_count() == 2
+    assert torch.accelerator.device_count() == torch.twin.device_count() == 3
     assert torch.get_device_module("twin") is torch.twin
     assert torch.ones(1, device="twin").device == torch.device("twin:0")
     torch.accelerator.set_device_index(1)
     assert torch.ones(1, device="twin").device == torch.device("twin:1") and torch.accelerator.current_stream().device_index == 1
-    with pytest.raises(RuntimeError, match="there is no device 2"): torch.ones(1, device="twin:2")
+    with pytest.raises(RuntimeError, match="there is no device 3"): torch.ones(1, device="twin:3")
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

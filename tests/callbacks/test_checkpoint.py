@@ -272,6 +272,26 @@ def test_a_checkpoint_holds_plain_files_that_torch_reads(asynchronous):
     assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
 
+def test_a_write_in_a_thread_has_the_bytes_of_one_that_is_waited_for_also_of_weights_that_are_one():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.norm = nn.BatchNorm1d(4)
+            self.norm.bias = self.into.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor: return self.out(self.norm(self.into(x)))
+
+    for asynchronous in (False, True):
+        torch.manual_seed(0)
+        keeper = Checkpoint(f"{asynchronous}", every_n_steps=1, keep=20, async_write=asynchronous)
+        Learner(DATA["tensors"](), Tied(), seed=1).fit(1, .1, callbacks=[keeper])
+    for path in all_in(Path("False")):
+        for name in ("model.pt", "optimizer.pt"): assert (path / name).read_bytes() == (Path("True") / path.name / name).read_bytes()
+    model = torch.load(path / "model.pt", weights_only=True)
+    assert model["norm.bias"].data_ptr() == model["into.bias"].data_ptr()
+
+
 def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypatch):
     from learnkit import snapshots
     real, held = snapshots.write, threading.Event()

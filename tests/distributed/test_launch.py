@@ -1,6 +1,7 @@
 """launch: ranks from a warm process, ended together, none left."""
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from learnkit.distributed import RankFailed, get_local_rank, get_rank, get_world_size, init_process_group, launch
+from learnkit.distributed.launch import in_forked_child
 from learnkit.distributed.process import is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,3 +179,72 @@ def test_a_rank_launches_no_ranks():
 def test_spawned_ranks_give_the_same_answer():
     assert launch(get_world_size, 2, start_method="spawn", timeout=60, every_rank=True) == [2, 2]
     assert not multiprocessing.active_children()
+
+
+# ------------------------------------------------------------------------------------------------------- an accelerator beside forks
+NVML = "int nvmlInit(){return 0;} int nvmlDeviceGetCount_v2(int* n){*n = 2; return 0;}"
+RANK = "import torch\ndef is_lost(): return torch.cuda._is_in_bad_fork()\n"
+ASK = """
+import os, torch, learnkit, learnkit.vision
+from torch.utils.data import TensorDataset
+from learnkit.distributed import launch
+from learnkit.distributed.launch import choose_start_method
+from rank import is_lost
+data = TensorDataset(torch.randn(8, 2), torch.randn(8, 2))
+{ask}
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # there are devices, from here on
+assert not torch.cuda.is_initialized()
+print(choose_start_method(is_lost), launch(is_lost, 2, timeout=60, every_rank=True), launch(lambda: 5, 1))
+try: launch(lambda: 5, 2)
+except RuntimeError as error: print(error)
+try: launch(is_lost, 2, start_method="fork")
+except RuntimeError as error: print(error)
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the driver lists two GPUs; what torch does about them and about forks is torch's."""
+    (tmp_path / "nvml.c").write_text(NVML)
+    (tmp_path / "rank.py").write_text(RANK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"], cwd=tmp_path, check=True)
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "LD_LIBRARY_PATH": str(tmp_path)}
+
+
+with_cuda = pytest.mark.skipif(not torch.cuda._is_compiled() or sys.platform != "linux" or not shutil.which("gcc") or torch.cuda.is_available(),
+                               reason="for builds with CUDA where there is no GPU; needs gcc")
+
+
+def asked(ask: str, environment: dict[str, str]) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", ASK.format(ask=ask)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@with_cuda
+@pytest.mark.parametrize("ask", ["torch.cuda.is_available()", "torch.accelerator.is_available()"])
+def test_after_somebody_has_asked_torch_for_a_gpu_ranks_are_spawned_and_can_use_it(ask, two_gpus):
+    chosen, *errors = asked(ask, two_gpus)
+    assert chosen == "spawn [False, False] 5"
+    assert "cuda is in use in this process already, or was asked for in a way that starts it" in errors[0] and "a lambda" in errors[0]
+    assert errors[1].startswith("launch cannot fork: cuda is in use") and len(errors) == 2
+
+
+@with_cuda
+@pytest.mark.parametrize("ask", ["pass", "torch.cuda.device_count()", "learnkit.DataBunch.create(data, data, bs=4); learnkit.accelerator.accelerator()"],
+                         ids=["nothing", "device_count", "create"])
+def test_what_learnkit_asks_itself_leaves_ranks_forked_and_able_to_use_the_gpu(ask, two_gpus):
+    assert asked(ask, two_gpus) == ["fork [False, False] 5"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+def test_without_an_accelerator_ranks_are_forked_whoever_has_asked(tmp_path):
+    script = "import torch; torch.cuda.is_available()\nfrom learnkit.distributed import launch, get_rank\nprint(launch(lambda: get_rank(), 2, every_rank=True))"
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[0,", "1]"]
+
+
+def test_what_a_forked_child_answers_is_its_own_state():
+    here = os.getpid()
+    assert in_forked_child(lambda: os.getpid() != here) and not in_forked_child(lambda: os.getpid() == here)
+    assert in_forked_child(lambda: [][0]) and not multiprocessing.active_children()     # one that fails is lost
