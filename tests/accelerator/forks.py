@@ -44,6 +44,9 @@ def forked(item: pytest.Item, prepare: Callable[[], object] | None) -> list[pyte
             if limit := get_timeout_config_value(item.config):
                 faulthandler.dump_traceback_later(limit, file=item.config.stash[fault_handler_stderr_fd_key], exit=True)
             torch.random._fork_rng_warned_already = True  # tests/conftest.py saves the state of every device, and means it
+            # torch makes its thread pool again after a fork when it is next asked, without a lock: two autograd threads (one a device) that
+            # begin at once abort the process ("Invalid thread pool", ParallelOpenMP.cpp, torch 2.15).
+            torch.set_num_threads(torch.get_num_threads())
             if prepare is not None: prepare()
             reports = runtestprotocol(item, nextitem=None, log=False)
             with os.fdopen(sender, "wb") as file: pickle.dump([report._to_json() for report in reports], file)
