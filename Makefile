@@ -26,7 +26,9 @@ PEERS ?= raw learnkit fastai lightning accelerate ignite keras skorch pytorch-ac
 
 unaccelerated := $(python) -m pytest --ignore tests/ray --ignore tests/accelerator -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 accelerated := LEARNKIT_ACCELERATOR=twin $(python) -m pytest -o testpaths=tests/accelerator -n $(JOBS) --dist loadfile $(ARGS)
-# Which exit code of one of the two is no failure where the other one has run tests: ARGS may select none here (pytest's 5).
+# The CPU's tests once more, with the stand-in as this machine's accelerator.
+elsewhere := $(python) -m pytest -p tests.accelerator.elsewhere -o testpaths= -n $(JOBS) --dist load tests/callbacks tests/vision tests/test_*.py $(ARGS)
+# Which exit code of one of the three is no failure where the other one has run tests: ARGS may select none here (pytest's 5).
 no_test := $(if $(strip $(ARGS)),5,0)
 
 .PHONY: help train test test-accelerator test-ray reliability lint bench bench-peers gpu clean
@@ -52,11 +54,13 @@ ifneq ($(filter tests/%,$(ARGS)),)
 	$(unaccelerated)
 else
 	first=0; $(unaccelerated) || first=$$?; [ $$first = 0 ] || [ $$first = $(no_test) ] || exit $$first; \
-	$(accelerated) || { second=$$?; [ $$second = $(no_test) ] && [ $$first = 0 ]; }
+	second=0; $(accelerated) || second=$$?; [ $$second = 0 ] || [ $$second = $(no_test) ] || exit $$second; \
+	$(elsewhere) || { third=$$?; [ $$third = $(no_test) ] && [ $$first$$second != 55 ]; }
 endif
 
 test-accelerator: $(VENV)/.installed-dev
-	$(accelerated)
+	second=0; $(accelerated) || second=$$?; [ $$second = 0 ] || [ $$second = $(no_test) ] || exit $$second; \
+	$(elsewhere) || { third=$$?; [ $$third = $(no_test) ] && [ $$second = 0 ]; }
 
 test-ray: $(VENV)/.installed-ray
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(python) -m pytest tests/ray $(ARGS)

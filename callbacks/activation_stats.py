@@ -12,6 +12,7 @@ from learnkit.batch import tensors_in
 from learnkit.callbacks.recorder import Recorder
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.transfer import stacked_on_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ class ActivationStats(Callback):
     @property
     def recorded(self) -> Tensor:
         """float (steps, layers, 3 + bins), on the CPU; reads the device."""
-        return torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, len(self.names), 3 + self.bins)
+        return stacked_on_host(self.rows) if self.rows else torch.zeros(0, len(self.names), 3 + self.bins)
 
     @property
     def stats(self) -> Tensor: return self.recorded[..., :3]

@@ -38,6 +38,7 @@ from learnkit.distributed.world import (
 )
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
+from learnkit.optim import number
 from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
 from learnkit.placement import place
 from learnkit.shards import is_shard
@@ -412,7 +413,7 @@ def facts(learn: Learner) -> dict[str, Any]:
 
 def settings(learn: Learner) -> str:
     """Every setting of the optimizer's groups; what is equal in all of them once."""
-    return "; ".join(", ".join(f"{name}={value}" for name, value in group.items() if name != "params")
+    return "; ".join(", ".join(f"{name}={number(value)}" for name, value in group.items() if name != "params")
                      for group in learn.opt.param_groups)
 
 

@@ -11,6 +11,7 @@ from learnkit.callbacks.recorder import Recorder
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.shards import whole
+from learnkit.transfer import stacked_on_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ class GradientStats(Callback):
     @property
     def recorded(self) -> Tensor:
         """float (steps, 3, parameters), on the CPU; reads the device."""
-        return torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, 3, len(self.names))
+        return stacked_on_host(self.rows) if self.rows else torch.zeros(0, 3, len(self.names))
 
     @property
     def gradients(self) -> Tensor: return self.recorded[:, 0]

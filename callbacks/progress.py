@@ -88,7 +88,7 @@ class Progress(Callback):
             if self.graph: self.draw(learn)
 
     def draw(self, learn: Learner) -> None:
-        """By fastprogress, in a terminal nothing. Reads the device, once an epoch."""
+        """By fastprogress, in a terminal nothing. The Recorder has read the epoch's losses by now."""
         recorder = next((cb for cb in learn.running if isinstance(cb, Recorder)), None)
         if recorder is None: return
         columns = [self.graph] if isinstance(self.graph, str) else ["train_loss", "valid_loss"]

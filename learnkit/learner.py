@@ -137,7 +137,7 @@ class Learner:
         self._loss_of: Callable[[Any, Any], Any] = self._first_loss
         self._first_target: Any = None          # of a pass, until its first loss: as the loader gave it, on the device, its version there
         self._evaluated: Any = None             # the loader that the evaluation under way was asked for
-        self._labels_read: list[Any] = []       # loaders whose class numbers were checked in this session
+        self._labels_read: list[Any] = []       # loaders whose class numbers were checked in this session, the last eight
         self.meter: Measure | Collect = Measure(())     # what the evaluation under way gathers
         self._passes_target = ""                # under this name the model takes the target too, as Hugging Face's do
         self._input_ndim: int | None = None     # dimensions of a batch's first input, for predict
@@ -241,7 +241,7 @@ class Learner:
         (given, moved, version), self._first_target = self._first_target or (None, None, None), None
         loader = self.data.train_dl if self.training else self._evaluated
         if any(loader is other for other in self._labels_read): return False
-        self._labels_read.append(loader)
+        self._labels_read = [*self._labels_read[-7:], loader]      # not all: a hook may make a loader in each epoch
         if not isinstance(given, Tensor) or given.device.type != "cpu": return True
         return given if target is moved and version is not None and version == version_of(target) else True
 

@@ -160,9 +160,9 @@ def separate(opt: Optimizer, name: str) -> None:
         value = value.clone() if id(value) in seen else value
         seen.add(id(value))
         return value
-    key = "betas" if name == "mom" and momentum_name(opt) == "betas" else "momentum" if name == "mom" else name
     for group in opt.param_groups:
-        if key in group: group[key] = own(group[key])
+        for key in ("momentum", "betas") if name == "mom" else (name,):
+            if key in group: group[key] = own(group[key])
 
 
 def scale_of(group: dict[str, Any], name: str) -> float:
@@ -177,8 +177,9 @@ def own_rate(group: dict[str, Any]) -> float:
 
 
 def number(value: Any) -> Any:
-    """A hyper-parameter's value as a plain number; one that is a tensor on a device is read, which waits for it."""
-    return value.item() if isinstance(value, Tensor) else value
+    """A hyper-parameter's value as a plain number, or a tuple of them; a tensor on a device is read, which waits for it."""
+    if isinstance(value, tuple): return tuple(map(number, value))
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def spread(rate: float | slice, n_groups: int) -> list[float]:

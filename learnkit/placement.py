@@ -129,7 +129,9 @@ def tensors_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """For the length of a with block, `device` is the current one of its kind: streams, events and compiled code go by that."""
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+    if device.type == "cpu" or torch.accelerator.device_count() == 1:
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
 
 
 def check_autocast(device: torch.device, dtype: torch.dtype) -> None:

@@ -153,3 +153,12 @@ class Reading:
     def tolist(self) -> list[float]:
         if self.event is not None and not self.event.query(): self.event.synchronize()
         return self.values.tolist()
+
+
+def stacked_on_host(rows: list[Tensor]) -> Tensor:
+    """Rows of equal shape as one tensor, float (n, …), on the CPU. Those on a device come by one read; the first may be on the CPU, as
+    those of a fit that was resumed are."""
+    here = [row for row in rows if row.is_cpu]
+    there = [row for row in rows if not row.is_cpu]
+    parts = [torch.stack(part).cpu() for part in (here, there) if part]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -31,7 +31,7 @@ def test_every_python_block_runs_and_prints_what_the_page_shows():
     pyplot.close("all")
 
 
-@pytest.mark.parametrize("name", ["docs/distributed.md", "docs/pictures.md"])
+@pytest.mark.parametrize("name", ["docs/devices.md", "docs/distributed.md", "docs/pictures.md"])
 def test_the_blocks_of_other_pages_run_and_print_what_they_show(name):
     Page(name).run()
     pyplot.close("all")

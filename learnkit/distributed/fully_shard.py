@@ -119,10 +119,10 @@ def offload_policy(device: torch.device) -> Any:
 def check_offload() -> None:
     """Shards in the CPU's memory are gathered, clipped and saved there: refuse a group that sends nothing from the CPU."""
     if "cpu" not in backends():
-        (kind, backend), = backends().items()
-        raise RuntimeError(f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {f'{kind}:{backend}'!r}, "
-                           f"which sends nothing from there. Make it with init_process_group('cpu:gloo,{kind}:{backend}'), leave it to "
-                           "learnkit, which makes such a one, or leave cpu_offload out.")
+        given = ",".join(f"{kind}:{backend}" for kind, backend in backends().items())
+        raise RuntimeError(f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {given!r}, which "
+                           f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), leave it to learnkit, "
+                           "which makes such a one, or leave cpu_offload out.")
 
 
 def as_policy(mixed_precision: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
 
 from learnkit.accelerator import has_driver
 from learnkit.distributed.process import (
@@ -54,7 +57,7 @@ class RankFailed(RuntimeError):
 
 def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None, every_rank: bool = False,
            start_method: str | None = None) -> Any:
-    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned.
+    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned, its tensors on the CPU.
 
     `every_rank=True` returns the list of what all returned. In `fn`, `init_process_group()` or
     `Learner.to_distributed()` joins them; each rank has its share of the cores as threads. nprocs=1 calls `fn` here.
@@ -299,10 +302,23 @@ def result_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def as_answer(result: Any) -> bytes:
-    try: return pickle.dumps(result)
+    answer = io.BytesIO()
+    try: Answer(answer, pickle.HIGHEST_PROTOCOL).dump(result)
     except Exception as error:
         raise TypeError(f"rank {get_rank()} returned a {type(result).__name__} that cannot be sent back: "
                         f"{one_line(error)}. Return numbers, tensors, or a state_dict.") from error
+    return answer.getvalue()
+
+
+class Answer(pickle.Pickler):
+    """What a rank returns, with the tensors of its device on the CPU: else the parent would use each rank's device, and could then
+    not fork ranks that do."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.device.type in ("cpu", "meta") or type(obj) not in (Tensor, Parameter): return NotImplemented
+        here = obj.detach().cpu()
+        if isinstance(obj, Parameter): return Parameter, (here, obj.requires_grad)
+        return here.requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def wait_for(processes: list[Any], seconds: float) -> None:

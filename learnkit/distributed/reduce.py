@@ -193,8 +193,8 @@ def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
     for rank, rows in enumerate(of_all):
         for k, (first, row) in enumerate(zip_longest(of_all[0], rows)):
             if first is None or row is None or first[:2] != row[:2]:
-                raise ValueError(f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and {in_words(row)} "
-                                 f"on rank {rank}. Build the same model on every rank.")
+                raise ValueError(f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and "
+                                 f"{in_words(row)} on rank {rank}. Build the same model on every rank.")
     return [any(rows[k][2] for rows in of_all) for k in range(len(own))]
 
 

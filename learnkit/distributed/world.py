@@ -232,7 +232,7 @@ def _device_index(local_rank: int | None) -> int:
 
 def _shows_each_process_its_own_device() -> bool:
     """SLURM's --gpus-per-task and containers hide the other processes' devices: number 0 is then everybody's own."""
-    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
     return any(os.environ.get(name) and "," not in os.environ[name] for name in names)
 
 

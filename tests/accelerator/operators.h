@@ -254,6 +254,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
   return {gi, gh, g * z, has_bias ? gi.sum(0) : Tensor(), has_bias ? gh.sum(0) : Tensor()};
 }
 
+// The parts of SyncBatchNorm, which the CPU has not. Statistics are float32 at least, over all dimensions but the second.
+bool given(const MaybeTensor& t) { return t && t->defined(); }
+Tensor wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat); }
+std::vector<int64_t> others(const Tensor& t) {
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < t.dim(); d++) if (d != 1) dims.push_back(d);
+  return dims;
+}
+Tensor by_channel(const Tensor& v, const Tensor& like) {
+  std::vector<int64_t> size(like.dim(), 1);
+  size[1] = -1;
+  return wide(v).view(size);
+}
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, double eps) {
+  auto [var, mean] = at::var_mean(wide(x), others(x), 0);
+  return {mean, (var + eps).rsqrt()};
+}
+std::tuple<Tensor, Tensor> batch_norm_gather(const Tensor&, const Tensor& means, const Tensor& invstds, const MaybeTensor& running_mean,
+                                             const MaybeTensor& running_var, double momentum, double eps, const Tensor& counts) {
+  auto n = wide(counts).view({-1, 1}), total = n.sum(), mean = (wide(means) * n).sum(0) / total;
+  auto var = ((wide(invstds).pow(-2) - eps + (wide(means) - mean).square()) * n).sum(0) / total;
+  if (given(running_mean)) running_mean->copy_(*running_mean * (1 - momentum) + mean * momentum);
+  if (given(running_var)) running_var->copy_(*running_var * (1 - momentum) + var * (total / (total - 1)) * momentum);
+  return {mean, (var + eps).rsqrt()};
+}
+Tensor batch_norm_elemt(const Tensor& x, const MaybeTensor& w, const MaybeTensor& b, const Tensor& mean, const Tensor& invstd, double) {
+  auto y = (wide(x) - by_channel(mean, x)) * by_channel(invstd, x);
+  if (given(w)) y = y * by_channel(*w, x);
+  if (given(b)) y = y + by_channel(*b, x);
+  return y.to(x.scalar_type());
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_reduce(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                                                     const MaybeTensor& w, bool, bool, bool) {
+  auto sum = wide(g).sum(others(g)), with_x = (wide(g) * (wide(x) - by_channel(mean, x))).sum(others(g));
+  auto kind = given(w) ? w->scalar_type() : sum.scalar_type();
+  return {sum, with_x, (with_x * invstd).to(kind), sum.to(kind)};
+}
+Tensor batch_norm_backward_elemt(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& invstd, const MaybeTensor& w, const Tensor& sum,
+                                 const Tensor& with_x, const Tensor& counts) {
+  auto n = wide(counts).sum(), scale = given(w) ? invstd * wide(*w) : invstd;
+  auto centred = wide(g) - by_channel(sum / n, x) - (wide(x) - by_channel(mean, x)) * by_channel(with_x / n * invstd * invstd, x);
+  return (centred * by_channel(scale, x)).to(g.scalar_type());
+}
+
 // Attention, where the CPU would take its fused kernel.
 constexpr auto FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu", FUSED_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward";
 void attention(const c10::OperatorHandle&, DispatchKeySet, torch::jit::Stack* stack) {
@@ -433,6 +477,13 @@ Tensor& set_nothing(Tensor& result) { return set_tensor(result, at::empty({0}, r
 Tensor as_strided(const Tensor& t, c10::IntArrayRef s, c10::IntArrayRef r, std::optional<int64_t> o) { return at::native::as_strided_tensorimpl(t, s, r, o); }
 void record_stream(Tensor& t, at::Stream s) { allocator.recordStream(t.storage().data_ptr(), s); }
 
+// Module.to() keeps a Parameter where its data may take the place of the old: for CUDA torch says so, for an unknown device it would not.
+bool may_replace(const Tensor& self, const Tensor& from) {
+  return (self.layout() == c10::kStrided && from.layout() == c10::kStrided) ||
+         self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
+}
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", TORCH_FN(may_replace)); }
+
 // torch prefers its general kernels to a backend's fallback: whatever has a kernel for the CPU is registered one by one, so that it is taken.
 void take_kernels(torch::Library& m, DispatchKey key, DispatchKey cpu) {
   auto& dispatcher = c10::Dispatcher::singleton();
@@ -465,10 +516,16 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
   m.impl("record_stream", TORCH_FN(record_stream));
+  m.impl("_has_compatible_shallow_copy_type", TORCH_FN(may_replace));
   m.impl("_thnn_fused_lstm_cell", TORCH_FN(lstm_cell));
   m.impl("_thnn_fused_lstm_cell_backward_impl", TORCH_FN(lstm_cell_backward));
   m.impl("_thnn_fused_gru_cell", TORCH_FN(gru_cell));
   m.impl("_thnn_fused_gru_cell_backward", TORCH_FN(gru_cell_backward));
+  m.impl("batch_norm_stats", TORCH_FN(batch_norm_stats));
+  m.impl("batch_norm_gather_stats_with_counts", TORCH_FN(batch_norm_gather));
+  m.impl("batch_norm_elemt", TORCH_FN(batch_norm_elemt));
+  m.impl("batch_norm_backward_reduce", TORCH_FN(batch_norm_backward_reduce));
+  m.impl("batch_norm_backward_elemt", TORCH_FN(batch_norm_backward_elemt));
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
   m.impl("_scaled_dot_product_fused_attention_overrideable", torch::CppFunction::makeFromBoxedFunction<&attention>());

@@ -345,8 +345,12 @@ def test_schedule_free_optimizers_are_those_of_the_cpu():
     both(lambda device: outcome(fit(learner(device, opt_func=AdamWScheduleFree))), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("to_makes_new_parameters", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-def test_an_optimizer_built_before_the_model_was_moved_trains_it(several):
+def test_an_optimizer_built_before_the_model_was_moved_trains_it(several, to_makes_new_parameters, monkeypatch):
+    if to_makes_new_parameters:
+        monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", lambda a, b: a.device.type == b.device.type)
+
     def make(device):
         model = net()
         model[6].weight.data.mul_(2)
@@ -377,7 +381,13 @@ class Tied(nn.Module):
         return self.out(self.words(x).mean(1))
 
 
-def test_weights_that_layers_share_stay_shared_on_the_device():
+@pytest.mark.parametrize("to_makes_new_parameters", [False, True])
+def test_weights_that_layers_share_stay_shared_on_the_device(to_makes_new_parameters, monkeypatch):
+    """Also where a backend outside of PyTorch answers that data of its device cannot replace data of the CPU."""
+    if to_makes_new_parameters:
+        monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", lambda a, b: a.device.type == b.device.type)
+        apart = Tied().to("twin")
+        assert apart.out.weight is not apart.words.weight
     x = torch.arange(24).view(8, 3) % 7
 
     def make(device):

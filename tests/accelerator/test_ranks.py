@@ -223,6 +223,19 @@ def test_shapes_that_differ_are_an_error_on_all_ranks(ranks):
     assert ranks(2, different_shapes) == [True, True]
 
 
+def test_what_launch_returns_is_on_the_cpu(ranks):
+    """Else the process that called it would use each rank's device, and could fork no others."""
+    def make():
+        device = get_device()
+        x = torch.arange(3., device=device)
+        return {"tensor": x, "twice": [x, x], "parameter": nn.Parameter(x), "model": nn.Linear(2, 2, device=device), "shape": x.shape}
+
+    for got in ranks(2, make):
+        assert got["tensor"].device.type == "cpu" and got["tensor"].tolist() == [0., 1., 2.] and got["twice"][0] is got["twice"][1]
+        assert isinstance(got["parameter"], nn.Parameter) and got["parameter"].device.type == "cpu"
+        assert got["model"](torch.ones(1, 2)).shape == (1, 2) and got["shape"] == (3,)
+
+
 # ---------------------------------------------------------------------- groups that the user made
 def in_own_group(backend, chooses, function, *arguments):
     """`chooses`: None, "set" (set_device, as scripts of old do) or "bound" (device_id=)."""

@@ -130,6 +130,19 @@ def test_sparse_gradients_train_as_on_the_cpu():
     assert torch.equal(*weights)
 
 
+def test_moving_a_model_keeps_its_parameters_and_what_they_share():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer, before = torch.optim.SGD(model.parameters(), .1), list(model.parameters())
+    for device in ("twin", "twin:1", "cpu", "twin"):
+        model.to(device)
+        assert [p is q for p, q in zip(model.parameters(), before, strict=True)] == [True] * 3 and before[0].device.type == device[:4].rstrip(":")
+    model(torch.ones(1, 4, device="twin")).sum().backward()
+    old = model[1].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model[1].weight, old) and model[0].weight is model[1].weight
+
+
 def test_tensors_of_two_devices_are_refused_but_not_numbers():
     x = torch.ones(3, device="twin")
     for other in (torch.ones(3), torch.ones(3, device="twin:1"), torch.tensor(1.0, device="twin:1")):
@@ -573,6 +586,26 @@ def trained_on_both(how):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_train_as_on_gloo_bit_by_bit(ranks, how):
     assert ranks(2, trained_on_both, how) == [(True, [])] * 2
+
+
+def sync_batch_norm(dtype):
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    x, weight, outs = torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4), []
+    for norm, part, device in ((nn.BatchNorm2d(3), slice(None), CPU), (nn.SyncBatchNorm(3), slice(0, 2) if rank == 0 else slice(2, 6), f"twin:{rank}")):
+        mine = x[part].to(device, dtype if device != CPU else None).requires_grad_()
+        out = norm.to(device)(mine)
+        (out * weight[part].to(device)).sum().backward()
+        if device != CPU: dist.all_reduce(norm.weight.grad)
+        outs.append([t.detach().cpu().float() for t in (out, mine.grad, norm.running_mean, norm.running_var, norm.weight.grad)])
+    mine = slice(0, 2) if rank == 0 else slice(2, 6)
+    expected = [outs[0][0][mine], outs[0][1][mine], *outs[0][2:]]
+    return max((one - other).abs().max().item() for one, other in zip(expected, outs[1], strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .1)])
+def test_sync_batch_norm_of_two_ranks_is_batch_norm_of_the_whole(ranks, dtype, tolerance):
+    assert max(ranks(2, sync_batch_norm, dtype)) < tolerance
 
 
 def late_partner():
