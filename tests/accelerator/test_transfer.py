@@ -1,4 +1,4 @@
-"""Batches on their way to the device: those of the CPU, on time, beside the work on the batch before, without a wait of the host."""
+"""Batches on their way to the device: the CPU's, in time, while the device works on the batch before, and without a wait of the host."""
 from __future__ import annotations
 
 from collections import namedtuple
@@ -229,7 +229,7 @@ def test_batches_that_are_cut_ahead_are_pinned_by_the_thread(shuffle, monkeypatc
 
 
 # ---------------------------------------------------------------------- when
-def test_a_batch_is_copied_beside_the_work_on_the_one_before():
+def test_a_batch_is_copied_while_the_device_works_on_the_one_before():
     device = torch.device("twin:0")
     move, work = mover(device), torch.accelerator.current_stream(device)
     batch = [move(torch.ones(8)) for _ in range(3)][-1]
@@ -251,6 +251,15 @@ def test_a_copy_waits_for_what_used_its_memory_before():
     for _ in range(2): move(torch.ones(8))      # the first takes memory for the second, perhaps the one that was freed above
     copy_stream(device).synchronize()
     assert over.query()
+
+
+def test_a_batch_may_come_while_another_stream_is_the_current_one():
+    device = torch.device("twin:0")
+    move, found = mover(device), []
+    for i in range(6):
+        with torch.Stream(device): found.append((move(torch.full((8,), float(i))) * 2).sum())
+    torch.accelerator.synchronize()
+    assert [total.item() for total in found] == [16. * i for i in range(6)] and twin.races() == []
 
 
 def test_two_batches_lie_on_the_device_however_far_the_host_is_ahead():
