@@ -255,9 +255,9 @@ def test_a_copy_waits_for_what_used_its_memory_before():
 
 def test_a_batch_may_come_while_another_stream_is_the_current_one():
     device = torch.device("twin:0")
-    move, found = mover(device), []
+    move, streams, found = mover(device), [torch.Stream(device), torch.Stream(device)], []
     for i in range(6):
-        with torch.Stream(device): found.append((move(torch.full((8,), float(i))) * 2).sum())
+        with streams[i % 2]: found.append((move(torch.full((8,), float(i))) * 2).sum())
     torch.accelerator.synchronize()
     assert [total.item() for total in found] == [16. * i for i in range(6)] and twin.races() == []
 
