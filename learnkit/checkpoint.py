@@ -39,8 +39,8 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save beside `path`, sealed with its hash, and put it in place by one rename when it is on the disk. What is
-    on a device is copied to the host first: a file has the same bytes wherever its tensors were."""
+    """Write `state` with torch.save next to `path`, sealed with its hash, and put it in place by one rename when it is on the disk. What
+    is on a device is copied to the host first: a file has the same bytes wherever its tensors were."""
     part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,8 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read_for(learn: Learner, path: Path) -> dict[str, Any]:
-    """As `read`, in the CPU's memory: on a device, it would lie there twice until it is loaded. What is spread over ranks is read by rank
-    0, and stays with it until it is put into parts."""
+    """As `read`, into the CPU's memory: on a device the state would lie twice until it is loaded. Of a model that is sharded over ranks,
+    rank 0 reads the file, and keeps it until it is put into parts."""
     cpu = torch.device("cpu")
     if not any(map(is_shard, learn.model.parameters())): return read(path, cpu)
     return read_on_main(learn.ranks, lambda: read(path, cpu), lambda state: outline_of(learn.model, state))

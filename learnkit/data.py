@@ -105,7 +105,7 @@ class TensorLoader:
         return self.batches(order, sampler.seed, epoch)
 
     def batches(self, order: Tensor | None, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        is_host = self.tensors[0].device.type == "cpu"      # a device cuts batches while the host goes on: it needs no thread
+        is_host = self.tensors[0].device.type == "cpu"      # a device cuts batches without the host waiting: it needs no thread
         cuts = self.cuts(order, pin=is_host and self.device is not None and can_pin(self.device))
         if self.n_ahead and is_host: cuts = ahead(cuts, self.n_ahead)
         if self.device is not None: cuts = map(mover(self.device), cuts)

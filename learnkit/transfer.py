@@ -34,20 +34,21 @@ def is_asynchronous(device: torch.device) -> bool:
 
 
 class Mover:
-    """Brings the batches of one pass to a device, each beside the work on the batch before.
+    """Copies the batches of one pass to a device, each while the device works on the batch before.
 
     The host enqueues the work on one batch, and then the copy of the next one, from pinned memory, on the process's copy stream. The copy
     does not wait for that work: its destination is memory that was taken before the work was enqueued. So two batches lie on the device at
     a time, however far the host is ahead. A batch of other shapes than the one before takes its memory late, and waits for that work.
-    The first batch has no work to run beside, and comes on the stream of the work: a pass of one batch takes its memory once.
+    The first batch has no work to overlap with, and is copied on the stream of the work: a pass of one batch takes its memory once.
     """
 
     def __init__(self, device: torch.device) -> None:
         index = torch.accelerator.current_device_index() if device.index is None else device.index
         self.device = torch.device(device.type, index)
         self.is_first = True
-        self.rooms: list[Tensor] = []           # memory on the device for the next batch
-        self.taken = torch.Event(self.device)   # when it was: what used it before has been enqueued by then
+        self.rooms: list[Tensor] = []           # memory on the device for the next batch,
+        self.work: torch.Stream | None = None   # which belongs to this stream,
+        self.taken = torch.Event(self.device)   # since then: what used it before has been enqueued
 
     def __call__(self, batch: Any) -> Any:
         if self.is_first:
@@ -55,14 +56,14 @@ class Mover:
             return to_device(batch, self.device)
         away: list[Any] = []
         moved(batch, self.device, away.append)
-        if not all(map(is_plain, away)): return to_device(batch, self.device)
+        if not away or not all(map(is_plain, away)): return to_device(batch, self.device)
         arrived = iter(self.brought(list(map(pinned, away))))
         return moved(batch, self.device, lambda _: next(arrived))
 
     def brought(self, tensors: list[Tensor]) -> list[Tensor]:
         """Copies on the device, for what is enqueued on its current stream from now on."""
         work, copies = torch.accelerator.current_stream(self.device), copy_stream(self.device)
-        if list(map(form, self.rooms)) != list(map(form, tensors)): self.take_rooms(tensors, work)
+        if work != self.work or list(map(form, self.rooms)) != list(map(form, tensors)): self.take_rooms(tensors, work)
         rooms = self.rooms
         copies.wait_event(self.taken)
         try:
@@ -73,7 +74,7 @@ class Mover:
         return rooms
 
     def take_rooms(self, tensors: list[Tensor], work: torch.Stream) -> None:
-        self.rooms = []
+        self.rooms, self.work = [], work
         self.rooms = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
         self.taken.record(work)
 

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 
 from learnkit import Callback, DataBunch, Learner, load_learner, snapshots, staging
 from learnkit.batch import tensors_in
-from learnkit.callbacks import EMA, Checkpoint
+from learnkit.callbacks import EMA, Checkpoint, Recorder
 from learnkit.files import read_state
 from tests.accelerator import twin
 
@@ -85,6 +85,17 @@ def test_a_snapshot_written_by_a_thread_is_the_one_that_is_written_at_once(where
     assert files("True") == files("False")
 
 
+def test_a_thread_copies_what_the_steps_before_have_made_though_nothing_else_waits_for_them():
+    def fit(folder: str, *, async_write: bool) -> None:
+        torch.manual_seed(1)
+        data = DataBunch([(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(8)])
+        learn = Learner(data, nn.Linear(6, 3), opt_func=SGD_M, seed=1, device="twin:0").remove_callback(Recorder)
+        with learn.no_logging(): learn.fit(1, .1, callbacks=[Checkpoint(folder, every_n_steps=1, keep=20, async_write=async_write)])
+    fit("at once", async_write=False)
+    fit("by a thread", async_write=True)
+    assert files("at once") == files("by a thread") and twin.races() == []
+
+
 def test_weights_that_are_one_are_one_in_the_file_and_in_a_copy():
     learn = fitted("twin:0")
     state = read_state(learn.save("m", with_opt=False))["model"]
@@ -128,11 +139,6 @@ def test_views_of_one_memory_are_written_as_the_cpu_writes_them(device):
         torch.save(staging.on_host(state(where)), file)
         written.append(file.getvalue())
     assert written[0] == written[1]
-
-
-def test_a_state_without_tensors_of_a_device_is_written_as_it_is():
-    state = {"a": [torch.ones(2)], "b": 1}
-    assert staging.on_host(state) is state
 
 
 # ---------------------------------------------------------------------- few waits

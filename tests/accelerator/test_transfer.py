@@ -1,4 +1,4 @@
-"""Batches on their way to the device: those of the CPU, on time, beside the work on the batch before, without a wait of the host."""
+"""Batches on their way to the device: the CPU's, in time, while the device works on the batch before, and without a wait of the host."""
 from __future__ import annotations
 
 from collections import namedtuple
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from learnkit import Callback, DataBunch, Learner, accuracy
+from learnkit import Callback, DataBunch, Learner, accuracy, data
 from learnkit.accelerator import has_streams
 from learnkit.batch import tensors_in, to_device
 from learnkit.data import TensorLoader
 from learnkit.distributed import prepare_data_loader
 from learnkit.draws import Draws, SampleTransform
-from learnkit.transfer import Reading, copy_stream, mover, sent
+from learnkit.transfer import Reading, copy_stream, mover, pinned, sent
 from learnkit.vision.data import ImageDataBunch
 from learnkit.vision.pictures import Pictures
 from learnkit.vision.transform import flip_lr, rand_pad
@@ -71,10 +71,10 @@ def streamed(device: torch.device) -> ImageDataBunch:
     """Pictures of which the device has no room for all."""
     if device.type == "cpu": return from_pictures(device)
     twin.limit(2 * N * 3 * 8 * 8, device)
-    try: data = from_pictures(device)
+    try: bunch = from_pictures(device)
     finally: twin.limit(None, device)
-    assert data.train_dl.n_ahead and data.train_dl.tensors[0].is_cpu       # type: ignore[attr-defined]
-    return data
+    assert bunch.train_dl.n_ahead and bunch.train_dl.tensors[0].is_cpu       # type: ignore[attr-defined]
+    return bunch
 
 
 def one_by_one(device: torch.device, n_workers: int) -> ImageDataBunch:
@@ -83,12 +83,12 @@ def one_by_one(device: torch.device, n_workers: int) -> ImageDataBunch:
 
 PATHS: dict[str, Callable[[torch.device], Any]] = {
     "a list of pageable batches": lambda device: DataBunch(batches(), batches()),
-    "a list of pinned batches": lambda device: DataBunch(*[[tuple(pinned(t) for t in b) for b in batches()] for _ in range(2)]),
+    "a list of pinned batches": lambda device: DataBunch(*[[tuple(t.pin_memory() for t in b) for b in batches()] for _ in range(2)]),
     "batches on the device": lambda device: DataBunch(*[[tuple(t.to(device) for t in b) for b in batches()] for _ in range(2)]),
     "batches on another device": lambda device: DataBunch(*[[tuple(t.to("twin:1") for t in b) for b in batches()] for _ in range(2)]),
     "inputs on the device, targets not": lambda device: DataBunch(*[[(x.to(device), y) for x, y in batches()] for _ in range(2)]),
     "batches of many sizes": lambda device: DataBunch(*[[(x[:1 + i % 3], y[:1 + i % 3]) for i, (x, y) in enumerate(batches())] for _ in range(2)]),
-    "views of pinned memory": lambda device: DataBunch(*[[(pinned(torch.cat([x, x], 1))[:, ::2], pinned(y)) for x, y in batches()] for _ in range(2)]),
+    "views of pinned memory": lambda device: DataBunch(*[[(torch.cat([x, x], 1).pin_memory()[:, ::2], y.pin_memory()) for x, y in batches()] for _ in range(2)]),
     "mappings": lambda device: DataBunch(*[[{"x": x, "labels": y} for x, y in batches()] for _ in range(2)]),
     "nested": lambda device: DataBunch(*[[([x, {"more": (x + 1, "text")}], y) for x, y in batches()] for _ in range(2)]),
     "named tuples": lambda device: DataBunch(*[[(Pair(x, x + 1), y) for x, y in batches()] for _ in range(2)]),
@@ -107,9 +107,6 @@ PATHS: dict[str, Callable[[torch.device], Any]] = {
     "pictures made one by one": lambda device: one_by_one(device, 0),
     "pictures made by workers": lambda device: one_by_one(device, 2),
 }
-
-
-def pinned(t: Tensor) -> Tensor: return t.pin_memory()
 
 
 class See(Callback):
@@ -171,8 +168,7 @@ def test_every_path_brings_the_cpus_batches_and_no_batch_waits(path, device):
 def test_a_learner_on_the_cpu_reads_batches_of_the_device_when_they_are_there():
     def seen(device: str) -> list[list[Tensor]]:
         see = See(waits=True)
-        data = DataBunch.from_tensors(whole(), bs=BS, seed=1, batch_tfms=[Shift()], device=device)
-        learn = Learner(data, Net(6), device="cpu")
+        learn = Learner(DataBunch.from_tensors(whole(), bs=BS, seed=1, batch_tfms=[Shift()], device=device), Net(6), device="cpu")
         with learn.no_logging(): learn.fit(1, .1, callbacks=[see])
         return see.batches
     for ours, theirs in zip(seen("twin:0"), seen("cpu"), strict=True): assert all(map(torch.equal, ours, theirs))
@@ -208,8 +204,32 @@ def test_a_loop_of_ones_own_gets_its_batches_from_prepare_data_loader(device):
     assert twin.races() == []
 
 
+@pytest.mark.parametrize("make", [
+    lambda: torch.ones(3, 4), lambda: torch.ones(3, 4).pin_memory(), lambda: torch.ones(3, 4).T, lambda: torch.arange(12.).view(3, 4).pin_memory()[:, 1:],
+    lambda: torch.arange(3.).expand(2, 3), lambda: torch.zeros(0, 3), lambda: torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last).pin_memory()])
+def test_what_is_copied_lies_in_pinned_memory_without_gaps(make):
+    own = make()
+    found = pinned(own)
+    assert torch.equal(found, own) and found.stride() == torch.empty_like(own).stride()
+    assert found.is_pinned() or not own.numel()
+    assert (found is own) == (own.is_pinned() and own.stride() == torch.empty_like(own).stride())
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_that_are_cut_ahead_are_pinned_by_the_thread(shuffle, monkeypatch):
+    seen: list[Tensor] = []
+
+    def see(device: torch.device) -> Callable[[Any], Any]:
+        move = mover(device)
+        return lambda cut: move((seen.extend(tensors_in(cut)), cut)[1])
+    monkeypatch.setattr(data, "mover", see)
+    loader = TensorLoader(whole(), bs=BS, shuffle=shuffle, seed=1, n_ahead=2, device=torch.device("twin:0"))
+    assert len(list(loader)) == N // BS
+    assert len(seen) == (N // BS) * (3 if shuffle else 2) and all(t.is_pinned() for t in seen)
+
+
 # ---------------------------------------------------------------------- when
-def test_a_batch_is_copied_beside_the_work_on_the_one_before():
+def test_a_batch_is_copied_while_the_device_works_on_the_one_before():
     device = torch.device("twin:0")
     move, work = mover(device), torch.accelerator.current_stream(device)
     batch = [move(torch.ones(8)) for _ in range(3)][-1]
@@ -231,6 +251,15 @@ def test_a_copy_waits_for_what_used_its_memory_before():
     for _ in range(2): move(torch.ones(8))      # the first takes memory for the second, perhaps the one that was freed above
     copy_stream(device).synchronize()
     assert over.query()
+
+
+def test_a_batch_may_come_while_another_stream_is_the_current_one():
+    device = torch.device("twin:0")
+    move, streams, found = mover(device), [torch.Stream(device), torch.Stream(device)], []
+    for i in range(6):
+        with streams[i % 2]: found.append((move(torch.full((8,), float(i))) * 2).sum())
+    torch.accelerator.synchronize()
+    assert [total.item() for total in found] == [16. * i for i in range(6)] and twin.races() == []
 
 
 def test_two_batches_lie_on_the_device_however_far_the_host_is_ahead():
@@ -259,11 +288,11 @@ def test_a_pass_of_one_batch_takes_its_memory_once():
 def test_a_look_at_the_first_batch_moves_no_generator_of_the_device(device, make):
     def noisy(x: Tensor) -> Tensor: return x + torch.rand(x.shape, device=x.device)
     place = torch.device(device)
-    data = {"held": lambda: DataBunch.from_tensors(whole(), bs=BS, batch_tfms=[noisy], device=place),
+    bunch = {"held": lambda: DataBunch.from_tensors(whole(), bs=BS, batch_tfms=[noisy], device=place),
             "cut ahead": lambda: DataBunch(TensorLoader(whole(), bs=BS, batch_tfms=[noisy], n_ahead=1, device=place)),
             "one by one": lambda: ImageDataBunch.from_dataset(Pictured(), ds_tfms=[noisy], bs=BS, device=place, num_workers=0)}[make]()
     before = torch.twin.get_rng_state(place)        # type: ignore[attr-defined]
-    first, second = data.one_batch(), data.one_batch()
+    first, second = bunch.one_batch(), bunch.one_batch()
     assert torch.equal(first[0].cpu(), second[0].cpu())
     assert torch.equal(torch.twin.get_rng_state(place), before)     # type: ignore[attr-defined]
 
