@@ -225,7 +225,7 @@ OUTSIDE: dict[str, tuple[Callable[[Learner], Any], int]] = {     # what, and how
 RANKS: dict[str, tuple[Callable[[Learner], Any], str]] = {      # what, and its row
     "to_distributed()": (lambda learn: learn.to_distributed(), "to_distributed()"),
     "delay_allreduce": (lambda learn: learn.to_distributed(delay_allreduce=True), "to_distributed()"),
-    "sync_bn": (lambda learn: learn.to_distributed(sync_bn=True), "to_distributed()"),
+    "sync_bn": (lambda learn: learn.to_distributed(sync_bn=True), "to_distributed(sync_bn=True)"),
     "local_sgd": (lambda learn: learn.to_distributed(algorithm="local_sgd"), 'to_distributed(algorithm="local_sgd")'),
     "to_fsdp()": (lambda learn: learn.to_fsdp(), "to_fsdp()")}
 
