@@ -289,7 +289,7 @@ def test_where_memory_runs_out_on_one_rank_that_one_splits_its_batches(ranks):
         model = Limited(2, rank)
         learn = learner(AutoMicrobatch(), Accumulate(n), model=model, delay_allreduce=late).fit(2)
         if get_world_size() == 2 and get_rank() == rank: assert model.seen[:2] == [6, 3] and max(model.seen[3:]) <= 2
-        elif get_world_size() == 2: assert set(model.seen) == {6, 3, 2}    # whole, the last one is short; and two to join the other rank
+        elif get_world_size() == 2: assert model.seen[0] == 6 and set(model.seen) <= {6, 3, 2}     # whole; short last ones; two to join the other
         return summary(learn)
     assert_as_alone(ranks, {f"{rank}, {n}, {late}": lambda r=rank, n=n, late=late: fit(r, n, late)
                             for rank in (0, 1) for n in (1, 2) for late in (False, True)})
