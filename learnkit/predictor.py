@@ -73,11 +73,11 @@ def load_learner(path: str | Path, *, model: nn.Module | None = None, device: to
     run, info = READERS[path.suffix](path, model, place)
     if not isinstance(info, dict) or info.get("format") != 1:
         raise Damaged(f"{path} has format {info.get('format') if isinstance(info, dict) else None}, this version of learnkit reads 1.")
-    return Predictor(run if place.type == "cpu" else there_and_back(run, place), info)
+    return Predictor(there_and_back(run, place), info)
 
 
 def there_and_back(run: Run, device: torch.device) -> Run:
-    """`run` on a device, from and to the CPU. Reading what it predicts waits for the device."""
+    """`run` on a device, from wherever the inputs are, and to the CPU. Reading what it predicts waits for the device."""
     return lambda inputs: to_device(run(to_device(inputs, device)), torch.device("cpu"))
 
 

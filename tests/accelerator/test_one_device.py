@@ -485,7 +485,8 @@ def test_what_is_exported_from_the_device_is_what_the_cpu_exports(name, tmp_path
         if name.endswith("safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        return load_learner(path).predict(X[:4])
+        loaded = load_learner(path)
+        return loaded.predict(X[:4]), loaded.predict(X[:4].to(device))
     (tmp_path / "cpu").mkdir(), (tmp_path / "twin").mkdir()
     both(make, tolerance=1e-6)
 
