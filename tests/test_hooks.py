@@ -1,4 +1,5 @@
 """The hook grammar: who is told what and in which order, under every way of leaving a stage."""
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -524,10 +525,14 @@ def calls_of_a_fit(n_batches: int, n_idle: int, idle: type[Callback]) -> int:
         nonlocal n
         n += event == "call"
 
+    gc.collect()    # else a collection that falls into the fit calls what earlier tests have left
+    gc.disable()
     with learn.no_logging():
         sys.setprofile(count)
         try: learn.fit(1)
-        finally: sys.setprofile(None)
+        finally:
+            sys.setprofile(None)
+            gc.enable()
     return n
 
 
