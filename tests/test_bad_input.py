@@ -15,7 +15,7 @@ from learnkit import Callback, DataBunch, Learner, TensorLoader, accuracy
 from learnkit.callbacks import EarlyStopping, ParamScheduler, Progress, Recorder
 from learnkit.schedule import constant, linear
 
-X, Y, R = torch.randn(8, 3), torch.randint(2, (8,)), torch.randn(8, 2)
+X, Y, R = torch.randn(8, 3), torch.arange(8) % 2, torch.randn(8, 2)
 GOOD = [(X, Y)]
 Act = Callable[[nn.Module], Any]
 Cases = dict[str, tuple[Act, Any, tuple[str, ...]]]
