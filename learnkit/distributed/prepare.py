@@ -42,10 +42,11 @@ def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, devi
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected torch.bfloat16, torch.float16 or None.")
     device = get_device(local_rank) if device is None else device
     if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
-    if needs_group(): take_device(device)
+    together = needs_group()
+    if together: take_device(device)
     model = model.to(device)
     if mixed_precision is not None: compute_in(model, mixed_precision, device)
-    if not needs_group(): return model
+    if not together: return model
     if sync_bn: model = sync_batchnorm(model)
     if not any(p.requires_grad for p in model.parameters()): return model  # which DDP refuses
     if delay_allreduce:

@@ -377,7 +377,7 @@ def device_if(on: bool, tensors: Sequence[Tensor]) -> torch.device:
 
 
 def on_device(tensor: Tensor) -> bool:
-    """Whether a tensor is where the group has a backend beside the CPU's."""
+    """Whether a tensor is where the group has a backend other than the CPU's."""
     return tensor.device.type != "cpu" and tensor.device.type in backends()
 
 

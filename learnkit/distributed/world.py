@@ -112,7 +112,7 @@ def take_device(device: torch.device) -> None:
 
 def check_backend(device: torch.device) -> None:
     """Refuse a group that cannot send what is on `device`: raises RuntimeError that says how to make one that can."""
-    pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    pairs = backends_of_group()
     if device.type in pairs and can_send(pairs[device.type], device):
         return
     if device.type != "cpu":
@@ -152,12 +152,17 @@ def check_bound(device: torch.device) -> None:
                            f"{device.index}. Give both the same device.")
 
 
+def backends_of_group() -> dict[str, str]:
+    """{device type: backend} of the process group, as PyTorch lists it."""
+    return dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+
+
 def backends() -> dict[str, str]:
     """{device type: backend} of the process group, such as {"cpu": "gloo", "cuda": "nccl"}, without devices that this machine lacks.
 
     A device whose backend is gloo counts only where the CPU has none: gloo sends its tensors by way of the CPU anyway.
     """
-    pairs = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    pairs = backends_of_group()
     kind = torch.accelerator.current_accelerator()      # the one that PyTorch was built for: asks no device
     there = ("cpu",) if kind is None else ("cpu", kind.type)
     return {kind: name for kind, name in pairs.items() if kind in there and (kind == "cpu" or name != "gloo" or "cpu" not in pairs)}
