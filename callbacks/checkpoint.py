@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
@@ -66,7 +64,7 @@ class Checkpoint(Callback):
         self.written: list[Path] = []               # of this run, oldest first
         self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
         self.apart: Path | None = None              # where tensors lie that `parts` has only the shapes of
-        self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
+        self.order_states: list[Any] = []           # of the loaders' own generators at the epoch's start
         self.saved_at: tuple[int, ...] = ()         # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
@@ -115,7 +113,7 @@ class Checkpoint(Callback):
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
-        self.generators = resume.generator_states(learn)
+        self.order_states = resume.order_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
         self.put_back(learn)            # a finished fit has no epoch in which to do so
@@ -162,7 +160,8 @@ class Checkpoint(Callback):
         now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
-        parts = resume.take(learn, self, self.generators, place, gathered=not self.sharded)
+        order = resume.order_states(learn) if epoch_over or over else self.order_states      # of the next epoch, or of the one under way
+        parts = resume.take(learn, self, place, order, gathered=not self.sharded)
         if self.async_write: parts = resume.with_own_copies(learn, parts)
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
                  "values": {name: str(value) for name, value in learn.values.items()}}

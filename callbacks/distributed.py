@@ -39,7 +39,7 @@ from learnkit.distributed.world import (
 from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
 from learnkit.optim import number
-from learnkit.order import PrivateGenerator, generator_of, mix, parts_of
+from learnkit.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
 from learnkit.placement import place
 from learnkit.shards import is_shard
 
@@ -348,9 +348,11 @@ def evaluation_share(loader: Any, learn: Learner, seed: int) -> Any:
 
 
 def own_share(loader: Any, learn: Learner, seed: int | None, *, training: bool) -> Any:
+    if isinstance(loader, PrivateLoader): loader = loader.loader
     if isinstance(loader, TensorLoader): return loader.sharded(learn.rank, learn.world_size, even=training).to(learn.device)
-    own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=training)
-    return with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank) if isinstance(own, DataLoader) else own
+    if not isinstance(loader, DataLoader): return prepare_data_loader(private(loader, seed), training=training, keep_generator=True)
+    own = prepare_data_loader(loader, seed=seed, training=training, keep_generator=True)
+    return private(with_own_augmentations(own if own is not loader else copy.copy(own), learn.rank), seed)
 
 
 def with_own_augmentations(loader: DataLoader[Any], rank: int) -> DataLoader[Any]:

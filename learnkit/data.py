@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 from learnkit.accelerator import accelerator, can_pin
 from learnkit.ahead import ahead
 from learnkit.batch import describe
 from learnkit.draws import BatchTransform, transform_batch
+from learnkit.generators import once, order_generators, put_state, sample_generators, state_of
 from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
 from learnkit.transfer import mover, sent
 
@@ -219,12 +220,14 @@ class DataBunch:
 def first_batch(loader: Any) -> Any:
     """A loader's next first batch; its epoch and the global random state stay as they are."""
     samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochOrder)]
-    state = [(part.generator, part.generator.get_state()) for part in parts_of(loader) if generator_of(part) is not None]
+    own = [g for g in map(generator_of, parts_of(loader)) if g is not None]
+    generators = once((*own, *order_generators(loader), *sample_generators(loader)))
+    state = [(generator, state_of(generator)) for generator in generators]
     with same_random_state(loader):
         for batch in loader: break
         else: raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
     for part, epoch in samplers: part.epoch = epoch
-    for generator, value in state: generator.set_state(value)
+    for generator, value in state: put_state(generator, value)
     return batch
 
 
@@ -256,7 +259,9 @@ def in_order(loader: Any) -> Any:
     if callable(own := getattr(loader, "in_order", None)): return own()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
-    shuffled = isinstance(loader.sampler, RandomSampler) or (isinstance(loader.sampler, EpochSampler) and loader.sampler.shuffle)
+    sampler = loader.sampler
+    shuffled = isinstance(sampler, RandomSampler) or (isinstance(sampler, EpochSampler) and sampler.shuffle) or \
+        (type(sampler) is DistributedSampler and sampler.num_replicas == 1)
     if not shuffled and not loader.drop_last: return loader
     settings = dict(batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
                     pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,

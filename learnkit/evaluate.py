@@ -10,7 +10,7 @@ from torch import Tensor
 from learnkit.batch import copied, count_samples, describe, prediction
 from learnkit.data import check_loader, in_order
 from learnkit.metrics import Mean, Metric, read
-from learnkit.order import private_order
+from learnkit.order import private, private_order
 from learnkit.ranks import Ranks
 from learnkit.session import session
 from learnkit.transfer import Reading
@@ -30,7 +30,7 @@ def evaluate(learn: Learner, dl: Any, meter: Measure | Collect) -> None:
         with session(learn, dls=(dl,)): return evaluate(learn, dl, meter)
     kept = {name: getattr(learn, name) for name in OF_A_PASS}
     modes = [(module, module.training) for module in learn.model.modules()]
-    learn.dl, learn.meter, learn.training, learn.batch_index, learn._evaluated = in_order(dl), meter, False, -1, dl
+    learn.dl, learn.meter, learn.training, learn.batch_index, learn._evaluated = private(in_order(dl)), meter, False, -1, dl
     learn.model.eval()
     try:
         with private_order(learn.dl): learn.stages.validate()

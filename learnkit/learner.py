@@ -20,7 +20,7 @@ from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
 from learnkit.metrics import as_metrics
-from learnkit.order import items_per_batch, mix, rest_of, set_epoch, with_seeded_workers
+from learnkit.order import items_per_batch, mix, private, rest_of, set_epoch, with_seeded_workers
 from learnkit.placement import as_device, check_autocast, place
 from learnkit.ranks import Alone, Ranks
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
@@ -153,7 +153,7 @@ class Learner:
 
     def _epoch(self) -> None:
         self.values, self.batch_index = {}, -1
-        self.dl, self.training = rest_of(self.data.train_dl, self.n_items_done), True
+        self.dl, self.training = rest_of(private(self.data.train_dl), self.n_items_done), True
         self.first_batch = self.n_items_done // items_per_batch(self.data.train_dl)
         self.model.train()
         self.stages.train()

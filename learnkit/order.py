@@ -93,75 +93,107 @@ class RestSampler(EpochOrder, Sampler[Any]):
         super().__init__(getattr(sampler, "seed", 0))
         self.sampler, self.n = sampler, n
 
-    @property
-    def generator(self) -> torch.Generator | None: return generator_of(self.sampler)
-
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
         super().set_epoch(epoch, seed)
-        if isinstance(self.sampler, EpochOrder): self.sampler.set_epoch(epoch, seed)
-        elif callable(getattr(self.sampler, "set_epoch", None)): self.sampler.set_epoch(epoch)
+        tell_epoch(self.sampler, epoch, seed)
 
     def __len__(self) -> int: return max(0, len(self.sampler) - self.n)
 
+    def __iter__(self) -> Iterator[Any]: return items_from(self.sampler, self.n)
+
+
+def items_from(sampler: Any, n: int) -> Iterator[Any]:
+    """A sampler's items from the n-th on."""
+    return sampler.order_from(n) if isinstance(sampler, EpochSampler) else islice(iter(sampler), n, None)
+
+
+class PrivateLoader(EpochOrder):
+    """Batches of a loader of somebody else's, which may draw from the global generators, made a function of (seed, epoch).
+
+    The generators are seeded while it is asked for a batch, and put back in between: what it gives depends neither on what a model draws
+    meanwhile nor on the process. `n_left_out`: its batches from the n-th on; what comes before is read, and left out.
+    """
+
+    def __init__(self, loader: Any, seed: int | None = None, *, n_left_out: int = 0) -> None:
+        super().__init__(seed)
+        self.loader, self.n_left_out = loader, n_left_out
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader": raise AttributeError(name)         # while it is being unpickled
+        return getattr(self.loader, name)
+
+    def rest(self, n: int) -> PrivateLoader:
+        """The same epochs, each from its n-th batch on."""
+        return PrivateLoader(self.loader, self.seed, n_left_out=n)
+
+    def __len__(self) -> int: return max(0, len(self.loader) - self.n_left_out)
+
     def __iter__(self) -> Iterator[Any]:
-        if not isinstance(self.sampler, EpochSampler): return islice(iter(self.sampler), self.n, None)
-        return self.sampler.order_from(self.n)
+        seed = mix(self.seed, self.next_epoch())
+        if self.n_left_out: warn_of_reading_again(self.loader, self.n_left_out)
+        has_workers = isinstance(self.loader, DataLoader) and self.loader.num_workers > 0     # which draw in processes of their own
+        return islice(self.loader if has_workers else privately(self.loader, seed, 1), self.n_left_out, None)
 
 
-class RestLoader:
-    """Any iterable's batches from the n-th on. What comes before is read, and left out; what it draws meanwhile is not missed later."""
+def warn_of_reading_again(loader: Any, n: int) -> None:
+    what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+    warnings.warn(f"the first batches of this epoch, {n}, that were trained on before, are read again, and left out: {what} cannot be "
+                  "indexed. A dataset with __getitem__ and __len__ goes on at once.", stacklevel=2)
 
-    def __init__(self, loader: Any, n: int) -> None: self.loader, self.n = loader, n
 
-    def set_epoch(self, epoch: int) -> None:
-        if callable(getattr(self.loader, "set_epoch", None)): self.loader.set_epoch(epoch)
+def tell_epoch(part: Any, epoch: int, seed: int | None) -> None:
+    """Make `epoch` the next one of a loader or sampler that listens."""
+    if isinstance(part, EpochOrder): part.set_epoch(epoch, seed)
+    elif callable(getattr(part, "set_epoch", None)): part.set_epoch(epoch)
 
-    def __len__(self) -> int: return max(0, len(self.loader) - self.n)
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        with swapped(private_state(0)):
-            for _ in islice(batches, self.n): pass
-        return batches
+def private(loader: Any, seed: int | None = None) -> Any:
+    """The loader with an order of (seed, epoch), where it is not one whose samplers and generators we know."""
+    if isinstance(loader, DataLoader): return PrivateLoader(loader, seed) if is_stream(loader) else loader
+    is_known = isinstance(loader, (list, tuple)) or hasattr(loader, "rest")     # ours, or one that says how to go on
+    return loader if is_known else PrivateLoader(loader, seed)
+
+
+def is_stream(loader: Any) -> bool: return isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
 
 
 def items_per_batch(loader: Any) -> int:
     """How many items of the order of an epoch a step of all ranks takes: samples, or batches where the loader deals out batches."""
-    if isinstance(loader, DataLoader):
-        batches = loader.batch_sampler
-        if isinstance(loader.dataset, IterableDataset): return 1    # torch gives it a sampler, which counts nothing
-        if type(batches) is BatchSampler: return batches.batch_size
-        return getattr(batches, "items_per_batch", 1)
-    return getattr(loader, "items_per_batch", 1)
+    if not isinstance(loader, DataLoader): return getattr(loader, "items_per_batch", 1)
+    if is_stream(loader): return 1      # torch gives it a sampler, which counts nothing
+    batches: Any = loader.batch_sampler
+    own = batches.batch_size if type(batches) is BatchSampler else getattr(batches, "items_per_batch", 1)
+    return own * n_divided(loader)
 
 
 def rest_of(loader: Any, n: int) -> Any:
     """A loader whose next epoch begins at the n-th item of its order (see `items_per_batch`); samples before it are not read."""
     if n == 0: return loader
-    if callable(getattr(loader, "rest", None)): return loader.rest(n)
     if isinstance(loader, (list, tuple)): return loader[n:]
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset): return read_again(loader, n)
-    own = copy.copy(loader)
+    if callable(getattr(loader, "rest", None)): return loader.rest(n)
+    if not isinstance(loader, DataLoader) or is_stream(loader): return PrivateLoader(loader, n_left_out=n)
+    own, n = copy.copy(loader), n // n_divided(loader)
     own._iterator = None                # workers that live on belong to the original
-    if loader.batch_sampler is None: object.__setattr__(own, "sampler", RestSampler(loader.sampler, n))
-    elif type(loader.batch_sampler) is BatchSampler: object.__setattr__(own, "batch_sampler", with_rest(loader.batch_sampler, n))
-    elif callable(rest := getattr(loader.batch_sampler, "rest", None)): object.__setattr__(own, "batch_sampler", rest(n))
-    else: object.__setattr__(own, "batch_sampler", RestSampler(loader.batch_sampler, n))
+    batches: Any = loader.batch_sampler
+    if batches is None: object.__setattr__(own, "sampler", RestSampler(loader.sampler, n))
+    elif type(batches) is BatchSampler:
+        rest = BatchSampler(RestSampler(batches.sampler, n), batches.batch_size, batches.drop_last)
+        object.__setattr__(own, "batch_sampler", rest)
+    else: object.__setattr__(own, "batch_sampler", batches.rest(n) if hasattr(batches, "rest") else RestSampler(batches, n))
     return own
 
 
-def read_again(loader: Any, n: int) -> RestLoader:
-    what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
-    warnings.warn(f"the first batches of this epoch, {n}, that were trained on before, are read again, and left out: {what} cannot be "
-                  "indexed. A dataset with __getitem__ and __len__ goes on at once.", stacklevel=2)
-    return RestLoader(loader, n)
+DIVIDED = (("num_replicas", "rank"), ("world_size", "rank"), ("num_processes", "process_index"), ("_world_size", "_rank"))
 
 
-def with_rest(owner: Any, n: int, attribute: str = "sampler") -> Any:
-    """A copy whose sampler begins at its n-th item."""
-    twin = copy.copy(owner)
-    setattr(twin, attribute, RestSampler(getattr(owner, attribute), n))
-    return twin
+def n_divided(loader: Any) -> int:
+    """Among how many ranks a sampler of somebody else's divides the samples by itself, as torch's DistributedSampler; 1: it does not."""
+    for part in parts_of(loader):
+        if isinstance(part, EpochOrder) or not isinstance(part, (Sampler, Iterable)) or isinstance(part, DataLoader): continue
+        for many, which in DIVIDED:
+            n, rank = getattr(part, many, None), getattr(part, which, None)
+            if isinstance(n, int) and isinstance(rank, int) and n > 1: return n
+    return 1
 
 
 # ---------------------------------------------------------------------- workers
@@ -215,7 +247,7 @@ def with_seeded_workers(loader: Any, seed: int, first: int) -> Any:
     Any other loader is taken as it is. Of one whose workers live on from epoch to epoch it is the same copy each time.
     """
     if not isinstance(loader, DataLoader) or not loader.num_workers: return loader
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None: return loader
+    if is_stream(loader) or loader.batch_sampler is None: return loader
     if (own := _lasting.get(loader)) is None:
         own = copy.copy(loader)
         own._iterator = None
@@ -231,7 +263,7 @@ def with_seeded_workers(loader: Any, seed: int, first: int) -> Any:
 # ---------------------------------------------------------------------- what a loader is made of
 def parts_of(loader: Any) -> list[Any]:
     """The loader and those of its samplers that exist: where an order, an epoch or a generator may live."""
-    if isinstance(loader, RestLoader): return parts_of(loader.loader)
+    if isinstance(loader, PrivateLoader): return [loader, *parts_of(loader.loader)]
     found, layer = [loader, getattr(loader, "sampler", None)], getattr(loader, "batch_sampler", None)
     while layer is not None and layer not in found:
         found.append(layer)
@@ -251,8 +283,7 @@ def set_epoch(loader: Any, seed: int | None, epoch: int) -> None:
     `seed=None` keeps the seeds that the loader's own samplers have.
     """
     for part in parts_of(loader):
-        if isinstance(part, EpochOrder): part.set_epoch(epoch, seed)
-        elif callable(getattr(part, "set_epoch", None)): part.set_epoch(epoch)
+        tell_epoch(part, epoch, seed)
         if isinstance(generator := generator_of(part), PrivateGenerator):
             own = (generator.rank,) if generator.rank else ()
             generator.manual_seed(mix(torch.initial_seed() if seed is None else seed, epoch, *own))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from learnkit import checkpoint, resume, snapshots
 from learnkit.callbacks.checkpoint import Checkpoint
 from learnkit.hooks import Callback, Run, StopFit
@@ -30,7 +28,6 @@ class RayReport(Callback):
 
     def __init__(self) -> None:
         self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
-        self.generators: list[torch.Tensor] = []    # states of the training loader's own at the epoch's start
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_in_ray()
@@ -41,7 +38,6 @@ class RayReport(Callback):
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
-        self.generators = resume.generator_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
         self.put_back(learn)            # a finished fit has no epoch in which to do so
@@ -60,7 +56,7 @@ class RayReport(Callback):
     def report(self, learn: Learner, *, over: bool) -> None:
         """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
         from ray import train  # type: ignore[attr-defined]
-        parts = resume.take(learn, self, self.generators, resume.place_of(learn, epoch_over=True, over=over))
+        parts = resume.take(learn, self, resume.place_of(learn, epoch_over=True, over=over), resume.order_states(learn))
         metrics = {"epoch": learn.epoch, "step": learn.step, **learn.values}
         with tempfile.TemporaryDirectory() as folder:
             about = {"run": "ray", "epoch": learn.epoch, "step": learn.step, "values": {}}

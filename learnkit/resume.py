@@ -10,7 +10,8 @@ from torch import Tensor
 
 from learnkit import checkpoint
 from learnkit.files import check_plain
-from learnkit.order import PrivateGenerator, generator_of, items_per_batch, mix, parts_of, seed_process
+from learnkit.generators import once, order_generators, put_states, sample_generators, state_of
+from learnkit.order import items_per_batch, mix, seed_process
 from learnkit.shards import is_shard, on_main
 from learnkit.snapshots import in_memory
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 
-def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict[str, Any], *, gathered: bool = True) -> dict[str, Any]:
+def take(learn: Learner, keeper: Callback, place: dict[str, Any], order: list[Any], *, gathered: bool = True) -> dict[str, Any]:
     """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for, which rank 0 has.
 
-    `keeper`: the callback that keeps it, whose own state is left out. `generators`: `generator_states` at the epoch's start, from which
-    its order is drawn anew. `gathered`: a model that is spread over ranks is whole in rank 0's parts, else each rank has its own.
+    `keeper`: the callback that keeps it, whose own state is left out. `order`: `order_states` at the start of the epoch that the fit goes
+    on with, which is drawn from them anew. `gathered`: a model that is spread over ranks is whole in rank 0's parts, else each rank has
+    its own.
     """
     callbacks = others(learn, keeper)
     states: dict[bool, dict[str, Any]] = {False: {}, True: {}}      # by whether ranks have different ones
@@ -31,8 +33,9 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
         state = on_main(callback.state_dict(), learn.rank)
         check_plain(state, f"the state of {type(callback).__name__}")
         if state: states[callback.per_rank][key] = state
-    own = {"random": random_state(learn.device), "callbacks": states[True]}
-    run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather_on_main(own)}
+    own = {"random": random_state(learn.device), "order": order, "samples": [state_of(g) for g in of_samples(learn)],
+           "callbacks": states[True]}
+    run = {"place": place, "callbacks": states[False], "ranks": learn.ranks.gather_on_main(own)}
     model, optimizer = checkpoint.plain_state(learn.model), learn.opt.state_dict()
     if not gathered: return {"model": model, "optimizer": optimizer, "run": run}
     return {"model": on_main(model, learn.rank), "optimizer": on_main(optimizer, learn.rank), "run": run}
@@ -105,9 +108,12 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
     checkpoint.load_optimizer(learn.opt, parts["optimizer"])
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states: callback.load_state_dict(states[key])
-    put_generators(learn.data.train_dl, run["generators"])
-    if learn.rank < len(run["ranks"]): put_random_state(run["ranks"][learn.rank]["random"], learn.device)
-    else: seed_process(mix(learn.order_seed or 0, learn.step, learn.rank))      # a rank that has come since
+    has_come = learn.rank >= len(run["ranks"])      # a rank that was not there
+    own = run["ranks"][0 if has_come else learn.rank]
+    put_states(of_order(learn), own["order"], "the order of samples")
+    if has_come: return seed_process(mix(learn.order_seed or 0, learn.step, learn.rank))
+    put_states(of_samples(learn), own["samples"], "the training samples")
+    put_random_state(own["random"], learn.device)
 
 
 def states_of_rank(learn: Learner, callbacks: dict[str, Callback], ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,16 +155,13 @@ def put_random_state(state: dict[str, Any], device: torch.device) -> None:
         numpy.random.set_state(tuple(state["numpy"]))
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Those that the user gave to the loader or its samplers."""
-    found = {id(g): g for g in map(generator_of, parts_of(loader)) if g is not None and not isinstance(g, PrivateGenerator)}
-    return list(found.values())
+def of_order(learn: Learner) -> list[Any]:
+    """The user's generators that decide the order of training and validation samples."""
+    loaders = [dl for dl in (learn.data.train_dl, learn.data.valid_dl) if dl is not None]
+    return once(generator for loader in loaders for generator in order_generators(loader))
 
 
-def generator_states(learn: Learner) -> list[Tensor]:
-    """Of the training loader's own, as they are now."""
-    return [generator.get_state() for generator in generators_of(learn.data.train_dl)]
+def of_samples(learn: Learner) -> list[Any]: return sample_generators(learn.data.train_dl)
 
 
-def put_generators(loader: Any, states: list[Tensor]) -> None:
-    for generator, state in zip(generators_of(loader), states, strict=True): generator.set_state(state.cpu())
+def order_states(learn: Learner) -> list[Any]: return [state_of(generator) for generator in of_order(learn)]

@@ -12,6 +12,7 @@ batches, or none.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -30,17 +31,19 @@ from torch.utils.data import (
 from learnkit.batch import count_samples, split_batch
 from learnkit.distributed.reduce import agree, broadcast_from_main
 from learnkit.distributed.world import get_rank, get_world_size
+from learnkit.generators import order_generators, put_states, state_of
 from learnkit.order import (
     EpochOrder,
     PrivateGenerator,
     draws_globally,
     generator_of,
+    items_from,
     items_per_batch,
     mix,
+    n_divided,
     parts_of,
     privately,
     rest_of,
-    with_rest,
 )
 from learnkit.order import set_epoch as set_seed_and_epoch
 from learnkit.transfer import Moved
@@ -135,6 +138,7 @@ class ShardedBatchSampler(EpochOrder):
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={rank} of world_size={world_size}, expected 0 to {self.world_size - 1}.")
         self.keep_generator = keep_generator
+        self.n_left_out = 0  # see rest
         self.sizes: list[int] = []  # of a batch sampler: the samples of all ranks in each step so far
         self.n_drawn = 0  # samples of this epoch that all ranks have been given
 
@@ -143,19 +147,25 @@ class ShardedBatchSampler(EpochOrder):
 
     def rest(self, n: int) -> ShardedBatchSampler:
         """The same epochs, each from the n-th item of `sampler` on."""
-        return with_rest(self, n)
+        own = copy.copy(self)
+        own.n_left_out, own.sizes = n, []
+        return own
+
+    @property
+    def n_items(self) -> int:
+        """Of `sampler`, without those left out; raises TypeError where it has no length."""
+        return max(0, length_of(self.sampler) - self.n_left_out)
 
     def global_batch_size(self, k: int) -> int:
         """The number of samples that all ranks have in step k, counted from 0; where no length tells, once it was given out."""
         if self.batch_size is None: return self.sizes[k]
-        try: n = length_of(self.sampler)
+        try: n = self.n_items
         except TypeError: n = self.n_drawn
         return min(self.items_per_batch, n - k * self.items_per_batch)
 
     def __len__(self) -> int:
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample
-        return n_rank_batches(length_of(self.sampler), per_rank, self.rank, self.world_size, drop_last=self.drop_last,
-                              even=self.even)
+        return n_rank_batches(self.n_items, per_rank, self.rank, self.world_size, drop_last=self.drop_last, even=self.even)
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator: a DataLoader with workers calls iter() twice and reads one of them, which is the one that counts.
@@ -168,16 +178,17 @@ class ShardedBatchSampler(EpochOrder):
 
     def order(self, seed: int) -> Iterator[Any]:
         """The sampler's items; under borrowed global generators only where it may draw from them, which costs 0.17 ms a batch."""
-        generator = generator_of(self.sampler)
+        generator, n = generator_of(self.sampler), self.n_left_out
         if draws_globally(self.sampler):
-            order = privately(self.sampler, seed, self.items_per_batch, reseed=not self.keep_generator)
+            order = islice(privately(self.sampler, seed, self.items_per_batch, reseed=not self.keep_generator), n, None)
         elif generator is None and isinstance(self.sampler, Sampler) and hasattr(self.sampler, "generator"):
             own: Any = copy.copy(self.sampler)  # torch's would draw from the global one
             own.generator = torch.Generator().manual_seed(seed)
-            order = iter(own)
+            order = items_from(own, n)
         else:
-            if generator is not None and not self.keep_generator: generator.manual_seed(seed)
-            order = iter(self.sampler)
+            is_ours = isinstance(generator, PrivateGenerator)
+            if generator is not None and (is_ours or not self.keep_generator): generator.manual_seed(seed)
+            order = items_from(self.sampler, n)
         return order if has_length(self.sampler) else self.counted(order)
 
     def counted(self, order: Iterable[int]) -> Iterator[int]:
@@ -313,8 +324,9 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
     size. `training=None`: a loader is for training if it shuffles, drops the last batch or has a sampler of its own. For
     an unshuffled training loader say so: its ranks must keep step, while an evaluation must see every sample.
     A DataLoader with a sampler is wrapped, sampler and all; one with a batch sampler, and any other iterable of batches,
-    is dealt out batch by batch; one with a DistributedSampler, or with an attribute `is_sharded = True`, stays as it is. An
-    IterableDataset is refused, with advice.
+    is dealt out batch by batch; one with an attribute `is_sharded = True` stays as it is. So does one whose sampler divides by itself, as
+    torch's DistributedSampler; with `training=False` that one is taken out, since it repeats samples. An IterableDataset is refused, with
+    advice.
     `keep_generator`: a generator that the sampler owns is not seeded anew, but goes on from rank 0's state. `device`, such as
     `get_device()`: batches come there, alone too; to a GPU beside the work on the batch before.
     """
@@ -325,9 +337,13 @@ def prepare_data_loader(loader: Any, *, seed: int | None = None, training: bool 
 def share_of(loader: Any, seed: int | None, training: bool | None, keep_generator: bool) -> Any:
     if get_world_size() == 1 and seed is None: return loader
     if getattr(loader, "is_sharded", False): return loader
-    if not isinstance(loader, DataLoader): return as_sharded(loader, training)
+    if not isinstance(loader, DataLoader): return as_sharded(loader, training, keep_generator)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
-    if isinstance(loader.sampler, DistributedSampler): return loader
+    if (n := n_divided(loader)) > 1:
+        check_divided(loader, n)
+        if training is None: return loader
+        if (whole := undivided(loader, training)) is None: return told_divided(loader, training)
+        loader = whole
     sampler, batch_size, drop_last = order_of(loader)
     own = sampler.seed if isinstance(sampler, EpochOrder) else torch.initial_seed()
     shared = broadcast_from_main(own) if seed is None else seed
@@ -338,19 +354,53 @@ def share_of(loader: Any, seed: int | None, training: bool | None, keep_generato
     return rebuilt_with(loader, batch_sampler, shared)
 
 
-def share_states(loader: DataLoader[Any]) -> None:
+def check_divided(loader: DataLoader[Any], n: int) -> None:
+    if n == get_world_size(): return
+    raise ValueError(f"the {divider(loader)} of this DataLoader divides its samples among {n} processes, and there are {get_world_size()}. "
+                     "Leave it out, as learnkit divides the loader, or build it with num_replicas=get_world_size(), rank=get_rank().")
+
+
+def undivided(loader: DataLoader[Any], training: bool) -> DataLoader[Any] | None:
+    """The loader over the whole order, where it is torch's own DistributedSampler that divides it: in training the order of the epoch,
+    in an evaluation that of the dataset; without the samples that it repeats. Else None."""
+    batches = loader.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else None
+    if type(sampler) is not DistributedSampler: return None
+    whole = copy.copy(loader)
+    order: Any = SequentialSampler(sampler.dataset)  # type: ignore[arg-type]
+    if training: order = DistributedSampler(sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed)
+    object.__setattr__(whole, "sampler", order)  # DataLoader refuses a plain assignment
+    object.__setattr__(whole, "batch_sampler", BatchSampler(order, batches.batch_size, batches.drop_last))  # type: ignore[union-attr]
+    return whole
+
+
+def told_divided(loader: DataLoader[Any], training: bool) -> DataLoader[Any]:
+    """The loader as it is, with a word about what that means."""
+    if get_rank() == 0:
+        what = "its shares are trained on as they are" if training else \
+            "its shares are evaluated as they are, in their order, and a sample that it gives twice counts twice"
+        warnings.warn(f"the {divider(loader)} of this DataLoader divides its samples among the ranks by itself: {what}. To have learnkit "
+                      "divide them, give a sampler of the whole order, as for one process.", stacklevel=2)
+    return loader
+
+
+def divider(loader: DataLoader[Any]) -> str:
+    parts = [part for part in parts_of(loader) if n_divided(part) > 1]
+    return type(parts[-1] if parts else loader).__name__
+
+
+def share_states(loader: Any) -> None:
     """The generators that a user gave to a loader or its samplers go on from rank 0's states, on every rank."""
-    own = {id(g): g for g in map(generator_of, parts_of(loader)) if g is not None and not isinstance(g, PrivateGenerator)}
-    if not own: return
-    states = broadcast_from_main([generator.get_state() for generator in own.values()])
-    for generator, state in zip(own.values(), states, strict=True): generator.set_state(state)
+    own = order_generators(loader)
+    if own: put_states(own, broadcast_from_main([state_of(generator) for generator in own]), "the order of samples")
 
 
-def as_sharded(loader: Any, training: bool | None) -> Any:
+def as_sharded(loader: Any, training: bool | None, keep_generator: bool) -> Any:
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
         raise TypeError(f"loader is a {type(loader).__name__}: expected a DataLoader, or an iterable of batches that starts "
                         "anew each time.")
     if get_world_size() == 1: return loader
+    if keep_generator: share_states(loader)
     return ShardedLoader(loader, even=training is not False)
 
 
