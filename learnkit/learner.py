@@ -619,8 +619,9 @@ class Learner:
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
                              "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
-        checkpoint.load_model(self.model, state.get("model", state), strict=strict)
-        if fits: checkpoint.load_optimizer(self.opt, state["opt"])
+        model = state.get("model", state)
+        checkpoint.load_model(self.model, model, strict=strict)
+        if fits: checkpoint.load_optimizer(self.opt, state["opt"], same_dtypes=checkpoint.has_same_dtypes(self.model, model))
         return self
 
     def export(self, path: str | Path, *, stats: Any = None) -> Path:

@@ -102,7 +102,7 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
                          "callbacks.")
     checkpoint.load_model(learn.model, parts["model"], strict=True)
-    checkpoint.load_optimizer(learn.opt, parts["optimizer"])
+    checkpoint.load_optimizer(learn.opt, parts["optimizer"], same_dtypes=checkpoint.has_same_dtypes(learn.model, parts["model"]))
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states: callback.load_state_dict(states[key])
     put_generators(learn.data.train_dl, run["generators"])
