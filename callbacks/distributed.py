@@ -21,7 +21,7 @@ from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.batchnorm import restore_batchnorm
 from learnkit.distributed.compare import check_same, digest
 from learnkit.distributed.guard import Guard, guard
-from learnkit.distributed.prepare import ONE_REDUCTION, prepare_model
+from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
@@ -189,9 +189,11 @@ class Replicas:
 
     @contextmanager
     def wrapped(self, learn: Learner) -> Iterator[None]:
-        before = learn.no_sync, learn.reduce_gradients
+        before = learn.no_sync, learn.reduce_gradients, learn.gradient_order
         try:
-            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn,
+                                                 gradient_order=(learn.resumed or {}).get("gradient_order", ()), **self.ddp_options)
+            learn.gradient_order = partial(gradient_order_of, learn.training_model)
             if self.ddp_options.get("static_graph"): learn.no_sync = refused
             elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
             learn.reduce_gradients = lambda: average_gradients(learn.model.parameters())
@@ -199,7 +201,7 @@ class Replicas:
             yield
         finally:
             unwrap(learn)
-            learn.no_sync, learn.reduce_gradients = before
+            learn.no_sync, learn.reduce_gradients, learn.gradient_order = before
 
     def check_unused(self, learn: Learner) -> None:
         """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""

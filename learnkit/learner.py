@@ -122,6 +122,7 @@ class Learner:
         self.n_held = 0                         # batches whose gradients wait for a later step
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext   # in it, gradients stay with this rank
         self.reduce_gradients: Callable[[], None] = lambda: None    # brings those that stayed together
+        self.gradient_order: Callable[[], list[str]] = list     # in which ranks add them up from the second step on; all ranks call it
         self.n_of_all: Callable[[int, int], int] = lambda k, own: own   # samples of all ranks in the k-th batch, by this rank's
         self.dl: Any = None                     # the loader of the pass under way
         self.batch_index = -1                   # within the pass; -1 between passes

@@ -39,13 +39,13 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
 
 
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
-    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on."""
+    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on. All ranks must call it."""
     in_epoch = not epoch_over and not over
     return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step, "steps_ahead": learn.steps_ahead,
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
-            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
+            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed, "gradient_order": learn.gradient_order()}
 
 
 def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
