@@ -11,7 +11,7 @@ from learnkit.callbacks.distributed import Distributed
 from learnkit.data import n_batches
 from learnkit.hooks import Callback, Run, SkipStep, StopFit
 from learnkit.learner import Learner
-from learnkit.loss import not_zero, weighted
+from learnkit.loss import count_like, not_zero, weighted
 
 
 class Accumulate(Callback):
@@ -109,7 +109,8 @@ class Accumulate(Callback):
         which is returned."""
         assert self.unit is not None
         regular = self.unit * self.batches_per_step
-        share = not_zero(self.total_of_all if self.count is None else learn.ranks.all_sum(self.total)) / learn.world_size
+        total = not_zero(self.total_of_all if self.count is None else learn.ranks.all_sum(self.total))
+        share = (count_like(self.loss, total) if isinstance(total, Tensor) else total) / learn.world_size
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients and (isinstance(share, Tensor) or share != regular):
             torch._foreach_mul_(gradients, regular / share)  # type: ignore[reportPrivateImportUsage]

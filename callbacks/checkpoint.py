@@ -16,7 +16,7 @@ from typing import Any
 from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
-from learnkit.hooks import Callback, Run, StopFit
+from learnkit.hooks import Callback, Interrupted, Run, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.transfer import Enqueued
 
@@ -136,22 +136,23 @@ class Checkpoint(Callback):
         n = self.every_n_steps
         if learn.agreed == "save" or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
         if learn.agreed == "save": learn.agreed = None
-        elif learn.agreed is not None: raise StopFit
+        elif learn.agreed is not None: raise Interrupted
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        stop: StopFit | None = None
+        stop: StopFit | StopEpoch | None = None
         try: run()
-        except StopFit as raised: stop = raised
+        except (StopFit, StopEpoch) as raised: stop = raised
         if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
-        signalled = learn.agreed is not None and learn.agreed != "save"
-        if learn.training: self.save(learn, over=not signalled)         # left in the middle
+        ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)      # also where a signal came meanwhile
+        if learn.training and isinstance(stop, StopFit): self.save(learn, over=ends)        # left in the middle
         else:
-            last = learn.epoch + 1 == learn.n_epochs or (stop is not None and not signalled)
+            last = learn.epoch + 1 == learn.n_epochs or ends
             due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
             if due or last or learn.agreed is not None: self.save(learn, epoch_over=True, over=last)
         if learn.agreed == "save": learn.agreed = None
+        if isinstance(stop, StopFit): raise stop
+        if learn.agreed is not None: raise Interrupted
         if stop is not None: raise stop
-        if signalled: raise StopFit
 
     # ------------------------------------------------------------------ saving
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:

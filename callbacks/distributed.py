@@ -21,7 +21,7 @@ from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.batchnorm import restore_batchnorm
 from learnkit.distributed.compare import check_same, digest
 from learnkit.distributed.guard import Guard, guard
-from learnkit.distributed.prepare import ONE_REDUCTION, prepare_model
+from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
@@ -36,7 +36,7 @@ from learnkit.distributed.world import (
     seed_everything,
     take_device,
 )
-from learnkit.hooks import Callback, ControlFlow, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
+from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
 from learnkit.learner import Learner
 from learnkit.optim import number
 from learnkit.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
@@ -73,6 +73,7 @@ class Distributed(Callback):
         # In a fit:
         self.stops: StopTogether | None = None
         self.train_dl: Any = None               # the whole one, of which learn.data has this rank's share
+        self.wish: Stop | None = None           # what this rank has raised in a batch, until all have agreed on something
         self.stops_fit = False                  # whether this rank has raised StopFit
         self.compared = False                   # whether the ranks have compared their optimizers and schedules
         self.reduced = False                    # whether this batch's backward has begun, in which ranks wait for each other
@@ -105,15 +106,17 @@ class Distributed(Callback):
         signal: ControlFlow | None = None
         try: run()
         except ControlFlow as raised: signal = raised
-        stops_fit = self.stops_fit or isinstance(signal, StopFit)
+        stops_fit = self.stops_fit or is_own_stop(signal)
         own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
-        settled = settle(own, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
+        settled, ends = settle(own, stops_fit, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
         if settled: self.stops.end()
         if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
-        if (settled == STOP or settled > WANTED) and not isinstance(signal, StopFit): raise StopFit
+        if ends and not is_own_stop(signal): raise StopFit
+        if settled > WANTED and signal is None: raise Interrupted
         if signal is not None: raise signal
 
     def around_train(self, learn: Learner, run: Run) -> None:
+        self.wish = None
         self.size_of, self.uneven_from = sizes(learn.dl)
         learn.n_of_all = partial(self.n_of_all, learn)
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
@@ -124,18 +127,18 @@ class Distributed(Callback):
     def around_batch(self, learn: Learner, run: Run) -> None:
         """A rank that leaves the loop alone would leave the others waiting."""
         if not learn.training or self.stops is None: return run()
-        self.reduced, wish = False, None
+        self.reduced, raised = False, False
         uneven = learn.batch_index - learn.first_batch >= self.uneven_from and learn.whole is None
         # DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples.
         if uneven: learn.whole = self.size_of(learn.batch_index - learn.first_batch) / learn.world_size
         try: run()
         except (StopFit, StopEpoch, StopTrain) as signal:
-            wish, self.stops_fit = signal, self.stops_fit or isinstance(signal, StopFit)
+            raised, self.wish, self.stops_fit = True, signal, self.stops_fit or isinstance(signal, StopFit)
         finally:
             if uneven: learn.whole = None
-        try: agreed = self.stops.passed(wish.stage if wish else learn.wanted, complete=wish is None or self.reduced)
-        except StoppedAlone: raise RuntimeError(TOO_EARLY.format(name=type(wish).__name__, rank=learn.rank)) from wish
-        if agreed is not None: self.do(agreed, wish, learn)
+        try: agreed = self.stops.passed(self.wish.stage if self.wish else learn.wanted, complete=not raised or self.reduced)
+        except StoppedAlone: raise RuntimeError(TOO_EARLY.format(name=type(self.wish).__name__, rank=learn.rank)) from self.wish
+        if agreed is not None: self.do(agreed, learn)       # all ranks come here after the same batch
         if learn.batch_index >= self.next_told and self.bar is not None:
             self.bar.show_loss_of_all(learn)
             self.next_told = learn.batch_index + tell_interval(learn)
@@ -144,14 +147,19 @@ class Distributed(Callback):
         k -= learn.first_batch
         return self.size_of(k) if k >= self.uneven_from else own * learn.world_size
 
-    def do(self, agreed: str, wish: Stop | None, learn: Learner) -> None:
-        """What all ranks have agreed to do after this batch."""
+    def do(self, agreed: str, learn: Learner) -> None:
+        """What all ranks have agreed to do after this batch. A Stop* that a rank has raised comes before a signal or a save that was wished
+        for first, and is the strongest of all."""
         if self.replicas is None and learn.n_held and agreed not in STOPS_OF_ALL:
             learn.wanted = agreed       # gradients that wait are in no checkpoint: all ask again after the next batch
             return
-        if agreed == learn.wanted: learn.wanted = None
-        if agreed not in STOPS_OF_ALL: learn.agreed = agreed
-        if agreed != "save": raise wish if wish and wish.stage == agreed else STOPS_OF_ALL.get(agreed, StopFit)
+        wish, self.wish, stages = self.wish, None, ["", *STOPS_OF_ALL]
+        [strongest] = agree_all([max(stages.index(stage) for stage in (agreed, wish.stage if wish else "") if stage in stages)])
+        if strongest and agreed.startswith("signal"): learn.wanted = agreed     # asked for again when that stop has happened
+        elif agreed not in stages:
+            learn.agreed, learn.wanted = agreed, None if agreed == learn.wanted else learn.wanted
+        if strongest: raise wish if wish and wish.stage == stages[strongest] else STOPS_OF_ALL[stages[strongest]]
+        if agreed != "save": raise Interrupted
 
     def around_backward(self, learn: Learner, run: Run) -> None:
         self.reduced = True
@@ -189,9 +197,11 @@ class Replicas:
 
     @contextmanager
     def wrapped(self, learn: Learner) -> Iterator[None]:
-        before = learn.no_sync, learn.reduce_gradients
+        before = learn.no_sync, learn.reduce_gradients, learn.gradient_order
         try:
-            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn, **self.ddp_options)
+            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn,
+                                                 gradient_order=(learn.resumed or {}).get("gradient_order", ()), **self.ddp_options)
+            learn.gradient_order = partial(gradient_order_of, learn.training_model)
             if self.ddp_options.get("static_graph"): learn.no_sync = refused
             elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
             learn.reduce_gradients = lambda: average_gradients(learn.model.parameters())
@@ -199,7 +209,7 @@ class Replicas:
             yield
         finally:
             unwrap(learn)
-            learn.no_sync, learn.reduce_gradients = before
+            learn.no_sync, learn.reduce_gradients, learn.gradient_order = before
 
     def check_unused(self, learn: Learner) -> None:
         """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
@@ -218,15 +228,18 @@ def number_of(wanted: str) -> int: return 0 if wanted == "save" else int(wanted.
 def name_of(number: int) -> str: return f"signal {number}" if number else "save"
 
 
-def settle(own: int, facts: dict[str, int]) -> int:
-    """The largest `own` of all ranks; raises ValueError where facts differ. One collective."""
+def settle(own: int, ends: bool, facts: dict[str, int]) -> tuple[int, bool]:
+    """The largest `own` of all ranks, and whether the fit ends for any; raises ValueError where facts differ. One collective."""
     found = digest(facts)
-    settled, largest, negative = agree_all([own, found, -found])
+    settled, end, largest, negative = agree_all([own, int(ends), found, -found])
     if largest != -negative: check_same(facts)
-    return settled
+    return settled, bool(end)
 
 
-STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopFit, StopEpoch, StopTrain)}
+def is_own_stop(signal: ControlFlow | None) -> bool: return isinstance(signal, StopFit) and not isinstance(signal, Interrupted)
+
+
+STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopTrain, StopEpoch, StopFit)}      # the strongest last
 
 
 class Group:

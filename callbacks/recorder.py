@@ -36,7 +36,8 @@ class Trace:
         if len(self.recent) >= FOLD_EVERY: self.fold()
 
     def fold(self) -> None:
-        self.folded.append(torch.stack(self.recent).float())
+        row = torch.stack(self.recent)
+        self.folded.append(row.to(torch.promote_types(row.dtype, torch.float32)))       # a float64 model's losses stay float64
         self.recent = []
 
     def since(self, start: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ class Trace:
 
     def replace(self, start: int, values: torch.Tensor) -> None:
         """Put `values`, on the CPU, in the place of the numbers from `start` on."""
-        self.read_before = torch.cat([self.read()[:start], values.float()])
+        self.read_before = torch.cat([before := self.read()[:start], values.to(before)])
 
     def __len__(self) -> int: return len(self.read_before) + sum(len(part) for part in self.folded) + len(self.recent)
 
@@ -127,7 +128,7 @@ class Recorder(Callback):
         if len(counts) == 0: return
         sums, counts = learn.ranks.all_sum([own * counts, counts])      # once an epoch; gathered, they would be as many as ranks
         self.counts[start:] = counts.tolist()
-        self.trace.replace(start, sums / counts)
+        if learn.world_size > 1: self.trace.replace(start, sums / counts)
         learn.values["train_loss"] = float(sums.sum() / counts.sum())
 
     def after_epoch(self, learn: Learner) -> None:

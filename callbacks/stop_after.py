@@ -30,6 +30,16 @@ class StopAfter(Callback):
 
     def before_fit(self, learn: Learner) -> None: self.began, self.spent = time.monotonic(), 0.
 
+    def before_epoch(self, learn: Learner) -> None:
+        if self.was_over(learn) and not learn.n_items_done: raise StopFit
+
+    def before_train(self, learn: Learner) -> None:
+        if self.was_over(learn): raise StopTrain
+
+    def was_over(self, learn: Learner) -> bool:
+        """Whether the limit was reached before this run, which a checkpoint resumes; all ranks have rank 0's time from it."""
+        return learn.step >= self.steps or self.spent >= self.seconds
+
     def after_batch(self, learn: Learner) -> None:
         if learn.training and (learn.step >= self.steps or self.elapsed >= self.seconds): raise StopTrain
 

@@ -127,24 +127,50 @@ def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]: return False
     if any(set(a) != set(b) for a, b in zip(groups, opt.param_groups, strict=True)): return False
     shapes = {number: p.shape for number, p in zip((n for g in groups for n in g["params"]), own, strict=True)}
-    return all(value.ndim == 0 or value.shape == shapes[number] for number, values in state.get("state", {}).items()
+    return all(is_of(shapes[number], value.shape) for number, values in state.get("state", {}).items()
                for value in values.values() if isinstance(value, Tensor))
 
 
-def load_optimizer(opt: Optimizer, state: Mapping[str, Any]) -> None:
-    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did."""
+def is_of(shape: torch.Size, kept: torch.Size) -> bool:
+    """Whether what is kept is of a parameter of this shape: of each element, of each row or column (Adafactor's), or of it as a whole."""
+    return not kept or (len(kept) == len(shape) and all(k in (1, n) for k, n in zip(kept, shape, strict=True)))
+
+
+def load_optimizer(opt: Optimizer, state: Mapping[str, Any], *, same_dtypes: bool = True) -> None:
+    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did; and the state keeps
+    the dtypes that it was saved with, which torch changes to the parameters' (2.15: NAdam's float32 `mu_product` in a float64 model).
+
+    same_dtypes     whether the parameters have the dtypes that they were saved with; where not, what is kept for each element takes theirs
+    """
     groups = list(opt.param_groups)
     own = {number: p for given, group in zip(state["param_groups"], groups, strict=True)
            for number, p in zip(given["params"], group["params"], strict=True)}
-    values = {number: {name: like(own[number], value) if isinstance(value, Tensor) and value.ndim else value
+    values = {number: {name: fitted(own[number], value, same_dtypes) if isinstance(value, Tensor) and value.ndim else value
                        for name, value in kept.items()} for number, kept in state["state"].items()}
     given = [{**given, **{name: group[name] for name in HOW if name in group}}
              for given, group in zip(state["param_groups"], groups, strict=True)]
     opt.load_state_dict({**state, "state": values, "param_groups": given})
+    for number, kept in values.items():
+        loaded = opt.state.get(own[number], {})
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and isinstance(cast := loaded.get(name), Tensor) and cast.dtype != value.dtype:
+                loaded[name] = value.to(cast.device, copy=True)
     for group, loaded in zip(groups, opt.param_groups, strict=True):
         group.update({name: put_back(group.get(name), value) for name, value in loaded.items() if name != "params"})
         group["params"] = loaded["params"]
     opt.param_groups[:] = groups
+
+
+def has_same_dtypes(model: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether the model's tensors have the dtypes of a state of the same shapes."""
+    _, own, given = named(model, state)
+    return all(value.dtype == given[name].dtype for name, value in own.items() if isinstance(value, Tensor) and name in given)
+
+
+def fitted(own: Tensor, value: Tensor, same_dtypes: bool) -> Tensor:
+    """What is kept for a parameter, in the parts that it is in; in its dtype where that is another one now."""
+    casts = not same_dtypes and own.is_floating_point() and value.is_floating_point()
+    return like(own, value.to(own.dtype) if casts else value)
 
 
 def put_back(own: Any, loaded: Any) -> Any:

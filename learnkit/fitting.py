@@ -116,6 +116,7 @@ def optimizer_of(learn: Learner) -> Optimizer:
     if lost and not isinstance(learn.opt_func, Optimizer):
         raise ValueError(f"the optimizer does not hold {', '.join(lost[:5])}: the model was changed after the first fit. Set "
                          "learn.opt = None, and the next fit builds a new one.")
+    optim.complete_state(learn.opt)
     return learn.opt
 
 

@@ -82,6 +82,10 @@ class SkipBackward(Skip): stage = "backward"
 class SkipStep(Skip): stage = "step"
 
 
+class Interrupted(StopFit):
+    """The fit is left because of a signal, and is not over: a checkpoint resumes it."""
+
+
 STOPS: dict[str, type[Stop]] = {cls.stage: cls for cls in Stop.__subclasses__()}
 SKIPS: dict[str, type[Skip]] = {cls.stage: cls for cls in Skip.__subclasses__()}
 

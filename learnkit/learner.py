@@ -18,7 +18,7 @@ from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
-from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss
+from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss, part_of
 from learnkit.metrics import as_metrics
 from learnkit.order import items_per_batch, mix, private, rest_of, set_epoch, with_seeded_workers
 from learnkit.placement import as_device, check_autocast, place
@@ -122,6 +122,7 @@ class Learner:
         self.n_held = 0                         # batches whose gradients wait for a later step
         self.no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext   # in it, gradients stay with this rank
         self.reduce_gradients: Callable[[], None] = lambda: None    # brings those that stayed together
+        self.gradient_order: Callable[[], list[str]] = list     # in which ranks add them up from the second step on; all ranks call it
         self.n_of_all: Callable[[int, int], int] = lambda k, own: own   # samples of all ranks in the k-th batch, by this rank's
         self.dl: Any = None                     # the loader of the pass under way
         self.batch_index = -1                   # within the pass; -1 between passes
@@ -192,7 +193,7 @@ class Learner:
         self.loss = self._loss_of(self.pred, self.target)
 
     def _backward(self) -> None:
-        self.differentiate(self.loss if self.whole is None else self.loss * (self.count(self.inputs, self.target) / self.whole))
+        self.differentiate(self.loss if self.whole is None else part_of(self.loss, self.count(self.inputs, self.target), self.whole))
 
     def _step(self) -> None:
         self.opt.step()
@@ -619,8 +620,9 @@ class Learner:
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
                              "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
-        checkpoint.load_model(self.model, state.get("model", state), strict=strict)
-        if fits: checkpoint.load_optimizer(self.opt, state["opt"])
+        model = state.get("model", state)
+        checkpoint.load_model(self.model, model, strict=strict)
+        if fits: checkpoint.load_optimizer(self.opt, state["opt"], same_dtypes=checkpoint.has_same_dtypes(self.model, model))
         return self
 
     def export(self, path: str | Path, *, stats: Any = None) -> Path:

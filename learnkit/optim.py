@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from learnkit.shards import is_shard
 
@@ -87,6 +87,53 @@ def make_optimizer(opt_func: OptFunc, groups: list[dict[str, Any]], lr: float) -
         for group in opt.param_groups: group.update({"wd": 0.} | ({"weight_decay": 0.} if "weight_decay" in group else {}))
         opt.register_step_pre_hook(decay_weights)
     return opt
+
+
+# A setting of an optimizer's groups, and the name of what torch keeps for each parameter while the setting is on.
+KEPT_FOR = {"momentum": "momentum_buffer", "centered": "grad_avg", "amsgrad": "max_exp_avg_sq"}
+
+
+def complete_state(opt: Optimizer) -> None:
+    """Let each step first add to the optimizer's state what a setting that was changed meanwhile needs, beginning at zero.
+
+    torch (2.15) makes a parameter's state at its first step, for the settings of that step: a momentum that a schedule switches on later,
+    `centered` or `amsgrad` end with a KeyError there. Fused SGD takes momentum buffers of all parameters or of none.
+    """
+    if not any(setting in group for group in opt.param_groups for setting in KEPT_FOR): return
+    hooks, on_load = opt._optimizer_step_pre_hooks, opt._optimizer_load_state_dict_post_hooks
+    if complete_state not in on_load.values(): opt.register_load_state_dict_post_hook(complete_state)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, CompleteState)]: del hooks[key]
+    is_complete = isinstance(opt, SGD) and all(opt.state.get(p) for group in opt.param_groups for p in group["params"])
+    if not is_complete: opt.register_step_pre_hook(CompleteState())
+
+
+class CompleteState:
+    """The step pre-hook of `complete_state`: a group is gone through when its settings have changed, not at every step."""
+
+    def __init__(self) -> None: self.complete: dict[int, list[str]] = {}        # by a group's id: the names that nothing lacks
+
+    def __call__(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in opt.param_groups:
+            names = []
+            for setting, name in KEPT_FOR.items():      # a tensor, which is not read, counts as switched on
+                if setting in group and (isinstance(group[setting], Tensor) or group[setting]): names.append(name)
+            if names and self.complete.get(id(group)) != names and add_missing(opt, group, names):
+                self.complete[id(group)] = names
+
+
+def add_missing(opt: Optimizer, group: dict[str, Any], names: Sequence[str]) -> bool:
+    """Add zeros under these names to the state of each parameter that has one; return whether that is settled for all of them."""
+    params, is_sgd = group["params"], isinstance(opt, SGD)
+    begun = is_sgd and group.get("fused") and any(opt.state.get(p) for p in params)
+    for p in params:
+        if not (opt.state.get(p) or (begun and p.grad is not None)): continue        # torch makes it, whole
+        kept = opt.state[p]
+        for name in names:
+            if name not in kept: kept[name] = torch.zeros_like(next((v for v in kept.values() if is_like(v, p)), p))
+    return not is_sgd or all(opt.state.get(p) for p in params)
+
+
+def is_like(value: Any, p: Tensor) -> bool: return isinstance(value, Tensor) and value.shape == p.shape and value.ndim > 0
 
 
 def can_fuse(opt_func: OptFunc, accepted: Any, groups: Iterable[dict[str, Any]]) -> bool:

@@ -42,13 +42,13 @@ def take(learn: Learner, keeper: Callback, place: dict[str, Any], order: list[An
 
 
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
-    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on."""
+    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on. All ranks must call it."""
     in_epoch = not epoch_over and not over
     return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step, "steps_ahead": learn.steps_ahead,
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
-            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed}
+            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed, "gradient_order": learn.gradient_order()}
 
 
 def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
                          "callbacks.")
     checkpoint.load_model(learn.model, parts["model"], strict=True)
-    checkpoint.load_optimizer(learn.opt, parts["optimizer"])
+    checkpoint.load_optimizer(learn.opt, parts["optimizer"], same_dtypes=checkpoint.has_same_dtypes(learn.model, parts["model"]))
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states: callback.load_state_dict(states[key])
     has_come = learn.rank >= len(run["ranks"])      # a rank that was not there

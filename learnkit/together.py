@@ -7,6 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from learnkit.checkpoint import load_optimizer
+from learnkit.optim import complete_state
 
 
 class Together(Optimizer):
@@ -24,6 +25,7 @@ class Together(Optimizer):
         if not optimizers: raise ValueError("Together() was given no optimizer: give one or more.")
         for opt in optimizers:
             if not isinstance(opt, Optimizer): raise TypeError(f"Together got {type(opt).__name__}, expected a torch.optim.Optimizer.")
+        for opt in optimizers: complete_state(opt)
         self.optimizers = optimizers
         groups = [group for opt in optimizers for group in opt.param_groups]
         super().__init__([{"params": group["params"]} for group in groups], {})

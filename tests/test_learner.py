@@ -475,3 +475,13 @@ def test_two_fits_of_one_seeded_learner_see_different_orders_and_masks():
     learn.fit(1, callbacks=[Order()])
     learn.fit(1, callbacks=[Order()])
     assert orders[:N_STEPS] != orders[N_STEPS + 1:-1]
+
+
+def test_a_file_of_a_float32_model_loads_into_a_float64_one_with_its_optimizer(tmp_path):
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    torch.manual_seed(0)
+    single = Learner(([(x, y)], None), nn.Linear(3, 2), opt_func=torch.optim.NAdam, path=tmp_path).fit(1)
+    single.save("single")
+    double = Learner(([(x.double(), y.double())], None), nn.Linear(3, 2).double(), opt_func=torch.optim.NAdam, path=tmp_path)
+    kept = next(iter(double.load("single").fit(1).opt.state.values()))
+    assert kept["exp_avg"].dtype == torch.float64 and kept["mu_product"].dtype == torch.float32

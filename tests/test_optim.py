@@ -1,13 +1,16 @@
 """From a model to its optimizer: groups, rates, fused kernels, and what is refused."""
+import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RAdam
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 
 from learnkit import Callback, Learner
+from learnkit.callbacks import ParamScheduler
+from learnkit.schedule import linear
 
 
 class Net(nn.Module):
@@ -186,3 +189,94 @@ def test_the_rate_of_a_fit_does_not_become_the_default():
     learn = make_learner(lr=.01).fit(1, .5)
     learn.fit(1)
     assert learn.recorder.lrs == [.01, .01]
+
+
+# ---------------------------------------------------------------------- settings that change when torch has made its state
+def changed(opt: Optimizer, setting: str, value: Any) -> None:
+    for group in opt.param_groups: group[setting] = value
+
+
+def by_hand(model: nn.Module, opt: Optimizer, rows: list[Any]) -> None:
+    for x, y in rows:
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True): assert torch.equal(a, b)
+
+
+ONE_BY_ONE, FOREACH = {"foreach": False}, {"foreach": True}
+
+
+@pytest.mark.parametrize(("cls", "options", "setting", "value", "name"), [
+    (cls, options, setting, value, name)
+    for cls, setting, value, name, ways in [
+        (RMSprop, "momentum", .9, "momentum_buffer", [ONE_BY_ONE, FOREACH, {"centered": True}]),
+        (RMSprop, "centered", True, "grad_avg", [ONE_BY_ONE, FOREACH, {"momentum": .9}]),
+        (Adam, "amsgrad", True, "max_exp_avg_sq", [ONE_BY_ONE, FOREACH, {"fused": True}]),
+        (AdamW, "amsgrad", True, "max_exp_avg_sq", [{}, {"maximize": True}])]
+    for options in ways])
+def test_a_setting_switched_on_later_begins_at_zero(cls: Any, options: dict[str, Any], setting: str, value: Any, name: str):
+    rows, model = batches(), Net()
+    hand, options = copy.deepcopy(model), {"weight_decay": 0., **options}
+    opt = cls(hand.parameters(), lr=1e-2, **options)
+    by_hand(hand, opt, rows)
+    changed(opt, setting, value)
+    for p, kept in opt.state.items(): kept[name] = torch.zeros_like(p)
+    by_hand(hand, opt, rows)
+    changed(opt, setting, type(value)())
+    by_hand(hand, opt, rows)
+    changed(opt, setting, value)
+    by_hand(hand, opt, rows)
+
+    learn = Learner((rows, None), model, opt_func=cls(model.parameters(), lr=1e-2, **options)).fit(1)
+    for now in (value, type(value)(), value):
+        changed(built(learn), setting, now)
+        learn.fit(1)
+    assert_equal(model, hand)
+
+
+def test_a_schedule_may_switch_momentum_on_within_a_fit_and_between_fits():
+    rows, model = batches(), Net()
+    hand = copy.deepcopy(model)
+    learn = Learner((rows, None), model, opt_func=RMSprop, wd=0.).fit(1, 1e-2).fit_one_cycle(2, 1e-2)
+    lrs, moms = learn.recorder.lrs, learn.recorder.moms
+    learn.fit(1, 1e-2, callbacks=[ParamScheduler({"mom": linear(0., .5)})])
+    opt = RMSprop(hand.parameters(), lr=1e-2)
+    by_hand(hand, opt, rows)
+    for p, kept in opt.state.items(): kept["momentum_buffer"] = torch.zeros_like(p)
+    for row, lr, mom in zip([*rows * 2, *rows], [*lrs, 1e-2, 1e-2], [*moms, 0., .5], strict=True):
+        opt.param_groups[0].update(lr=lr, momentum=mom)
+        by_hand(hand, opt, [row])
+    assert_equal(model, hand)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": .5}, {"maximize": True}])
+def test_momentum_takes_parameters_that_are_thawed_by_hand(options: dict[str, Any], fused: bool):
+    rows, model, options = batches(), Net(), {**options, "momentum": .9, "fused": fused}
+    hand = copy.deepcopy(model)
+    model.body.requires_grad_(False)
+    learn = Learner((rows, None), model, opt_func=partial(SGD, **options), wd=0.).fit(1, 1e-2)
+    model.body.requires_grad_(True)
+    learn.fit(2)
+    opt = SGD(hand.parameters(), lr=1e-2, **options)
+    hand.body.requires_grad_(False)
+    by_hand(hand, opt, rows)
+    hand.body.requires_grad_(True)
+    if fused: opt.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hand.body.parameters()})
+    changed(opt, "lr", learn.lr)
+    by_hand(hand, opt, rows * 2)
+    assert_equal(model, hand)
+
+
+def test_what_a_file_lacks_begins_at_zero_too(tmp_path: Any):
+    """A state from before the setting was switched on, put back into an optimizer whose state had it."""
+    model = Net()
+    learn = Learner((batches(), None), model, opt_func=RMSprop, path=tmp_path).fit(1, 1e-2)
+    learn.save("plain")
+    learn.fit_one_cycle(1)
+    learn.load("plain").fit_one_cycle(1)
+    assert all("momentum_buffer" in kept for kept in built(learn).state.values())

@@ -21,6 +21,7 @@ from learnkit.distributed.guard import guard as guard
 from learnkit.distributed.launch import RankFailed as RankFailed
 from learnkit.distributed.launch import launch as launch
 from learnkit.distributed.prepare import communication_of as communication_of
+from learnkit.distributed.prepare import gradient_order_of as gradient_order_of
 from learnkit.distributed.prepare import prepare_model as prepare_model
 from learnkit.distributed.prepare import prepare_optimizer as prepare_optimizer
 from learnkit.distributed.prepare import unwrap_model as unwrap_model
@@ -76,6 +77,7 @@ __all__ = [  # the submodules stay out of a star import
     "get_rank",
     "get_world_size",
     "global_batches",
+    "gradient_order_of",
     "guard",
     "init_process_group",
     "is_main",

@@ -1,7 +1,8 @@
 """A model and an optimizer for a loop of one's own: what `learn.to_distributed` does to them, with the same options."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -24,13 +25,14 @@ UNPREPARED = ("algorithm={name!r} averages the weights after the optimizer's ste
 def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, device: torch.device | None = None,
                   algorithm: str | Hook = "allreduce", period: int | None = None, warmup_steps: int | None = None, rank: int | None = None,
                   sync_bn: bool = False, delay_allreduce: bool = False, mixed_precision: torch.dtype | None = None,
-                  **ddp_options: Any) -> nn.Module:
+                  gradient_order: Sequence[str] = (), **ddp_options: Any) -> nn.Module:
     """The model on this rank's device, wrapped in DistributedDataParallel unless alone; rank 0's weights and buffers become everybody's.
 
     device          another one than `get_device(local_rank)`
     algorithm, period, warmup_steps, rank, sync_bn      as in `Learner.to_distributed`; those that average weights need `prepare_optimizer`
     delay_allreduce one reduction of all gradients when a backward pass is over, of which a step may have several; the model is not wrapped
     mixed_precision torch.bfloat16 or torch.float16: forward passes by autocast, outputs in float32; float16 needs a torch.amp.GradScaler
+    gradient_order  what `gradient_order_of` has said of the model in an earlier run, from which this one resumes
     ddp_options     DistributedDataParallel's; gradients are views into its buckets unless you say otherwise
 
     Build the optimizer from the model afterwards. A model without trainable weights is not wrapped. For a model that no rank can hold,
@@ -54,9 +56,49 @@ def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, devi
         reduce_after_backward(model)
         return model
     devices = None if device.type == "cpu" else [device.index]
-    ddp = DistributedDataParallel(model, device_ids=devices, **{"gradient_as_bucket_view": True, **ddp_options})
+    options = {"gradient_as_bucket_view": True, **ddp_options}
+    ddp = DistributedDataParallel(model, device_ids=devices, **options) if not gradient_order else \
+        InOrder(model, gradient_order, device_ids=devices, **options)
     if chosen.name != "allreduce": communicate(ddp, Communication(chosen, ddp))
     return ddp
+
+
+class InOrder(DistributedDataParallel):
+    """DistributedDataParallel whose buckets are from its first step on what they are otherwise from the second one on.
+
+    It collects gradients in buckets in the order in which they are ready, which it learns in its first step. Where a gradient lies in its
+    bucket decides in which order three or more ranks add it up: of a fit that is resumed, the first step would round in another way.
+    """
+
+    def __init__(self, model: nn.Module, gradient_order: Sequence[str], **options: Any) -> None:
+        self.gradient_order = list(gradient_order)
+        super().__init__(model, **options)
+        self.reducer._push_all_rebuilt_params()     # as if they had become ready in the order of the parameters
+        self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()
+        names, place = names_of(self.module), {name: k for k, name in enumerate(self.gradient_order)}
+        order = sorted(range(len(parameters)), key=lambda i: place.get(names[id(parameters[i])], len(place)))
+        return [parameters[i] for i in order], [sparse[i] for i in order]
+
+
+def gradient_order_of(model: nn.Module) -> list[str]:
+    """The names of the parameters of a model that `prepare_model` has wrapped, in the order in which their gradients are collected from its
+    second step on; [] before that is known (with static_graph=True after the second step), or where it is always the same. All ranks must
+    call it, between two steps."""
+    if not isinstance(model, DistributedDataParallel) or model.logger is None: return []
+    if known := model.__dict__.get("gradient_order"): return known
+    if model.reducer._rebuild_buckets(): model._has_rebuilt_buckets = True      # else at the next forward pass
+    model.logger.set_runtime_stats_and_log()
+    told = model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")
+    names, parameters = names_of(model.module), model._build_params_for_reducer()[0]
+    order = [names[id(parameters[int(k)])] for k in re.findall(r"\d+", told)]
+    object.__setattr__(model, "gradient_order", order)
+    return order
+
+
+def names_of(model: nn.Module) -> dict[int, str]: return {id(p): name for name, p in model.named_parameters()}
 
 
 ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, which algorithm={name!r} has none of: take one."

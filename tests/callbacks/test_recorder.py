@@ -1,5 +1,6 @@
 """The recorder keeps what a loop by hand would have written down, and draws it."""
 import csv
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from learnkit import Callback, Learner, SkipBatch, StopFit, accuracy
-from learnkit.callbacks import Recorder
+from learnkit.callbacks import Checkpoint, JSONLogger, Recorder
+from learnkit.snapshots import newest
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -41,6 +43,29 @@ def losses_by_hand(model: nn.Module, batches: Batches, epochs: int = 2, lr: floa
                 for p, grad in zip(model.parameters(), grads, strict=True): p -= lr * grad
             losses.append(loss.item())
     return losses
+
+
+def test_a_float64_models_losses_are_float64_wherever_they_go(tmp_path: Path):
+    batches = [(x.double(), y) for x, y in make_batches()]
+    def learner(**options: Any) -> Learner:
+        torch.manual_seed(1)
+        return Learner((batches, None), nn.Linear(3, 2).double(), opt_func=SGD, lr=.1, wd=0., **options)
+
+    losses: list[float] = []
+
+    class See(Callback):
+        def after_step(self, learn: Learner) -> None: losses.append(learn.loss.item())
+
+    learn = learner(callbacks=[See(), JSONLogger(tmp_path / "log.jsonl", every_n_steps=1), Checkpoint(tmp_path / "kept", every_n_steps=4)])
+    learn.fit(3)
+    assert losses == pytest.approx(losses_by_hand(learner().model, batches, epochs=3), rel=1e-14)
+    assert learn.recorder.losses == losses and losses != torch.tensor(losses).float().tolist()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-15)
+    snapshot = newest(tmp_path / "kept")
+    assert snapshot is not None and snapshot[1]["run"]["ranks"][0]["callbacks"]["Recorder"]["losses"].tolist() == losses
+    again = learner(callbacks=[JSONLogger(tmp_path / "log.jsonl", every_n_steps=1), Checkpoint(tmp_path / "kept")])
+    assert again.fit(3, resume=True).recorder.losses == losses
 
 
 def test_losses_are_those_of_every_step_of_the_loop_by_hand():
