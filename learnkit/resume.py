@@ -30,7 +30,7 @@ def take(learn: Learner, keeper: Callback, generators: list[Tensor], place: dict
     for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
         state = on_main(callback.state_dict(), learn.rank)
         check_plain(state, f"the state of {type(callback).__name__}")
-        if state: states[callback.per_rank][key] = state
+        if state: states[callback.per_rank or learn.ranks.apart][key] = state
     own = {"random": random_state(learn.device), "callbacks": states[True]}
     run = {"place": place, "generators": generators, "callbacks": states[False], "ranks": learn.ranks.gather_on_main(own)}
     model, optimizer = checkpoint.plain_state(learn.model), learn.opt.state_dict()
