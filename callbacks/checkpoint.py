@@ -134,7 +134,8 @@ class Checkpoint(Callback):
         if not learn.training: return
         if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
         n = self.every_n_steps
-        if learn.agreed == "save" or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
+        # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
+        if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
         if learn.agreed == "save": learn.agreed = None
         elif learn.agreed is not None: raise Interrupted
 

@@ -10,17 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 from learnkit.callbacks.distributed import Distributed
 from learnkit.callbacks.reduce_afterwards import nothing
 from learnkit.distributed.algorithms import Algorithm, Communication, put_weights
-from learnkit.hooks import Callback, ControlFlow, Run
+from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 
 
 class Communicate(Callback):
     """What `learn.to_distributed(algorithm=…)` adds, where it is another one than "allreduce".
 
-    Gradients go through a communication hook of DDP. Algorithms that average weights do so every `period` steps, and before each
-    validation. What ranks keep for themselves, PowerSGD's errors or their own weights and moments between two averages, is in
-    checkpoints, of which each rank takes back its own. Of another number of ranks each takes the mean, also one alone, where this
-    does nothing else: the mean of the errors is what the mean gradient still lacks.
+    Gradients go through a communication hook of DDP. Algorithms that average weights do so every `period` steps, and at an epoch's end;
+    what is evaluated, amid an epoch too, is the mean (see OneModel). What ranks keep for themselves, PowerSGD's errors or their own
+    weights and moments between two averages, is in checkpoints, of which each rank takes back its own. Of another number of ranks each
+    takes the mean, also one alone, where this does nothing else: the mean of the errors is what the mean gradient still lacks.
     """
     order = Distributed.order + 5
     unique = True
@@ -43,14 +43,6 @@ class Communicate(Callback):
             leave()
             if self.communication is not None: self.communication.close()
             self.learn, self.communication, learn.reduce_gradients = None, None, reduce
-
-    def around_train(self, learn: Learner, run: Run) -> None:
-        """All ranks end an epoch with one model, also where they have agreed to end it early."""
-        signal: ControlFlow | None = None
-        try: run()
-        except ControlFlow as raised: signal = raised
-        if self.communication is not None: self.communication.average_now()
-        if signal is not None: raise signal
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.learn is None or self.communication is None else self.communication.state_dict(self.learn.opt)

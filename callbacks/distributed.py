@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,7 @@ from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, prepa
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
-from learnkit.distributed.weights import average_gradients, model_in_words, share, share_weights
+from learnkit.distributed.weights import average_gradients, means, model_in_words, share, share_weights
 from learnkit.distributed.world import (
     as_local_rank,
     destroy_process_group,
@@ -36,7 +37,7 @@ from learnkit.distributed.world import (
     seed_everything,
     take_device,
 )
-from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, Stop, StopEpoch, StopFit, StopTrain, add_note
+from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, Stop, StopEpoch, StopFit, StopTrain, add_note, run_then
 from learnkit.learner import Learner
 from learnkit.optim import number
 from learnkit.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
@@ -122,7 +123,6 @@ class Distributed(Callback):
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
         self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
-        share_buffers(learn)
 
     def around_batch(self, learn: Learner, run: Run) -> None:
         """A rank that leaves the loop alone would leave the others waiting."""
@@ -159,7 +159,6 @@ class Distributed(Callback):
         elif agreed not in stages:
             learn.agreed, learn.wanted = agreed, None if agreed == learn.wanted else learn.wanted
         if strongest: raise wish if wish and wish.stage == stages[strongest] else STOPS_OF_ALL[stages[strongest]]
-        if agreed != "save": raise Interrupted
 
     def around_backward(self, learn: Learner, run: Run) -> None:
         self.reduced = True
@@ -185,6 +184,45 @@ class Distributed(Callback):
             try: yield watch
             except ControlFlow as raised: signal = raised
         if signal is not None: raise signal
+
+
+class OneModel(Callback):
+    """What all ranks evaluate is one model; the innermost callback, so that it is whatever others have put in the model's place.
+
+    Rank 0's buffers (batch norm's statistics) become everybody's when an epoch's training ends, early or not, and before an evaluation.
+    So do, of ranks whose weights are apart, their means; amid training for the evaluation's length alone.
+    """
+    order = 10_000
+    unique = True
+
+    def around_train(self, learn: Learner, run: Run) -> None: run_then(run, lambda: unite(learn, learn.model))
+
+    def around_validate(self, learn: Learner, run: Run) -> None:
+        model = learn.evaluated_model
+        if learn.meter.everywhere and not any(map(is_shard, model.parameters())): return run()      # one rank may predict by itself
+        learn.ranks.share(list(model.buffers()))
+        with borrowed_means(learn, model) if learn.ranks.apart else nullcontext(): run()
+
+
+@torch.no_grad()
+def unite(learn: Learner, model: nn.Module) -> None:
+    """Rank 0's buffers, and the means of weights that are apart, on all ranks."""
+    learn.ranks.share(list(model.buffers()))
+    if not learn.ranks.apart: return
+    parameters = list(model.parameters())
+    for p, value in zip(parameters, learn.ranks.mean(parameters), strict=True): p.copy_(value)
+
+
+@contextmanager
+def borrowed_means(learn: Learner, model: nn.Module) -> Iterator[None]:
+    """Within the block the model's weights are the means; then each rank has its own again. Storage changes places: see `Average`."""
+    parameters = list(model.parameters())
+    own = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, learn.ranks.mean(parameters), strict=True): p.data = value
+        yield
+    finally:
+        for p, value in zip(parameters, own, strict=True): p.data = value
 
 
 class Replicas:
@@ -245,8 +283,11 @@ STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopT
 class Group:
     """All ranks of the process group, as `learn.ranks`."""
 
+    def __init__(self, *, apart: bool = False) -> None: self.apart = apart
+
     def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
     def share(self, tensors: Any) -> None: share(list(tensors))
+    def mean(self, tensors: Any) -> list[Tensor]: return means(list(tensors))
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
     def gather(self, state: Any) -> list[Any]: return gather_objects(state)
     def gather_on_main(self, state: Any) -> list[Any]: return gather_on_main(state)
@@ -278,7 +319,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
         raise ValueError(ONE_REDUCTION.format(name=algorithm.name))
     if any(map(is_shard, learn.model.parameters())):
         raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
-    if not join(learn, local_rank, timeout): return alone(learn, algorithm)
+    if not join(learn, local_rank, timeout, apart=algorithm.averages): return alone(learn, algorithm)
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
@@ -295,7 +336,7 @@ def alone(learn: Learner, algorithm: Algorithm) -> Learner:
     return learn.add_callback(Communicate(algorithm)) if algorithm.keeps_own else learn
 
 
-def join(learn: Learner, local_rank: int | str | None, timeout: float | None) -> bool:
+def join(learn: Learner, local_rank: int | str | None, timeout: float | None, *, apart: bool = False) -> bool:
     """Make the Learner one of the ranks, on its device; returns whether there are others."""
     as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs
     # A Learner on the CPU of a machine with devices: there may be more ranks than devices, and nothing is sent from one.
@@ -305,7 +346,7 @@ def join(learn: Learner, local_rank: int | str | None, timeout: float | None) ->
     device = learn.device if learn.device.type == "cpu" else get_device(local_rank)
     take_device(device)
     place(learn, device)
-    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group()
+    learn.rank, learn.world_size, learn.ranks = get_rank(), get_world_size(), Group(apart=apart)
     return True
 
 
@@ -314,8 +355,8 @@ def install(learn: Learner, callback: Distributed, *beside: Callback) -> Learner
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     callback.seed = broadcast_from_main(torch.initial_seed())
-    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, Communicate, ReduceAfterwards))]
-    for added in (*beside, callback): learn.add_callback(added)
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (Distributed, Communicate, ReduceAfterwards, OneModel))]
+    for added in (*beside, OneModel(), callback): learn.add_callback(added)
     return learn
 
 
@@ -328,11 +369,6 @@ def check_options(ddp_options: dict[str, Any]) -> None:
 
 
 EXAMPLES = ("bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
-
-
-def share_buffers(learn: Learner) -> None:
-    """Rank 0's buffers (batch norm's statistics) on every rank: what is evaluated must be one model."""
-    share(list(learn.model.buffers()))
 
 
 def unwrap(learn: Learner) -> None:

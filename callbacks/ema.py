@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from learnkit.average import Average
+from learnkit.callbacks.communicate import mean
 from learnkit.callbacks.distributed import Distributed
-from learnkit.hooks import Callback, Run
+from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 
 
@@ -41,9 +43,10 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.warmup else self.decay
         self.average.update(1 - decay)
 
-    def after_train(self, learn: Learner) -> None:
-        """Each rank has averaged its own statistics of batch norm: what is evaluated is one model."""
-        if learn.world_size > 1 and self.average is not None: learn.ranks.share(self.average.buffers())
+    def around_train(self, learn: Learner, run: Run) -> None:
+        """Each rank has averaged its own statistics of batch norm, and the weights that it had meanwhile."""
+        assert self.average is not None
+        run_then(run, partial(self.average.unite, learn.ranks))
 
     def around_validate(self, learn: Learner, run: Run) -> None:
         with self.swapped(learn): run()
@@ -56,6 +59,8 @@ class EMA(Callback):
         """Make the average the model's weights."""
         if self.average is None: raise RuntimeError("there is no average yet: fit with this EMA first.")
         self.average.apply()
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return mean(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "average": {} if self.average is None else self.average.state_dict()}

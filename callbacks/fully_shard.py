@@ -24,7 +24,7 @@ from learnkit.distributed.fully_shard import (
 )
 from learnkit.distributed.guard import guard
 from learnkit.fitting import optimizer_of
-from learnkit.hooks import Callback, ControlFlow, Run
+from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 from learnkit.optim import can_fuse_shards
 from learnkit.shards import like
@@ -66,12 +66,9 @@ class FullyShard(Callback):
         finally: learn.no_sync, learn.reduce_gradients = before
 
     def around_train(self, learn: Learner, run: Run) -> None:
-        signal: ControlFlow | None = None
-        try:
+        def run_kept() -> None:
             with self.kept(learn): run()
-        except ControlFlow as raised: signal = raised
-        self.forget(learn)
-        if signal is not None: raise signal
+        run_then(run_kept, lambda: self.forget(learn))
 
     def around_validate(self, learn: Learner, run: Run) -> None:
         if not learn.meter.everywhere:

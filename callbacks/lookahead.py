@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.clip_gradients import ClipGradients
+from learnkit.callbacks.communicate import mean
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.shards import like, own_parts
@@ -43,6 +44,8 @@ class Lookahead(Callback):
             fast, slow = own_parts(self.fast), own_parts(self.slow)
             torch._foreach_lerp_(slow, fast, self.alpha)    # type: ignore[reportPrivateImportUsage]
             torch._foreach_copy_(fast, slow)                # type: ignore[reportPrivateImportUsage]
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return mean(states)
 
     def state_dict(self) -> dict[str, Any]: return {"n_steps": self.n_steps, "slow": self.slow}
 

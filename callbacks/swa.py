@@ -51,7 +51,6 @@ class SWA(Callback):
         if self.average is None: self.average = Average(learn.model)
         self.n_averaged, self.is_measured = self.n_averaged + 1, False
         self.average.update(1 / self.n_averaged)
-        if learn.world_size > 1: learn.ranks.share(self.average.buffers())
 
     def around_validate(self, learn: Learner, run: Run) -> None:
         with self.swapped(learn):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from learnkit.checkpoint import is_wrapper, plain_keys
-from learnkit.shards import is_shard, like
+from learnkit.ranks import Ranks
+from learnkit.shards import is_shard, like, own_parts
 
 
 class Average:
@@ -17,28 +18,34 @@ class Average:
     Half-precision weights are averaged in float32; integer buffers follow the model's.
     """
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         own = model.state_dict(keep_vars=True)
         names = {id(own[key]): name for name, key in plain_keys(own, wrapped=is_wrapper(model)).items()}    # shared ones once
         tensors = [t for t in own.values() if isinstance(t, Tensor)]
         self.tensors: dict[str, Tensor] = {names[id(t)]: t for t in tensors}        # the model's own
         self.values = {name: t.detach().to(kept_as(t), copy=True) for name, t in self.tensors.items()}
-        self.floats = [name for name, t in self.tensors.items() if t.is_floating_point()]
+        floats = [name for name, t in self.tensors.items() if t.is_floating_point()]
+        # This rank's parts: a model that is spread over ranks has whole buffers, too, and torch adds no mixture.
+        self.own = own_parts([self.values[name] for name in floats]), own_parts([self.tensors[name] for name in floats])
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
         """average += weight × (model − average)."""
-        averages = [self.values[name] for name in self.floats]
-        now = [self.tensors[name] for name in self.floats]
+        averages, now = self.own
         if any(a.dtype != t.dtype for a, t in zip(averages, now, strict=True)):
             now = [t.to(a.dtype) for a, t in zip(averages, now, strict=True)]
         torch._foreach_lerp_(averages, now, weight)  # type: ignore[reportPrivateImportUsage]
         for name, value in self.values.items():
             if not value.is_floating_point(): value.copy_(self.tensors[name])
 
-    def buffers(self) -> list[Tensor]:
-        """The averages of what is no parameter."""
-        return [value for name, value in self.values.items() if not isinstance(self.tensors[name], nn.Parameter)]
+    @torch.no_grad()
+    def unite(self, ranks: Ranks) -> None:
+        """Make it one on all ranks, as the model is when training ends: rank 0's buffers, the means of weights that are apart."""
+        weights = [value for name, value in self.values.items() if isinstance(self.tensors[name], nn.Parameter)]
+        ranks.share([value for name, value in self.values.items() if not isinstance(self.tensors[name], nn.Parameter)])
+        if not ranks.apart: return
+        for value, mean in zip(weights, ranks.mean(weights), strict=True): value.copy_(mean)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

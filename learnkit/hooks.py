@@ -104,7 +104,7 @@ class Callback:
     """
     order: int = 0
     unique: bool = False
-    per_rank: bool = False      # whether its state differs between ranks: a checkpoint keeps each one's
+    per_rank: bool = False      # whether its state differs between ranks: a checkpoint keeps each one's; so it does where weights differ
     batches_per_step: int = 1   # how many training batches it makes one optimizer step of
     in_trials: bool = True      # whether it takes part in lr_find and the like: not if it decides, writes or draws
     restores: bool = False      # whether it can put a fit back to where it was: fit(…, resume=True) needs one that does
@@ -271,6 +271,15 @@ class Layers:
             finally: waiting[:] = earlier
         self.inner_afters, self.inner_entries = [*inner_afters, *afters], entries
         return run_layer
+
+
+def run_then(run: RunStage, action: Run) -> None:
+    """`run`, and then `action`: also where a Stop* or Skip* ends it early, but not where an error does."""
+    try: run()
+    except ControlFlow:
+        action()
+        raise
+    action()
 
 
 def owned(stage: str, around: Callable[[Learner, Run], None], run: RunStage, learn: Learner) -> Run:

@@ -15,6 +15,11 @@ T = TypeVar("T")
 class Ranks(Protocol):
     """The ranks of one Learner: `learn.ranks`. learnkit.distributed has the same for those who keep their own loop."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether each rank's weights are its own from one average to the next, as with algorithm="decentralized"."""
+        ...
+
     def all_sum(self, tensors: Any) -> Any:
         """The sums over all ranks of a tensor, a number, or a nested structure of them, in one collective."""
         ...
@@ -43,6 +48,10 @@ class Ranks(Protocol):
         """Put rank 0's values in the place of these tensors' on every rank, in one broadcast."""
         ...
 
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of each tensor, of floating point, the mean over all ranks; where all have the same, exactly that."""
+        ...
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag is true."""
         ...
@@ -50,6 +59,7 @@ class Ranks(Protocol):
 
 class Alone:
     """A world of one."""
+    apart = False
 
     def all_sum(self, tensors: Any) -> Any: return tensors
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
@@ -58,4 +68,5 @@ class Alone:
     def gather_on_main(self, state: Any) -> list[Any]: return [state]
     def from_main(self, action: Callable[[], Any]) -> Any: return action()
     def share(self, tensors: Sequence[Tensor]) -> None: pass
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]: return list(tensors)
     def agree(self, flag: bool) -> bool: return flag

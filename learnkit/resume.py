@@ -32,7 +32,7 @@ def take(learn: Learner, keeper: Callback, place: dict[str, Any], order: list[An
     for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
         state = on_main(callback.state_dict(), learn.rank)
         check_plain(state, f"the state of {type(callback).__name__}")
-        if state: states[callback.per_rank][key] = state
+        if state: states[callback.per_rank or learn.ranks.apart][key] = state
     own = {"random": random_state(learn.device), "order": order, "samples": [state_of(g) for g in of_samples(learn)],
            "callbacks": states[True]}
     run = {"place": place, "callbacks": states[False], "ranks": learn.ranks.gather_on_main(own)}

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from learnkit.checkpoint import load_optimizer
+from learnkit.distributed.weights import means
 from learnkit.distributed.world import get_local_world_size, get_world_size
 
 Hook = Callable[[Any, Any], Any]
@@ -99,11 +100,11 @@ class Communication:
         assert self.averager is not None
         self.averager.average_parameters([p for group in optimizer.param_groups for p in group["params"]])
 
+    @torch.no_grad()
     def average_now(self) -> None:
-        """One model on all ranks, as an evaluation or a file needs it; in one collective a type. Of other algorithms it is one already."""
+        """One model on all ranks, as an evaluation or a file needs it. Of other algorithms it is one already."""
         if self.averager is None: return
-        from torch.distributed.algorithms.model_averaging.utils import average_parameters
-        average_parameters(iter(self.parameters), dist.group.WORLD)  # type: ignore[arg-type]
+        for p, value in zip(self.parameters, means(self.parameters), strict=True): p.copy_(value)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """What this rank keeps from step to step, PowerSGD's errors or its own weights and optimizer state: of each rank another."""

@@ -1,7 +1,7 @@
 """One model on all ranks: rank 0's weights for each, and the mean of all ranks' gradients."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -44,6 +44,23 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         finish(dist.all_reduce(flat, async_op=True), flat.device)
         parts = flat.split([g.numel() for g in own])
         torch._foreach_copy_(own, [part.view_as(g) for g, part in zip(own, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def means(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each tensor the mean over all ranks, in memory of its own. What all ranks have is its own mean, to the last bit: rank 0's, and
+    the mean of the differences from it. Two collectives a dtype."""
+    found = [t.detach().clone() for t in tensors]
+    if not needs_group(): return found
+    for _, alike in groupby(sorted((t for t in found if t.is_floating_point()), key=kind_of), key=kind_of):
+        group = list(alike)
+        own = torch.cat([t.reshape(-1) for t in group])
+        flat = own.clone()
+        finish(dist.broadcast(flat, 0, async_op=True), flat.device)
+        own.sub_(flat).div_(get_world_size())
+        finish(dist.all_reduce(own, async_op=True), own.device)
+        for t, part in zip(group, flat.add_(own).split([t.numel() for t in group]), strict=True): t.copy_(part.view_as(t))
+    return found
 
 
 def kind_of(tensor: Tensor) -> tuple[str, str]:
