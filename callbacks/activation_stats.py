@@ -38,6 +38,7 @@ class ActivationStats(Callback):
     >>> seen.plot_histograms()  # doctest: +SKIP
     """
     order = Recorder.order + 20
+    per_rank = True
     in_trials = False
 
     def __init__(self, every: int = 1, *, select: Select | None = None, limit: float = 10., bins: int = 40,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -58,18 +59,20 @@ class Journal:
         self.total: Any = 0.            # of the losses since the last time, each by its samples
         self.count: Any = 0.            # these samples
         self.place: int | None = None   # the step after which a log goes on; None: it begins
-        self.in_fit = self.opened = False
+        self.begin: Callable[[], None] | None = None    # opens the sink, in a fit that has not said a word
+        self.in_fit = False
         self.writes = False             # whether this rank does
         self.due: Callable[[], None] | None = None      # what logs a row of steps whose numbers are on their way from the device
         self.readings: list[Reading] = []               # these numbers
 
     @contextmanager
     def of_fit(self, learn: Learner, sink: Sink) -> Iterator[None]:
-        """For the length of a fit. The sink is opened at the first word, when it is known where a resumed fit goes on."""
+        """For the length of a fit. The sink is opened at the first word or checkpoint, when it is known where a resumed fit goes on."""
         self.writes, self.total, self.count = learn.rank == 0, 0., 0.
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
         self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
-        self.in_fit, self.opened, self.due, self.readings = True, False, None, []
+        self.begin = partial(self.open, learn, sink)
+        self.in_fit, self.due, self.readings = True, None, []
         failed = True
         try:
             yield
@@ -81,14 +84,15 @@ class Journal:
             try:
                 if not failed or self.has_arrived(): self.tell_due()    # after an error the device may never answer
             finally:
-                if self.opened and self.writes: sink.finish()
-                self.in_fit = self.opened = False
+                if self.begin is None and self.writes: sink.finish()
+                self.in_fit, self.begin = False, None
                 self.n_before += self.n_done
 
-    def begin(self, learn: Learner, sink: Sink) -> None:
-        if self.writes: sink.open(self.place, names_of(learn, steps=self.every is not None))
-        self.opened = True
-        if self.writes and learn.resumed is None: sink.config(config_of(learn))
+    def open(self, learn: Learner, sink: Sink) -> None:
+        self.begin = None
+        if not self.writes: return
+        sink.open(self.place, names_of(learn, steps=self.every is not None))
+        if learn.resumed is None: sink.config(config_of(learn))
 
     def step(self, learn: Learner, sink: Sink) -> None:
         self.n_done = learn.step
@@ -104,7 +108,7 @@ class Journal:
         total, count = learn.ranks.all_sum([self.total, self.count])
         self.total, self.count = 0., 0.
         self.tell_due()                 # in the order of their steps
-        if not self.opened: self.begin(learn, sink)
+        if self.begin is not None: self.begin()
         if not self.writes: return
         lr, step = learn.opt.param_groups[-1]["lr"], self.n_before + learn.step
         values = {"loss": total / count, "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)}
@@ -122,13 +126,14 @@ class Journal:
 
     def epoch(self, learn: Learner, sink: Sink) -> None:
         self.tell_due()
-        if not self.opened: self.begin(learn, sink)
+        if self.begin is not None: self.begin()
         lr = number(learn.opt.param_groups[-1]["lr"])
         if self.writes: sink.log({"epoch": learn.epoch, **learn.values, "lr": lr}, self.n_before + learn.step)
 
     # ------------------------------------------------------------------ checkpoints
     def state(self) -> dict[str, Any]:
-        """Of this rank: each one sums up its own losses. The log has all rows up to here, as a resumed fit goes on after them."""
+        """Of this rank: each one sums up its own losses. The log has all up to here, its beginning too, as a resumed fit goes on after it."""
+        if self.begin is not None: self.begin()
         self.tell_due()
         return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count}
 

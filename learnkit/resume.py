@@ -48,7 +48,8 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
-            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed, "gradient_order": learn.gradient_order()}
+            "epochs_trained": learn.epochs_trained - in_epoch, "order_seed": learn.order_seed, "gradient_order": learn.gradient_order(),
+            "values": dict(learn.values)}
 
 
 def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint is of a fit of {place['n_epochs']} epochs, this one is of {learn.n_epochs}: resume it with the "
                          "same arguments, or begin a new fit with resume=False or in another folder.")
     learn.epoch, learn.step, learn.n_items_done = place["epoch"], place["step"], place["items"]
+    learn.values = dict(place.get("values", {}))
     held = place.get("n_held", 0)       # batches of a window whose gradients each rank has kept: of no use to other ranks
     if place["world_size"] == learn.world_size: learn.n_held = held
     else: learn.n_items_done -= held * place["items_per_batch"]
@@ -110,9 +112,9 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
         if key in states: callback.load_state_dict(states[key])
     has_come = learn.rank >= len(run["ranks"])      # a rank that was not there
     own = run["ranks"][0 if has_come else learn.rank]
-    put_states(of_order(learn), own["order"], "the order of samples")
+    put_states(of_order(learn), own.get("order", []), "the order of samples")
     if has_come: return seed_process(mix(learn.order_seed or 0, learn.step, learn.rank))
-    put_states(of_samples(learn), own["samples"], "the training samples")
+    put_states(of_samples(learn), own.get("samples", []), "the training samples")
     put_random_state(own["random"], learn.device)
 
 
