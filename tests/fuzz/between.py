@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from learnkit import Callback, Learner
 from tests.fuzz.part import Part, part
+from tests.fuzz.sources import samples
 
 # amid        may be called from a hook of a fit
 # valid       needs a valid_dl
@@ -14,7 +17,7 @@ BETWEEN: dict[str, Part] = {
     "validate": part("learn.validate()", "amid", "valid"),
     "get_preds": part("learn.get_preds(with_loss=True)", "amid", "valid"),
     "get_preds of train_dl": part("learn.get_preds(learn.data.train_dl)", "train"),
-    "predict": part("learn.predict(sample(learn))", "amid"),
+    "predict": part("learn.predict(sample)", "amid"),
     "lr_find": part("learn.lr_find(num_it=3)", "optimizes"),
     "fast_run": part("learn.fast_run()", "optimizes"),
     "overfit_batches": part("learn.overfit_batches(1, steps=2)", "optimizes"),
@@ -42,11 +45,9 @@ class Amid(Callback):
             self.call(learn)
 
 
-def sample(learn: Learner) -> Any:
-    """One sample of the training data's kind."""
-    from learnkit.batch import split_batch
-
-    first = split_batch(next(iter(learn.data.train_dl)))[0]
-    if isinstance(first, dict):
-        return {name: value[:1] for name, value in first.items()}
-    return tuple(value[:1] for value in first) if len(first) > 1 else first[0][:1]
+def one_sample(form: str, dtype: torch.dtype, names: tuple[str, ...]) -> Any:
+    """Inputs of a batch of one, as the training data's."""
+    *inputs, _ = samples(1, form, dtype)
+    if names:
+        return dict(zip(names, inputs, strict=False))
+    return tuple(inputs) if len(inputs) > 1 else inputs[0]

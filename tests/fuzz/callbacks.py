@@ -12,18 +12,21 @@ from tests.fuzz.part import Part, part
 
 
 class GradientNoise(Callback):
-    """docs/callbacks.md, example 3."""
+    """docs/callbacks.md, example 3, with the same noise on all ranks."""
 
     order = Recorder.order - 120
 
     def before_step(self, learn: Learner) -> None:
+        generator = torch.Generator().manual_seed(learn.step)
         for p in learn.model.parameters():
             if p.grad is not None:
-                p.grad.add_(torch.randn_like(p.grad), alpha=0.01)
+                p.grad.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.01)
 
 
 class Smooth(Callback):
-    """A user's own, with a state: it moves the weights by what it has kept."""
+    """A user's own, with a state, which is another one on each rank."""
+
+    per_rank = True
 
     def __init__(self) -> None:
         self.mean: Any = 0.0
@@ -49,10 +52,11 @@ class Smooth(Callback):
 # groups        needs a splitter
 # pictures      needs pictures
 # file          writes a log, which is compared
+# plain weights   not with weights that are in parts
 # stops         it ends a fit
 CALLBACKS: dict[str, tuple[Part, ...]] = {
     "Accumulate": (part("Accumulate(2)", "gradients"), part("Accumulate(3)", "gradients"),
-                   part("Accumulate(2, count=lambda inputs, target: target.sum() + 1.0)", "gradients", "counts")),
+                   part("Accumulate(2, count=lambda inputs, target: target.sum().double() + 1.0)", "gradients", "counts")),
     "ActivationStats": (part("ActivationStats()", "order"), part("ActivationStats(every=2)", "order")),
     "AutoMicrobatch": (part("AutoMicrobatch(2)", "gradients"), part("AutoMicrobatch()", "gradients")),
     "BnFreeze": (part("BnFreeze()"), part("BnFreeze(all=True)", "gradients")),
@@ -79,7 +83,7 @@ CALLBACKS: dict[str, tuple[Part, ...]] = {
     "TensorBoardLogger": (part("TensorBoardLogger('board')"),),
     "TerminateOnNaN": (part("TerminateOnNaN()"),),
     "Timer": (part("Timer()", "times"),),
-    "GradientNoise": (part("GradientNoise()", "order", "gradients"),),
+    "GradientNoise": (part("GradientNoise()", "gradients", "plain weights"),),
     "Smooth": (part("Smooth()", "order"),),
 }  # fmt: skip
 

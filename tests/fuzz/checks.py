@@ -9,9 +9,9 @@ from typing import Any
 
 from tests.fuzz.compare import differences
 from tests.fuzz.configuration import Configuration
+from tests.fuzz.learner_source import compiled
 from tests.fuzz.lives import History, Life, history
 from tests.fuzz.refusals import Refused, known
-from tests.fuzz.sources import SOURCES
 
 Places = dict[tuple[int, int, int], list[list[int]]]
 
@@ -42,13 +42,19 @@ def what_is_wrong(c: Configuration, found: History) -> list[str]:
         if not ranks or key not in ranks[0] or (c.has("own weights") and key in ("optimizer", "weights")):
             continue
         for rank in range(1, len(ranks)):
-            wrong += [f"ranks: rank {rank} {line}" for line in differences(ranks[0][key], ranks[rank][key], at=key)[:3]]
-    if not c.has("repeats") and c.source != "DistributedSampler":
+            wrong += [f"ranks: rank {rank} {line}" for line in differences(shared(c, ranks[0][key]), shared(c, ranks[rank][key]), at=key)[:3]]
+    if not c.has("repeats") and not (c.world > 1 and c.has("own order")) and c.source != "DistributedSampler":
         for places in found.seen:
             wrong += twice(places)
     if len(found.lives) == 1:
         wrong += missing(c, found.seen[0])
     return wrong
+
+
+def shared(c: Configuration, value: Any) -> Any:
+    """Without the losses of an epoch that was left within: "of all ranks, once the epoch is over" (Recorder)."""
+    is_left = c.stop is not None and c.stop[0] != "StopTrain"
+    return {k: v for k, v in value.items() if k != "losses"} if is_left and isinstance(value, dict) else value
 
 
 def twice(places: Places) -> list[str]:
@@ -71,28 +77,38 @@ def missing(c: Configuration, places: Places) -> list[str]:
 
 def same_order(c: Configuration, expected: Places, found: list[Places], *, exactly: bool) -> list[str]:
     """Whether each batch that was seen is the expected one: rank by rank, or as a set of all ranks together."""
+    if not exactly and c.has("own order"):
+        return []
+
     def of(ranks: list[list[int]]) -> Any:
         return ranks if exactly else sorted(number for own in ranks for number in own)
+
+    def begun(ranks: list[list[int]], whole: list[list[int]]) -> list[list[int]]:
+        """Of ranks some of which were ended before they had this batch, what they would have had."""
+        return [own or expected for own, expected in zip(ranks, whole, strict=False)]
 
     for life, places in enumerate(found):
         for place, ranks in places.items():
             if place not in expected:
                 return [f"order: life {life + 1} has a batch at fit, epoch, batch {place}, where none is expected"]
-            complete = exactly or all(ranks) or life == len(found) - 1
-            if complete and of(ranks) != of(expected[place]):
+            if life < len(found) - 1 and not all(ranks):
+                if not exactly:
+                    continue
+                ranks = begun(ranks, expected[place])
+            if of(ranks) != of(expected[place]):
                 return [f"order: life {life + 1} at fit, epoch, batch {place} has {of(ranks)}, expected {of(expected[place])}"]
     lost = expected.keys() - {place for places in found for place in places}
     return [f"order: nobody had fit, epoch, batch {sorted(lost)[:4]}"] if lost else []
 
 
-def compared(a: History, b: History, *, close: bool = False, without: tuple[str, ...] = ()) -> list[str]:
+def compared(c: Configuration, a: History, b: History, *, close: bool = False, without: tuple[str, ...] = ()) -> list[str]:
     """Rank by rank where they have as many, else of rank 0."""
     wrong = []
     pairs = zip(a.last.ranks, b.last.ranks, strict=False)
     for rank, (x, y) in enumerate(pairs):
         for key in x.keys() | y.keys():
             if key not in without:
-                wrong += [f"{line} (rank {rank})" for line in differences(x.get(key), y.get(key), close=close, at=key)]
+                wrong += [f"{line} (rank {rank})" for line in differences(*(shared(c, v.get(key)) if close else v.get(key) for v in (x, y)), close=close, at=key)]
         if len(a.last.ranks) != len(b.last.ranks):
             break
     return wrong
@@ -113,7 +129,7 @@ def resumed(c: Configuration) -> list[str]:
     never_stopped, again = told(c, Life(c.world)), told(c, *lives_of(c))
     wrong = what_is_wrong(c, never_stopped) + what_is_wrong(c, again)
     wrong += same_order(c, never_stopped.seen[0], again.seen, exactly=True)
-    return wrong + [f"resumed: {line}" for line in compared(never_stopped, again)]
+    return wrong + [f"resumed: {line}" for line in compared(c, never_stopped, again)]
 
 
 def elsewhere(c: Configuration) -> list[str]:
@@ -123,10 +139,12 @@ def elsewhere(c: Configuration) -> list[str]:
     wrong = what_is_wrong(c, again)
     worlds = {c.world, *(i.world for i in c.interruptions)}
     reference = told(c, Life(c.world))
+    if c.has("dealt"):  # a loader's own batches, as large in any world: steps are of other ones
+        return wrong
     if all(size % world == 0 for world in worlds for size in (c.n % c.global_bs, c.global_bs)) and not c.has("drops"):
         wrong += same_order(c, reference.seen[0], again.seen, exactly=False)
         if c.changed(other_world=max(worlds)).is_exact_in_any_world:
-            wrong += [f"elsewhere: {line}" for line in compared(reference, again, close=True, without=("random", "callbacks"))]
+            wrong += [f"elsewhere: {line}" for line in compared(c, reference, again, close=True, without=("random", "callbacks"))]
     return wrong
 
 
@@ -136,7 +154,7 @@ def worlds(c: Configuration) -> list[str]:
     a, b = told(c, Life(c.world)), told(other, Life(c.other_world))
     wrong = what_is_wrong(c, a) + what_is_wrong(other, b) + same_order(c, a.seen[0], b.seen, exactly=False)
     if c.is_exact_in_any_world:
-        wrong += [f"worlds: {line}" for line in compared(a, b, close=True, without=("random", "callbacks"))]
+        wrong += [f"worlds: {line}" for line in compared(c, a, b, close=True, without=("random", "callbacks"))]
     return wrong
 
 
@@ -144,7 +162,7 @@ def traces(c: Configuration) -> list[str]:
     """What is called between, or amid a fit, changes nothing of what follows."""
     plain, with_calls = told(c.changed(between=()), Life(c.world)), told(c, Life(c.world))
     wrong = same_order(c, plain.seen[0], with_calls.seen, exactly=True)
-    return wrong + [f"traces: {line}" for line in compared(plain, with_calls)]
+    return wrong + [f"traces: {line}" for line in compared(c, plain, with_calls)]
 
 
 def micro_batches(c: Configuration) -> list[str]:
@@ -156,8 +174,32 @@ def micro_batches(c: Configuration) -> list[str]:
     wrong = []
     for name, other in (("Accumulate", small), ("AutoMicrobatch", parts)):
         found = told(other, Life(c.world))
-        wrong += [f"{name}: {line}" for line in compared(whole, found, close=True, without=("random", "callbacks"))]
+        wrong += [f"{name}: {line}" for line in compared(c, whole, found, close=True, without=("random", "callbacks"))]
     return wrong
+
+
+def loop_by_hand(c: Configuration) -> list[str]:
+    """The same weights, optimizer state and losses as of a loop in plain PyTorch over the same batches, to the last bit; the rates but for
+    rounding, as they are written otherwise."""
+    from tests.fuzz import by_hand
+    from tests.fuzz.isolate import isolated
+
+    found = told(c, Life(c.world))
+    [rank] = found.last.ranks
+    history = rank["history"]
+    hand = isolated(by_hand.by_hand, c, compiled(c), found.seen[0], history)
+    fit = {"weights": rank["weights"], "optimizer": rank["optimizer"]["state"], "losses": history["losses"]}
+    wrong = [f"by hand: {line}" for key in hand for line in differences(hand[key], fit[key], at=key)]
+    n = len(history["lrs"])
+    if c.fits[0] in by_hand.RATES and not c.has("own schedule"):
+        wrong += [f"by hand: {line}" for line in differences(by_hand.expected_rates(c, n), list(history["lrs"]), close=True, at="rates")]
+    return wrong + what_is_wrong(c, found)
+
+
+def refusal(c: Configuration) -> list[str]:
+    """What does not go together is refused before the first step, on all ranks alike, and within the time."""
+    told(c, Life(c.world))  # raises Refused
+    return ["refusal: this was not refused"]
 
 
 CHECKS: dict[str, Callable[[Configuration], list[str]]] = {
@@ -166,6 +208,8 @@ CHECKS: dict[str, Callable[[Configuration], list[str]]] = {
     "worlds": worlds,
     "traces": traces,
     "micro_batches": micro_batches,
+    "loop_by_hand": loop_by_hand,
+    "refusal": refusal,
 }
 
 
@@ -174,7 +218,7 @@ def check(c: Configuration) -> tuple[str, list[str]]:
     try:
         wrong = CHECKS[c.check](c)
     except Refused as refused:
-        return "refused", [str(refused)]
+        return "right" if c.check == "refusal" else "refused", [str(refused)]
     except Failed as failed:
         return "wrong", [str(failed)]
     return ("wrong", wrong) if wrong else ("right", [])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+METRIC = 1e-6  # relative, of metrics: functions such as accuracy give a batch's mean in float32 (docs/reliability.md, 11)
+HOW = ("fused", "foreach")  # an optimizer's settings that are of the machine and the spread, not of the algorithm
 CLOSE = 1e-9  # relative, of float64: the same numbers added up in another order, over some 20 steps (seen: 1e-13)
 TINY = 1e-12  # absolute: what is 0 but for rounding
 
@@ -20,17 +22,24 @@ def differences(a: Any, b: Any, *, close: bool = False, at: str = "") -> list[st
     if isinstance(a, np.ndarray):
         a, b = a.tolist(), b.tolist()
     if isinstance(a, dict) and isinstance(b, dict):
-        lines = [f"{at}.{key}: only one has it" for key in a.keys() ^ b.keys()]
-        return lines + [line for key in a if key in b for line in differences(a[key], b[key], close=close, at=f"{at}.{key}")]
+        lines = [f"{at}.{key}: only one has it" for key in a.keys() ^ b.keys() if not (close and key in HOW)]
+        return lines + [line for key in a if key in b and not (close and key in HOW) for line in differences(a[key], b[key], close=close, at=f"{at}.{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return [f"{at}: {len(a)} and {len(b)} items"]
         lines = [line for k, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, close=close, at=f"{at}[{k}]")]
         return lines if len(lines) < 4 else [*lines[:2], f"{at}: {len(lines)} places of {len(a)}"]
     if isinstance(a, float) and isinstance(b, float):
-        same = a == b or (math.isnan(a) and math.isnan(b)) or (close and abs(a - b) <= CLOSE * max(abs(a), abs(b)) + TINY)
+        same = a == b or (math.isnan(a) and math.isnan(b)) or (close and abs(a - b) <= (METRIC if is_metric(at) else CLOSE) * max(abs(a), abs(b)) + TINY)
         return [] if same else [f"{at}: {a!r} and {b!r}"]
     return [] if a == b else [f"{at}: {str(a)[:100]} and {str(b)[:100]}"]
+
+
+def is_metric(at: str) -> bool:
+    """Whether a place is a metric's value, not a loss."""
+    if at.startswith("history.values"):
+        return not at.endswith(("[0]", "[1]"))
+    return at.startswith(("validated.", "measured.")) and not at.endswith("_loss")
 
 
 def of_tensors(a: Tensor, b: Tensor, *, close: bool, at: str) -> list[str]:

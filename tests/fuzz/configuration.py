@@ -79,6 +79,11 @@ class Configuration:
                 **{f"fit {k}": FITS[name] for k, name in enumerate(self.fits)},
                 **{f"callback {k}": OF_CODE[code] for k, code in enumerate((*self.callbacks, *self.own_callbacks))}}  # fmt: skip
 
+    @staticmethod
+    def of(code: str) -> Part:
+        """A callback's entry."""
+        return OF_CODE[code]
+
     def has(self, *traits: str) -> bool:
         """Whether one of its parts has one of these traits."""
         return any(part.has(trait) for part in self.parts.values() for trait in traits)
@@ -101,7 +106,7 @@ class Configuration:
         """Whether every step is the same on any number of ranks, but for the order of sums."""
         if self.world > 1 and not SPREADS[self.spread].has("exact"):
             return False
-        if self.has("dropout", "draws", "order", "half", "float32", "own weights", "skips"):
+        if self.has("dropout", "draws", "order", "half", "float32", "own weights", "skips", "own order"):
             return False
         if self.has("batch norm") and (self.world > 1 or self.other_world > 1) and self.spread != "sync_bn":
             return False

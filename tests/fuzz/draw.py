@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tests.fuzz.between import BETWEEN
+from tests.fuzz.by_hand import can_be_written
 from tests.fuzz.callbacks import CALLBACKS
-from tests.fuzz.configuration import Configuration, Interruption
+from tests.fuzz.configuration import OF_CODE, SIMPLEST, Configuration, Interruption
 from tests.fuzz.fits import FITS, METRICS
 from tests.fuzz.interruptions import HOOKS, INTERRUPTIONS
 from tests.fuzz.models import MODELS
 from tests.fuzz.optimizers import OPTIMIZERS
 from tests.fuzz.part import Part
+from tests.fuzz.refusals import CONFLICTS
 from tests.fuzz.sources import SOURCES, VALID
 from tests.fuzz.spreads import PRECISIONS, SPREADS
 
-CHECK_WEIGHTS = {"resumed": 50, "elsewhere": 16, "worlds": 14, "traces": 12, "micro_batches": 4}
+CHECK_WEIGHTS = {"resumed": 50, "elsewhere": 16, "worlds": 14, "traces": 12, "micro_batches": 4, "loop_by_hand": 10, "refusal": 4}
 WORLD_WEIGHTS = {1: 40, 2: 45, 3: 15}
+
+
+# Orders of samples that are cut into batches: a batch of k samples is the next two of k / 2.
+SPLITS = ("from_tensors", "from_tensors, seed", "TensorLoader", "create", "DataLoader", "DataLoader, shuffle", "RandomSampler, generator", "SequentialSampler", "own sampler",
+          "own sampler, set_epoch", "list of batches", "generator class")
 
 
 class Draw:
@@ -57,6 +65,9 @@ def draw(number: int) -> Configuration:
     if d.chance(0.12):
         c = c.changed(stop=(d.one("StopFit", "StopFit", "StopEpoch", "StopTrain"), d.random.randint(1, 4)))
     c = c.changed(checkpoint=of_checkpoint(d))
+    if check == "refusal":
+        c = c.changed(max_steps=None, stop=None, own_callbacks=(), fits=("fit",), callbacks=())
+        return fitting(c).changed(**d.one(*CONFLICTS.values()))
     if check in ("resumed", "elsewhere"):
         c = c.changed(interruptions=of_interruptions(d, c))
     if check == "traces":
@@ -64,6 +75,9 @@ def draw(number: int) -> Configuration:
     elif d.chance(0.1):
         c = c.changed(between=of_calls(d, c)[:1])
     return fitting(c)
+
+
+MICRO = ("Accumulate", "AutoMicrobatch", "SAM", "CutMix", "MixUp", "ActivationStats", "GradientNoise", "Smooth", "ParamScheduler", "Logger", "GradientStats", "EarlyStopping", "ReduceLR")
 
 
 def of_data(d: Draw, check: str) -> dict[str, Any]:
@@ -145,6 +159,28 @@ def fitting(c: Configuration) -> Configuration:
         c = c.changed(callbacks=tuple(code for code in c.callbacks if "ParamScheduler" not in code and "SWA" not in code))
     if c.has("x") and c.form == "" and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen"):
         c = c.changed(model="blocks")  # nn.Sequential's argument is called otherwise
+    if c.check == "micro_batches":  # batches of which the same k make one of k times the size
+        c = c.changed(callbacks=tuple(code for code in c.callbacks if not any(name in code for name in MICRO)), own_callbacks=(), n=c.global_bs * 3, stop=None, between=())
+        c = c.changed(source=c.source if c.source in SPLITS else "from_tensors", model="MLP" if c.has("batch norm", "dropout", "order") else c.model)
+        c = c.changed(spread="to_distributed" if c.has("fsdp", "own weights", "float32", "static") else c.spread, optimizer="SGD" if c.has("closure") else c.optimizer)
+        c = c.changed(global_bs=12, n=36, world=c.world if c.world < 3 else 2)
+    if c.check == "loop_by_hand":
+        if c.has("draws", "x", "dealt", "alone", "pads"):
+            c = c.changed(source="DataLoader, shuffle")
+        c = c.changed(world=1, fits=c.fits[:1], own_callbacks=(), stop=None, max_steps=None)
+        c = c.changed(callbacks=tuple(code for code in c.callbacks if can_be_written(SIMPLEST.changed(callbacks=(code,)))))
+        for name in ("fits", "spread", "precision", "optimizer"):
+            c = c if can_be_written(c) else c.changed(**{name: getattr(SIMPLEST, name)})
+    if c.has("batch norm"):  # a rank's part of a batch has to have two samples at least
+        c = c.changed(n=c.n - c.n % c.global_bs)
+    if c.has("one process"):
+        c = c.changed(bn_wd=True, fits=tuple("fit" if FITS[name].has("groups") else name for name in c.fits))  # L-BFGS takes one group of parameters
+        c = c.changed(callbacks=tuple(code for code in c.callbacks if not OF_CODE[code].has("groups")))
+        c = c.changed(world=1, other_world=1, interruptions=tuple(replace(i, world=1) for i in c.interruptions), check="resumed" if c.check in ("worlds", "elsewhere") else c.check)
+    if c.has("buckets") and c.has("compiled"):  # torch asserts that its first bucket is not larger than the next
+        c = c.changed(spread="to_distributed")
+    if c.has("fsdp"):
+        c = c.changed(callbacks=tuple(code for code in c.callbacks if not OF_CODE[code].has("plain weights")))
     if c.has("built") and c.has("groups"):
         c = c.changed(optimizer="AdamW")
     return c

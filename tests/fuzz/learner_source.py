@@ -86,7 +86,7 @@ def source(c: Configuration) -> str:
     lines = [
         "def make(world, rank):",
         "    seed_all(3)",
-        f"    n, bs, drop_last = {c.n}, {c.global_bs} // world, {c.drop_last}",
+        f"    n, bs, drop_last = {c.n}, {c.global_bs} // {c.world if c.check == 'elsewhere' and c.has('dealt') else 'world'}, {c.drop_last}",
         f"    train, valid = samples(n, {c.form!r}, {c.dtype}), samples(14, {c.form!r}, {c.dtype}, seed=2)",
         f"    train_dl = {SOURCES[c.source].code}",
         f"    valid_dl = {VALID[c.valid].code}",
@@ -97,6 +97,9 @@ def source(c: Configuration) -> str:
         "def fit(learn, resume=False, callbacks=()):",
         f"    epochs, options = {c.epochs}, dict(resume=resume{'' if c.max_steps is None else f', max_steps={c.max_steps}'})",
     ]
+    if any(name == "predict" for name, _, _ in c.between):
+        names = ("first", "second") if c.form == "pair" else ("x",)
+        lines.append(f"    sample = one_sample({c.form!r}, {c.dtype}, {names if c.has('x') else ()})")
     stop = [] if c.stop is None else [f"Stop({c.stop[0]!r}, {c.stop[1]})"]
     calls = {where: [f"    {BETWEEN[name].code}" for name, w, _ in c.between if w == where] for where in ("before", "after")}
     amid = [f"Amid({name!r}, lambda learn: {BETWEEN[name].code}, {step})" for name, w, step in c.between if w == "amid"]

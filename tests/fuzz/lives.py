@@ -193,7 +193,10 @@ def outcome(learn: Learner, c: Configuration) -> dict[str, Any]:
     kept = [callback for callback in learn.callbacks if type(callback).__name__ not in ("Checkpoint", "Recorder")]
     for key, callback in zip(keys_of(kept), kept, strict=True):
         if type(callback).__name__ not in TIMED:
-            found["callbacks"][key] = whole(callback.state_dict())
+            state = whole(callback.state_dict())
+            if "n_before" in state:  # a Journal: its sums are of a fit that is over, its logs are compared
+                state = {"steps": state["n_before"]}
+            found["callbacks"][key] = state
     if learn.rank == 0:
         found["logs"] = {path.name: log(path) for path in map(Path, ("log.csv", "log.jsonl")) if path.exists()}
     if learn.data.valid_dl is not None:

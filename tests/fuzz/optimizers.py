@@ -37,7 +37,7 @@ def muon_and_adam(model: nn.Module) -> Optimizer:
 
 # built       an object, which needs the model
 # closure     its step takes a closure: with ClosureStep
-# no momentum, foreach, …
+# one process docs/callbacks.md says so
 # float32     it does not take float64
 OPTIMIZERS: dict[str, Part] = {
     "AdamW": part("torch.optim.AdamW", weight=4),
@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Part] = {
     "RMSprop": part("torch.optim.RMSprop"),
     "RMSprop, momentum": part("partial(torch.optim.RMSprop, momentum=0.9)"),
     "Rprop": part("torch.optim.Rprop"),
-    "LBFGS": part("partial(torch.optim.LBFGS, max_iter=3)", "closure", weight=0.5),
+    "LBFGS": part("partial(torch.optim.LBFGS, max_iter=3)", "closure", "one process", weight=0.5),
     "SGD, built": part("torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)", "built"),
     "AdamW, built": part("torch.optim.AdamW([{'params': [p]} for p in model.parameters()], lr=1e-2)", "built"),
     "Muon and AdamW": part("muon_and_adam(model)", "built", "matrices"),

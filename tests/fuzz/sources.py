@@ -182,6 +182,7 @@ def jitter(x: Tensor) -> Tensor:
 # repeats     an epoch may have a sample twice
 # draws       the samples themselves are drawn, in the process, so other ones on each rank
 # drops       the last batch, or the last round of ranks, is always left out where it is not full
+# own order   draws it from the global generators, or by the number of batches: in another world it is another one
 # unsized     it has no length
 # x           the model's argument has to be called x
 # its batches are dealt out whole: a last round without a batch for each rank is left out
@@ -228,7 +229,7 @@ SOURCES: dict[str, Part] = {
     "list of batches": part("list(zip(*(t.split(bs) for t in train), strict=True))", "dealt"),
     "generator class": part("Generated(train, bs)", "dealt", "unsized"),
     "generator class, set_epoch": part("GeneratedShuffled(train, bs)", "dealt"),
-    "zipped": part("Zipped(train, bs, drop_last=drop_last)", "dealt", "draws"),
+    "zipped": part("Zipped(train, bs, drop_last=drop_last)", "dealt", "draws", "own order"),
 }
 
 VALID: dict[str, Part] = {
