@@ -26,7 +26,7 @@ BETWEEN: dict[str, Part] = {
     "summary": part("learn.summary()"),
     "one_batch": part("learn.data.one_batch()"),
     "hooks": part("learn.hooks()", "amid"),
-    "no_logging": part("learn.no_bar()", "amid"),
+    "no_bar": part("learn.no_bar()", "amid"),
     "freeze and unfreeze": part("learn.unfreeze()", "freezes"),
 }
 
@@ -51,3 +51,22 @@ def one_sample(form: str, dtype: torch.dtype, names: tuple[str, ...]) -> Any:
     if names:
         return dict(zip(names, inputs, strict=False))
     return tuple(inputs) if len(inputs) > 1 else inputs[0]
+
+
+# Of a Learner's public methods, what no table has, and why.
+NOT_DRAWN = {
+    "add_callback": "takes a callback, as Learner(callbacks=…) does",
+    "remove_callback": "takes one away: no trace to be seen",
+    "on": "makes a function a callback: tests/test_on.py",
+    "interpret": "of pictures' folders: tests/vision/test_interpretation.py, and get_preds, of which it is made, is drawn",
+    "tta": "of pictures' transforms: tests/vision/test_transform.py",
+    "no_logging": "every fit of a draw is in one",
+    "plan_steps": "called by every fit",
+    "where": "a text",
+    "to_fp32": "takes a precision away again",
+    "deterministic": "torch's switch: tests/test_learner.py",
+    "batch_size_find": "minutes of doubling batches: tests/test_batch_size.py; its trial is the one of fast_run",
+    "freeze": "drawn as fine_tune",
+    "freeze_to": "drawn as fine_tune and GradualUnfreezing",
+    "export": "a file of the model: tests/test_export.py",
+}

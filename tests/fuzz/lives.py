@@ -138,7 +138,7 @@ def on_rank(c: Configuration, script: Script, life: Life, folder: Path, number: 
             added.append(interrupt(i.kind, i.hook, i.step, None if everywhere else i.rank, early=i.early, fit=i.fit, note=folder / f"struck-{number}"))
         with learn.no_logging():
             script.fit(learn, life.resume, added)
-            return outcome(learn, c)
+            return outcome(learn)
     except Broken:
         if life.world > 1:
             raise
@@ -176,7 +176,7 @@ def read_seen(folder: Path, number: int, world: int) -> dict[tuple[int, int, int
 
 
 # ---------------------------------------------------------------------- what is compared
-def outcome(learn: Learner, c: Configuration) -> dict[str, Any]:
+def outcome(learn: Learner) -> dict[str, Any]:
     """Everything that a fit leaves; measurements come last, as they may draw."""
     recorder = learn.recorder
     found: dict[str, Any] = {

@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Part] = {
     "AdamW": part("torch.optim.AdamW", weight=4),
     "AdamW, amsgrad": part("partial(torch.optim.AdamW, amsgrad=True)"),
     "AdamW, foreach": part("partial(torch.optim.AdamW, foreach=True)"),
-    "AdamW, capturable rate": part("partial(torch.optim.AdamW, lr=torch.tensor(1e-2))"),
+    "AdamW, capturable rate": part("partial(torch.optim.AdamW, lr=torch.tensor(1e-2, dtype=torch.float64))"),
     "Adam": part("torch.optim.Adam", weight=2),
     "SGD": part("torch.optim.SGD", weight=3),
     "SGD, momentum": part("partial(torch.optim.SGD, momentum=0.9)", weight=3),

@@ -243,3 +243,8 @@ VALID: dict[str, Part] = {
     "list of batches": part("list(zip(*(t.split(4) for t in valid), strict=True))"),
     "same as train_dl": part("train_dl", weight=0.5),
 }
+
+# Of torch's samplers and learnkit's data, what no entry stands for, and why.
+NOT_DRAWN = {
+    "Sampler": "the base class; own samplers are drawn",
+}
