@@ -23,6 +23,72 @@ class GradientNoise(Callback):
                 p.grad.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.01)
 
 
+class MaxNorm(Callback):
+    """docs/callbacks.md, example 4."""
+
+    @torch.no_grad()
+    def after_step(self, learn: Learner) -> None:
+        for p in learn.model.parameters():
+            if p.ndim > 1:
+                p.renorm_(2, 0, 0.5)
+
+
+class AverageWeights(Callback):
+    """README.md, "Writing a callback"."""
+
+    def __init__(self, decay: float = 0.7) -> None:
+        self.decay = decay
+        self.average: list[torch.Tensor] = []
+
+    def before_fit(self, learn: Learner) -> None:
+        self.average = [p.detach().clone() for p in learn.model.parameters()]
+
+    def after_step(self, learn: Learner) -> None:
+        for p, average in zip(learn.model.parameters(), self.average, strict=True):
+            average.lerp_(p.detach(), 1 - self.decay)
+
+    def around_validate(self, learn: Learner, run: Any) -> None:
+        self.swap(learn)
+        try:
+            run()
+        finally:
+            self.swap(learn)
+
+    def swap(self, learn: Learner) -> None:
+        for p, average in zip(learn.model.parameters(), self.average, strict=True):
+            p.data, average.data = average.data, p.data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for average, value in zip(self.average, state["average"], strict=True):
+            average.copy_(value)
+
+
+class SecondOptimizer(Callback):
+    """Learns a number of its own, by an optimizer of its own, and scales the loss with it."""
+
+    def __init__(self) -> None:
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.opt = torch.optim.Adam([self.scale], lr=0.01)
+
+    def after_forward(self, learn: Learner) -> None:
+        if learn.training:
+            learn.loss = learn.loss * float(self.scale)
+
+    def after_step(self, learn: Learner) -> None:
+        self.scale.grad = torch.full_like(self.scale, 0.1 * (1 + learn.step))
+        self.opt.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale.detach(), "opt": self.opt.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale.data.copy_(state["scale"])
+        self.opt.load_state_dict(state["opt"])
+
+
 class Smooth(Callback):
     """A user's own, with a state, which is another one on each rank."""
 
@@ -84,6 +150,9 @@ CALLBACKS: dict[str, tuple[Part, ...]] = {
     "TerminateOnNaN": (part("TerminateOnNaN()"),),
     "Timer": (part("Timer()", "times"),),
     "GradientNoise": (part("GradientNoise()", "gradients", "plain weights"),),
+    "MaxNorm": (part("MaxNorm()", "gradients"),),
+    "AverageWeights": (part("AverageWeights()"),),
+    "SecondOptimizer": (part("SecondOptimizer()", "gradients"),),
     "Smooth": (part("Smooth()", "order"),),
 }  # fmt: skip
 

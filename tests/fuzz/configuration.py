@@ -106,7 +106,7 @@ class Configuration:
         """Whether every step is the same on any number of ranks, but for the order of sums."""
         if self.world > 1 and not SPREADS[self.spread].has("exact"):
             return False
-        if self.has("dropout", "draws", "order", "half", "float32", "own weights", "skips", "own order"):
+        if self.has("dropout", "draws", "order", "half", "float32", "own weights", "skips", "own order", "rounds"):
             return False
         if self.has("batch norm") and (self.world > 1 or self.other_world > 1) and self.spread != "sync_bn":
             return False

@@ -77,7 +77,7 @@ def draw(number: int) -> Configuration:
     return fitting(c)
 
 
-MICRO = ("Accumulate", "AutoMicrobatch", "SAM", "CutMix", "MixUp", "ActivationStats", "GradientNoise", "Smooth", "ParamScheduler", "Logger", "GradientStats", "EarlyStopping", "ReduceLR")
+MICRO = ("Accumulate", "AutoMicrobatch", "SAM", "CutMix", "MixUp", "ActivationStats", "GradientNoise", "Smooth", "ParamScheduler", "Logger", "GradientStats", "SecondOptimizer", "EarlyStopping", "ReduceLR")
 
 
 def of_data(d: Draw, check: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def muon_and_adam(model: nn.Module) -> Optimizer:
 
 # built       an object, which needs the model
 # closure     its step takes a closure: with ClosureStep
+# rounds      to bfloat16, within its step: other sums show in the third digit
 # one process docs/callbacks.md says so
 # float32     it does not take float64
 OPTIMIZERS: dict[str, Part] = {
@@ -61,7 +62,7 @@ OPTIMIZERS: dict[str, Part] = {
     "LBFGS": part("partial(torch.optim.LBFGS, max_iter=3)", "closure", "one process", weight=0.5),
     "SGD, built": part("torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)", "built"),
     "AdamW, built": part("torch.optim.AdamW([{'params': [p]} for p in model.parameters()], lr=1e-2)", "built"),
-    "Muon and AdamW": part("muon_and_adam(model)", "built", "matrices"),
+    "Muon and AdamW": part("muon_and_adam(model)", "built", "matrices", "rounds"),
     "Together": part("Together(torch.optim.SGD(list(model.parameters())[:1], lr=0.05), torch.optim.AdamW(list(model.parameters())[1:], lr=1e-2))", "built"),
     "AdamWScheduleFree": part("schedulefree.AdamWScheduleFree", "schedule-free"),
     "SGDScheduleFree": part("schedulefree.SGDScheduleFree", "schedule-free"),

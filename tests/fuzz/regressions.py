@@ -14,11 +14,11 @@ FSDP = {"world": 2, "spread": "fsdp", "model": "MLP"}
 
 REGRESSIONS: dict[str, Configuration] = {
     # within an epoch, on two or more ranks
-    "a plain DataLoader, resumed within an epoch": Configuration(**TWO, source="DataLoader", n=36, interruptions=ON_TWO),
-    "DataBunch.create, resumed within an epoch": Configuration(**TWO, source="create", n=36, interruptions=ON_TWO),
-    "an own sampler, resumed within an epoch": Configuration(**TWO, source="own sampler", n=36, interruptions=ON_TWO),
-    "an own batch sampler, resumed within an epoch": Configuration(**TWO, source="own batch_sampler", n=36, interruptions=ON_TWO),
-    "a plain DataLoader, resumed on more ranks": Configuration(check="elsewhere", spread="to_distributed", source="DataLoader", n=36,
+    "a plain DataLoader, resumed within an epoch": Configuration(**TWO, source="DataLoader", n=36, global_bs=6, interruptions=ON_TWO),
+    "DataBunch.create, resumed within an epoch": Configuration(**TWO, source="create", n=36, global_bs=6, interruptions=ON_TWO),
+    "an own sampler, resumed within an epoch": Configuration(**TWO, source="own sampler", n=36, global_bs=6, interruptions=ON_TWO),
+    "an own batch sampler, resumed within an epoch": Configuration(**TWO, source="own batch_sampler", n=36, global_bs=6, interruptions=ON_TWO),
+    "a plain DataLoader, resumed on more ranks": Configuration(check="elsewhere", spread="to_distributed", source="DataLoader", n=36, global_bs=6,
                                                                interruptions=(Interruption(kind="SIGTERM", step=1, world=3),)),
     # from an epoch's end, a user's generator repeated the epoch before
     "a DataLoader's own generator, from an epoch's end": Configuration(source="DataLoader, own generator", epochs=3, checkpoint=(), interruptions=(ENDS,)),
@@ -41,19 +41,19 @@ REGRESSIONS: dict[str, Configuration] = {
     "to_fsdp, SWA, batch norm": Configuration(world=2, spread="fsdp", model="batch norm", callbacks=("SWA(start=0.0, update_bn=True)",), valid="DataLoader", epochs=2, interruptions=ON_TWO),
     "to_fsdp, Muon": Configuration(**FSDP, optimizer="Muon and AdamW", interruptions=ON_TWO),
     "to_fsdp, Adafactor": Configuration(**FSDP, optimizer="Adafactor", interruptions=ON_TWO),
-    "to_fsdp, the largest gradient's norm": Configuration(world=2, spread="fsdp", callbacks=("ClipGradients(max_norm=0.1, norm_type=float('inf'))",), interruptions=ON_TWO),
+    "to_fsdp, the largest gradient's norm": Configuration(world=3, spread="fsdp", model="transformer", callbacks=("ClipGradients(max_norm=0.1, norm_type=float('inf'))",), interruptions=ON_TWO),
     # nine steps of eight
     "SIGTERM at the last of max_steps": Configuration(max_steps=1, interruptions=(Interruption(kind="SIGTERM", step=1),)),
     # on other numbers of ranks, sums in another order
-    "resumed on three ranks": Configuration(world=3, spread="to_distributed", model="MLP", epochs=2, interruptions=(Interruption(kind="SIGTERM", step=1, world=3),)),
+    "resumed on three ranks": Configuration(world=3, spread="small buckets", model="blocks", epochs=2, n=36, interruptions=(Interruption(kind="SIGTERM", step=1, world=3),)),
     "losses of a float64 model in another world": Configuration(check="worlds", **TWO, epochs=2, optimizer="AdamW"),
     # what an optimizer keeps
     "NAdam in float64": Configuration(optimizer="NAdam", epochs=2, interruptions=(AMID,)),
     "ASGD in float64": Configuration(optimizer="ASGD", epochs=2, interruptions=(AMID,)),
     "Adafactor resumed": Configuration(optimizer="Adafactor", epochs=2, interruptions=(AMID,)),
     # traces
-    "lr_find before a fit, with a callback's own state": Configuration(check="traces", callbacks=("Smooth()",), between=(("lr_find", "before", 1),)),
-    "predict amid a fit, with samples that are drawn": Configuration(check="traces", source="create, noisy", valid="DataLoader", between=(("predict", "amid", 1),)),
+    "lr_find before a fit, with a callback's own state": Configuration(check="traces", callbacks=("SecondOptimizer()",), between=(("lr_find", "before", 1),)),
+    "predict before a fit, with samples that are drawn": Configuration(check="traces", source="create, noisy", between=(("predict", "before", 1),)),
     "one_batch before a fit, with samples that are drawn": Configuration(check="traces", source="create, noisy", between=(("one_batch", "before", 1),)),
     "summary before a fit, with samples that are drawn": Configuration(check="traces", source="create, noisy", between=(("summary", "before", 1),)),
     # evaluation
