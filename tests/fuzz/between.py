@@ -27,7 +27,6 @@ BETWEEN: dict[str, Part] = {
     "one_batch": part("learn.data.one_batch()"),
     "hooks": part("learn.hooks()", "amid"),
     "no_bar": part("learn.no_bar()", "amid"),
-    "freeze and unfreeze": part("learn.unfreeze()", "freezes"),
 }
 
 
@@ -66,6 +65,7 @@ NOT_DRAWN = {
     "to_fp32": "takes a precision away again",
     "deterministic": "torch's switch: tests/test_learner.py",
     "batch_size_find": "minutes of doubling batches: tests/test_batch_size.py; its trial is the one of fast_run",
+    "unfreeze": "drawn as fine_tune",
     "freeze": "drawn as fine_tune",
     "freeze_to": "drawn as fine_tune and GradualUnfreezing",
     "export": "a file of the model: tests/test_export.py",

@@ -55,7 +55,7 @@ class AverageWeights(Callback):
             self.swap(learn)
 
     def swap(self, learn: Learner) -> None:
-        for p, average in zip(learn.model.parameters(), self.average, strict=True):
+        for p, average in zip(learn.model.parameters(), self.average):  # noqa: B905  # as it is written there
             p.data, average.data = average.data, p.data
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Smooth(Callback):
 # stops         it ends a fit
 CALLBACKS: dict[str, tuple[Part, ...]] = {
     "Accumulate": (part("Accumulate(2)", "gradients"), part("Accumulate(3)", "gradients"),
-                   part("Accumulate(2, count=lambda inputs, target: target.sum().double() + 1.0)", "gradients", "counts")),
+                   part("Accumulate(2, count=lambda inputs, target: target.sum().double() + 1.0)", "gradients", "counts", "order")),
     "ActivationStats": (part("ActivationStats()", "order"), part("ActivationStats(every=2)", "order")),
     "AutoMicrobatch": (part("AutoMicrobatch(2)", "gradients"), part("AutoMicrobatch()", "gradients")),
     "BnFreeze": (part("BnFreeze()"), part("BnFreeze(all=True)", "gradients")),

@@ -26,7 +26,7 @@ def told(c: Configuration, *lives: Life) -> History:
     last = found.last
     if last.how == "failed":
         reason = known(last.reason, c)
-        if reason is not None and last.before_first_step and last.alike and len(found.lives) == 1:
+        if reason is not None and last.before_first_step and last.alike and (len(found.lives) == 1 or lives[len(found.lives) - 1].world != lives[0].world):
             raise Refused(reason)
         late = "" if last.before_first_step else " (not before the first step, or not on all ranks alike)" if reason else ""
         raise Failed(f"life {len(found.lives)} of {len(lives)} failed{late}: {last.reason}")

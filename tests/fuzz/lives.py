@@ -147,7 +147,7 @@ def on_rank(c: Configuration, script: Script, life: Life, folder: Path, number: 
         return {"exit": leave.code}
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        return {"error": text, "step": 0 if learn is None else learn.step, "traceback": traceback.format_exc(limit=-8)}
+        return {"error": text, "step": 0 if learn is None else learn.step - (learn.resumed or {}).get("step", 0), "traceback": traceback.format_exc(limit=-8)}
 
 
 class Seen(Callback):

@@ -37,7 +37,7 @@ def muon_and_adam(model: nn.Module) -> Optimizer:
 
 # built       an object, which needs the model
 # closure     its step takes a closure: with ClosureStep
-# rounds      to bfloat16, within its step: other sums show in the third digit
+# rounds      to bfloat16 within its step (Muon), or to a sign (Rprop): sums in another order show in the third digit
 # one process docs/callbacks.md says so
 # float32     it does not take float64
 OPTIMIZERS: dict[str, Part] = {
@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Part] = {
     "RAdam": part("torch.optim.RAdam"),
     "RMSprop": part("torch.optim.RMSprop"),
     "RMSprop, momentum": part("partial(torch.optim.RMSprop, momentum=0.9)"),
-    "Rprop": part("torch.optim.Rprop"),
+    "Rprop": part("torch.optim.Rprop", "rounds"),
     "LBFGS": part("partial(torch.optim.LBFGS, max_iter=3)", "closure", "one process", weight=0.5),
     "SGD, built": part("torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)", "built"),
     "AdamW, built": part("torch.optim.AdamW([{'params': [p]} for p in model.parameters()], lr=1e-2)", "built"),

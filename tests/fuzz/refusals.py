@@ -25,6 +25,7 @@ KNOWN: dict[str, str] = {
     r"(fused=True|Muon|Adafactor|LBFGS).*to_fsdp": "torch has none of it for weights that are in parts",
     r"static_graph=True": "gradients cannot wait",
     r"got no gradient": "DDP waits for each parameter",
+    r"train_dl has no batch for each": "fewer batches than ranks",
     r"no layer is selected": "the model is one layer",
     r"this Learner has an? \w+ already": "two of a kind would undo each other",
     r"sharded=True.*async_write": "all ranks would talk while training does",
