@@ -31,13 +31,14 @@ elsewhere := $(python) -m pytest -p tests.accelerator.elsewhere -o testpaths= -n
 # Which exit code of one of the three is no failure where the other one has run tests: ARGS may select none here (pytest's 5).
 no_test := $(if $(strip $(ARGS)),5,0)
 
-.PHONY: help train test test-accelerator test-ray reliability lint bench bench-peers gpu clean
+.PHONY: help train test test-accelerator test-ray reliability fuzz lint bench bench-peers gpu clean
 help:
 	@echo "make train    train on the embedded handwritten digits: bar, table, loss.png   (ARGS='...' are passed on)"
 	@echo "make test     run the tests, those on a stand-in accelerator too   (ARGS='-k name' runs some)"
 	@echo "make test-accelerator   those on a stand-in accelerator alone: needs g++ and Python's headers"
 	@echo "make test-ray   run the tests that need a Ray cluster, on this machine: installs ray[train], some 300 MB"
 	@echo "make reliability   the fault injections with their full counts: takes half an hour"
+	@echo "make fuzz     random configurations against what must hold of all: ARGS='--minutes 60', '--from 1 --count 500', '--shrink 17'"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    measure against loops written by hand: prints ratios"
 	@echo "make gpu      what only a GPU can show: its tests, waits and speed, within ten minutes; writes benchmarks/gpu.md"
@@ -67,6 +68,9 @@ test-ray: $(VENV)/.installed-ray
 
 reliability: $(VENV)/.installed-dev
 	RELIABILITY=full $(python) -m pytest tests/reliability tests/distributed/test_composition.py -s -o faulthandler_timeout=1800 $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(python) -m tests.fuzz --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check
