@@ -85,7 +85,7 @@ class Checkpoint(Callback):
                 self.wait_for_writer()      # for what is being written; its own error is not the one to be told
                 raise
             learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
-            # A signal may have come when nothing more was to be agreed. All have heard of it then: rank 0, which may hold the store, can leave.
+            # Of a signal that came when nothing more was to be agreed, all hear here; then rank 0, which may hold the store, can leave.
             signalled = next((w for w in learn.ranks.gather(learn.wanted) if w and w != "save"), None)
         learn.agreed = signalled or learn.agreed
         if (learn.agreed or "").startswith("signal"): self.leave(learn)

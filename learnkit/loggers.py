@@ -132,7 +132,7 @@ class Journal:
 
     # ------------------------------------------------------------------ checkpoints
     def state(self) -> dict[str, Any]:
-        """Of this rank: each one sums up its own losses. The log has all up to here, its beginning too, as a resumed fit goes on after it."""
+        """Of this rank: each one sums up its own losses. The log has all up to here, its beginning too: a resumed fit goes on after it."""
         if self.begin is not None: self.begin()
         self.tell_due()
         return {"n_before": self.n_before, "n_done": self.n_done, "next_step": self.next_step, "total": self.total, "count": self.count}
