@@ -103,6 +103,7 @@ class Learner:
         self.n_items_done = 0                   # of this epoch's order, trained on: samples, or batches of a loader of batches
         self.first_batch = 0                    # of this epoch's training pass; not 0 in an epoch that a checkpoint was taken in
         self.n_fits = 0                         # begun in this learner's life
+        self.runs: dict[int, str] = {}          # the names that checkpoints have for these fits, by their numbers
         self.resume = False                     # whether this fit was asked to go on from a checkpoint
         self.resumed: dict[str, Any] | None = None  # the place that it went on from
         self.wanted: str | None = None          # after this batch, by this rank: "save", or "signal 15"
