@@ -77,6 +77,7 @@ class Checkpoint(Callback):
         self.run, self.written, self.parts, self.apart, self.saved_at = secrets.token_hex(8), [], None, None, ()
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
         if learn.resume: self.find(learn)
+        learn.runs[learn.n_fits] = self.run
         stop: StopFit | None = None
         with handlers(learn):
             try: run()
@@ -101,16 +102,21 @@ class Checkpoint(Callback):
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from."""
-        found = checkpoint.from_main(learn, self.read)
+        found = checkpoint.from_main(learn, lambda: self.read(learn.n_fits))
         if found is None: return
-        name, parts, about, apart = found
-        if not resume.begin_at(learn, parts["run"]["place"]): return
+        name, parts, about, apart, is_over = found
+        if not resume.begin_at(learn, parts["run"]["place"], is_over=is_over): return
         self.parts, self.run, self.apart = parts, about["run"], self.dir / name if apart else None
         self.written = snapshots.of_run(self.dir, self.run, name)
 
-    def read(self) -> list[Any] | None:
+    def read(self, n_fits: int) -> list[Any] | None:
+        """The newest checkpoint; where that is of a later fit of the same script, the last one of the fit that begins now."""
         found = snapshots.newest(self.dir)
-        return None if found is None else [found[0].name, *found[1:], in_parts.is_apart(found[1])]
+        if found is None: return None
+        place = found[1]["run"]["place"]
+        if place["fit"] > n_fits and (run := place.get("runs", {}).get(n_fits)) is not None:
+            found = snapshots.newest(self.dir, run=run) or found
+        return [found[0].name, *found[1:], in_parts.is_apart(found[1]), place["fit"] > n_fits]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)

@@ -43,6 +43,7 @@ from learnkit.optim import number
 from learnkit.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
 from learnkit.placement import place
 from learnkit.shards import is_shard
+from learnkit.staging import packed
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
@@ -440,7 +441,7 @@ def refused() -> AbstractContextManager[Any]:
 # ---------------------------------------------------------------------- what must be equal
 def checksum(learn: Learner) -> int:
     """Of the weights, which are the same on all ranks or the training is none; by one read from the device."""
-    words = [p.detach().reshape(-1).view(torch.uint8) for p in learn.model.parameters()]
+    words = [packed(p) for p in learn.model.parameters()]
     sums = torch.stack([w.sum(dtype=torch.int64) + 31 * w[1::2].sum(dtype=torch.int64) for w in words])
     return int((sums * torch.arange(1, len(words) + 1, device=sums.device)).sum())
 

@@ -34,7 +34,7 @@ class StopAfter(Callback):
         if self.was_over(learn) and not learn.n_items_done: raise StopFit
 
     def before_train(self, learn: Learner) -> None:
-        if self.was_over(learn): raise StopTrain
+        if self.was_over(learn): learn.dl = []      # of an epoch that counts as trained, and is validated
 
     def was_over(self, learn: Learner) -> bool:
         """Whether the limit was reached before this run, which a checkpoint resumes; all ranks have rank 0's time from it."""

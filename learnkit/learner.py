@@ -18,7 +18,7 @@ from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
-from learnkit.loss import LossFunc, check_loss, choose_loss, each_loss, part_of
+from learnkit.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
 from learnkit.metrics import as_metrics
 from learnkit.order import items_per_batch, mix, private, rest_of, set_epoch, with_seeded_workers
 from learnkit.placement import as_device, check_autocast, place
@@ -103,6 +103,7 @@ class Learner:
         self.n_items_done = 0                   # of this epoch's order, trained on: samples, or batches of a loader of batches
         self.first_batch = 0                    # of this epoch's training pass; not 0 in an epoch that a checkpoint was taken in
         self.n_fits = 0                         # begun in this learner's life
+        self.runs: dict[int, str] = {}          # the names that checkpoints have for these fits, by their numbers
         self.resume = False                     # whether this fit was asked to go on from a checkpoint
         self.resumed: dict[str, Any] | None = None  # the place that it went on from
         self.wanted: str | None = None          # after this batch, by this rank: "save", or "signal 15"
@@ -193,7 +194,9 @@ class Learner:
         self.loss = self._loss_of(self.pred, self.target)
 
     def _backward(self) -> None:
-        self.differentiate(self.loss if self.whole is None else part_of(self.loss, self.count(self.inputs, self.target), self.whole))
+        if self.whole is None: return self.differentiate(self.loss)
+        n = self.count(self.inputs, self.target)        # whole numbers in tensors would divide in float32
+        self.differentiate(self.loss * ((count_like(self.loss, n) if isinstance(n, Tensor) else n) / self.whole))
 
     def _step(self) -> None:
         self.opt.step()

@@ -160,11 +160,6 @@ def weighted(loss: Tensor, n: Any) -> Tensor:
     return loss.detach() * n if n else torch.zeros_like(loss)
 
 
-def part_of(loss: Tensor, n: Any, whole: Any) -> Tensor:
-    """A mean over n as its part of a mean over `whole`: numbers or 0-d tensors, of which torch divides whole ones in float32."""
-    return loss * ((count_like(loss, n) if isinstance(n, Tensor) else n) / whole)
-
-
 def count_like(loss: Tensor, n: Tensor) -> Tensor:
     """A count in the precision of a loss."""
     return n.to(torch.promote_types(loss.dtype, torch.float32))

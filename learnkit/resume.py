@@ -44,7 +44,8 @@ def take(learn: Learner, keeper: Callback, place: dict[str, Any], order: list[An
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
     """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on. All ranks must call it."""
     in_epoch = not epoch_over and not over
-    return {"fit": learn.n_fits, "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step, "steps_ahead": learn.steps_ahead,
+    return {"fit": learn.n_fits, "runs": dict(learn.runs), "n_epochs": learn.n_epochs, "n_steps": learn.n_steps, "step": learn.step,
+            "steps_ahead": learn.steps_ahead,
             "epoch": learn.n_epochs if over else learn.epoch + epoch_over, "items": learn.n_items_done if in_epoch else 0,
             "n_held": learn.n_held if in_epoch else 0,
             "items_per_batch": items_per_batch(learn.data.train_dl), "world_size": learn.world_size,
@@ -77,11 +78,12 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
     learn.epochs_trained, learn.order_seed = place["epochs_trained"], place["order_seed"]
 
 
-def begin_at(learn: Learner, place: dict[str, Any]) -> bool:
+def begin_at(learn: Learner, place: dict[str, Any], *, is_over: bool = False) -> bool:
     """Before the first hook: whether the fit goes on from this place. A place in a later fit of the same script says that this one is
-    over; one in an earlier fit, which has put it back, that this one has not begun."""
+    over, as `is_over` does; one in an earlier fit, which has put it back, that this one has not begun."""
     if place["fit"] < learn.n_fits: return False
-    if place["fit"] > learn.n_fits: place = {**place, "epoch": learn.n_epochs, "items": 0, "n_epochs": learn.n_epochs}
+    if place["fit"] > learn.n_fits or is_over:
+        place = {**place, "epoch": learn.n_epochs, "n_epochs": learn.n_epochs, "items": 0, "n_held": 0}
     learn.resumed = place
     put_place(learn, place)
     learn.plan_steps()
@@ -102,8 +104,9 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
     callbacks = others(learn, keeper)
     run, keys = parts["run"], keys_of(callbacks)
     states = {**run["callbacks"], **states_of_rank(learn, dict(zip(keys, callbacks, strict=True)), run["ranks"])}
-    unknown = [key for key in states if key not in keys]
-    if unknown:
+    if run["place"]["fit"] > learn.n_fits:      # of this fit there is none any more: callbacks of the later one are not these
+        keys = [key if callback in learn.callbacks else "" for key, callback in zip(keys, callbacks, strict=True)]
+    elif unknown := [key for key in states if key not in keys]:
         raise ValueError(f"the checkpoint has the state of {', '.join(unknown)}, which this fit does not have: resume with the same "
                          "callbacks.")
     checkpoint.load_model(learn.model, parts["model"], strict=True)

@@ -155,9 +155,10 @@ def all_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """(path, parts, about) of the newest snapshot that verifies; damaged ones are named in a warning and passed over."""
-    for path in reversed(all_in(folder)):
+def newest(folder: Path, device: torch.device | str = "cpu", *,
+           run: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """(path, parts, about) of the newest snapshot, of this run, that verifies; damaged ones are named in a warning and passed over."""
+    for path in reversed(all_in(folder) if run is None else of_run(folder, run)):
         try: return path, *read(path, device)
         except Damaged as damage: warnings.warn(f"passed over a damaged checkpoint: {damage}", stacklevel=2)
     return None

@@ -97,3 +97,14 @@ def is_simple(tensor: Tensor) -> bool:
     """Whether it is a view of memory of a device, and nothing more."""
     return type(tensor) is Tensor and tensor.device.type not in ("cpu", "meta") and tensor.layout is torch.strided \
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or vars(tensor))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie one after the other in memory as they are."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor in the order of its elements, uint8 (bytes,): its own memory where it `is_plain`, else a copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)      # torch leaves any stride to a dimension of one row or of none

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learnkit.files import Damaged
+from learnkit.staging import packed
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -25,7 +26,7 @@ def as_bytes(tensors: dict[str, Tensor], said: dict[str, Any]) -> bytes:
     header, parts, place = {}, [], 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES: raise TypeError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        data = packed(tensor.cpu()).numpy().tobytes()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + len(data)]}
         parts.append(data)
         place += len(data)

@@ -26,6 +26,7 @@ from torch import Tensor
 from learnkit.accelerator import widest_float
 from learnkit.distributed.process import is_alive, machine_id
 from learnkit.distributed.world import COMMAND, backends, get_rank, get_store, get_world_size, has_group, own_device
+from learnkit.staging import is_plain, packed
 
 HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
 BUCKET = 64 * 2**20  # bytes of tensors that are sent as one: a model is not held twice while it is shared
@@ -72,7 +73,7 @@ def all_sum(tensors: Any) -> Any:
     if not leaves:
         return rebuilt(tensors, iter(()))
     whole = not any(is_float(leaf) for leaf in leaves)
-    given = [torch.as_tensor(leaf).detach() for leaf in leaves]
+    given = [as_real(torch.as_tensor(leaf).detach()) for leaf in leaves]
     device = agreed_device(given) if needs_group() else None
     parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else widest_float(device or t.device)) for t in given]
     if device is not None:
@@ -84,12 +85,16 @@ def all_sum(tensors: Any) -> Any:
 
 
 def is_float(leaf: Any) -> bool:
-    return leaf.is_floating_point() if isinstance(leaf, Tensor) else isinstance(leaf, float)
+    return leaf.is_floating_point() or leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, float)
+
+
+def as_real(tensor: Tensor) -> Tensor: return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def as_given(total: Tensor, given: Tensor, leaf: Any) -> Any:
     if not isinstance(leaf, Tensor): return type(leaf)(total.item()) if not isinstance(leaf, bool) else int(total)
     wider = {torch.bool: torch.int64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+    if leaf.is_complex(): return torch.view_as_complex(total.reshape(given.shape).to(given.device, given.dtype, copy=True))
     return total.reshape(given.shape).to(given.device, wider.get(given.dtype, given.dtype), copy=True)
 
 
@@ -217,8 +222,8 @@ def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator
 
 
 def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
-    if len(tensors) == 1 and tensors[0].device == device and tensors[0].is_contiguous():    # perhaps a large one: in place
-        finish(dist.broadcast(tensors[0].detach().view(-1).view(torch.uint8), 0, async_op=True), device)
+    if len(tensors) == 1 and tensors[0].device == device and is_plain(tensors[0]):      # perhaps a large one: in place
+        finish(dist.broadcast(packed(tensors[0]), 0, async_op=True), device)
         return
     payload = as_payload(tensors, device)
     finish(dist.broadcast(payload, 0, async_op=True), device)
@@ -270,7 +275,7 @@ def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The tensors' bytes in one row, uint8 (bytes,), on `device`: what is on another device comes by one copy."""
     rows: list[Tensor] = []
     for source, group in groupby(tensors, lambda t: t.device):
-        parts = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in group]
+        parts = [packed(t) for t in group]
         rows.append((torch.cat(parts) if len(parts) > 1 else parts[0]).to(device if source != device else source))
     if len(rows) == 1 and rows[0].data_ptr() != tensors[0].data_ptr(): return rows[0]
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *rows])     # a copy: what was given may change meanwhile

@@ -3,9 +3,11 @@ import signal
 import threading
 import time
 from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from learnkit.distributed import (
     RankFailed,
@@ -23,6 +25,7 @@ from learnkit.distributed import (
     on_main,
     rank0_first,
 )
+from learnkit.distributed.reduce import broadcast_into
 
 Pair = namedtuple("Pair", "loss, n")
 
@@ -103,6 +106,53 @@ def test_a_rank_without_any_batch_gives_none_or_shapeless_rows(ranks):
 
 def test_numbers_and_scalars_become_one_row_a_rank(ranks):
     assert ranks(3, lambda: gather_for_metrics((torch.tensor(get_rank()), get_rank() * 2))[0].tolist())[1] == [0, 1, 2]
+
+
+def columns() -> dict[str, Tensor]:
+    """Every way for rows to lie in memory, and every kind of number."""
+    table = torch.arange(42.).reshape(6, 7)
+    pictures = torch.arange(120.).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    complex_ = torch.complex(table, table + 1)
+    return {"one row of a column": table[:1, 0], "one row, stride 7": table[:1, :1], "no row": table[:0, 0], "no row, stride 7": table[:0],
+            "no column": table[:, :0], "a column": table[:, 2], "every second": table[::2, ::3], "turned": table.t(), "flipped": table.flip(0),
+            "expanded": table[:1].expand(4, 7), "one row expanded": torch.ones(1).expand(1), "a row of one, stride 0": torch.tensor(3.).expand(1, 1),
+            "channels last": pictures, "one picture": pictures[:1], "one channel": pictures[:, :1], "bool": table[:, 0] > 8,
+            "one bool": table[:1, 0] > 8, "half": table[:1, 0].half(), "int8": table.to(torch.int8)[:, 3], "complex": complex_[:, 1],
+            "conjugate": complex_[:1, 1].conj(), "negative": complex_[:, 1].conj().imag, "one negative": complex_[:1, 1].conj().imag,
+            "with a gradient": table[:1, 0].clone().requires_grad_(), "a part of a memory": table[2:3, 3]}
+
+
+def test_rows_arrive_whatever_their_strides_and_dtypes(ranks):
+    def fn() -> list[Any]:
+        own = {name: rows if get_rank() == 0 else rows.detach().clone() for name, rows in columns().items()}
+        return [gather_for_metrics(own), gather_objects(own), broadcast_from_main(own), gather_on_main(own)]
+
+    expected = columns()
+    for rank, (gathered, objects, shared, of_main) in enumerate(ranks(2, fn)):
+        for name, rows in expected.items():
+            twice = torch.cat([rows.detach(), rows.detach()])
+            assert torch.equal(gathered[name], twice) and gathered[name].dtype == rows.dtype, name
+            for whole in (*objects, shared, *of_main): assert torch.equal(whole[name], rows) and whole[name].dtype == rows.dtype, name
+        assert len(of_main) == (0 if rank else 2)
+
+
+def test_values_of_rank_0_arrive_in_tensors_of_any_strides(ranks):
+    def fn() -> list[Any]:
+        own = [t.detach().clone() + (get_rank() if not t.is_complex() and t.dtype != torch.bool else 0) for t in columns().values()]
+        table = torch.full((6, 7), float(get_rank()))
+        broadcast_into([table[:1, 0], table[:, 2], table[:0, 3], *own])
+        broadcast_into([table[5:, 6]])
+        return [table, *own]
+
+    (table, *first), (other, *second) = ranks(2, fn)
+    assert table.sum() == 0 and (other == 0).sum() == 8     # a column, the first number, and the last one
+    assert all(map(torch.equal, first, second))
+
+
+def test_complex_numbers_are_summed_as_they_are(ranks):
+    def fn() -> Any: return all_sum({"z": torch.tensor([1 + 2j, 3j])[:1].conj() * (1 + get_rank()), "n": 1})
+
+    for found in ranks(2, fn): assert found["z"].tolist() == [3 - 6j] and found["n"] == 2
 
 
 def test_rows_that_do_not_fit_raise_on_every_rank(ranks):
