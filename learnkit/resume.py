@@ -11,7 +11,7 @@ from torch import Tensor
 from learnkit import checkpoint
 from learnkit.files import check_plain
 from learnkit.order import PrivateGenerator, generator_of, items_per_batch, mix, parts_of, seed_process
-from learnkit.shards import is_shard, on_main
+from learnkit.shards import is_shard, on_main, parted
 from learnkit.snapshots import in_memory
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
                          "callbacks.")
     checkpoint.load_model(learn.model, parts["model"], strict=True)
     checkpoint.load_optimizer(learn.opt, parts["optimizer"])
+    spread = any(map(is_shard, learn.model.parameters()))
     for key, callback in zip(keys, callbacks, strict=True):
-        if key in states: callback.load_state_dict(states[key])
+        if key in states: callback.load_state_dict(parted(callback.state_dict(), states[key]) if spread else states[key])
     put_generators(learn.data.train_dl, run["generators"])
     if learn.rank < len(run["ranks"]): put_random_state(run["ranks"][learn.rank]["random"], learn.device)
     else: seed_process(mix(learn.order_seed or 0, learn.step, learn.rank))      # a rank that has come since
