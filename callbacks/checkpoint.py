@@ -196,6 +196,8 @@ class Checkpoint(Callback):
         """The weights are copied during the forward and backward passes after a save; here they would change."""
         if not self.copied.is_set(): self.copied.wait()
 
+    def before_validate(self, learn: Learner) -> None: self.before_step(learn)      # and here, where somebody puts others in their place
+
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         self.keep_newest(snapshots.write(self.dir, snapshots.next_name(self.dir, about["step"]), parts, about))
 

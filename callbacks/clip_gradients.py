@@ -1,6 +1,7 @@
 """Gradients clipped once a step: by their norm, by value, or by the norms of the weights."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.callbacks.recorder import Trace
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.shards import whole
+from learnkit.shards import is_shard, own_parts, whole
 
 
 class ClipGradients(Callback):
@@ -21,7 +22,7 @@ class ClipGradients(Callback):
     value       each number is brought between -value and value
     adaptive    each unit's gradient (a row of a matrix, a filter) is scaled down to this multiple of the norm of its weights
                 (Brock et al., 2021: 0.01); of the last layer, and of what has one dimension, too
-    norm_type   of the norm that max_norm is about: 2, 1, inf, …
+    norm_type   of the norm that max_norm is about: 2, 1, inf, or another number above 0
 
     One of them; without any, max_norm=1. `norms` are those of each step before clipping, with max_norm; reading them is what
     reads the device.
@@ -38,6 +39,7 @@ class ClipGradients(Callback):
         if len(chosen) > 1: raise ValueError(f"clipping by {' and '.join(chosen)} at once: choose one of {', '.join(given)}.")
         for name, limit in chosen.items():
             if not limit > 0: raise ValueError(f"{name}={limit}: expected a number above 0.")
+        if not norm_type > 0: raise ValueError(f"norm_type={norm_type}: expected a number above 0, such as 2, 1 or float('inf').")
         self.max_norm, self.value, self.adaptive, self.norm_type = max_norm, value, adaptive, norm_type
         if not chosen: self.max_norm = 1.
         self.trace = Trace()
@@ -68,7 +70,8 @@ class ClipGradients(Callback):
 
     def clip_any(self, gradients: list[Tensor]) -> Tensor:
         assert self.max_norm is not None
-        norm = whole(get_total_norm(gradients, self.norm_type))
+        spread = self.norm_type == math.inf and any(map(is_shard, gradients))
+        norm = largest_of_all(gradients) if spread else whole(get_total_norm(gradients, self.norm_type))
         clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         return norm
 
@@ -84,6 +87,14 @@ class ClipGradients(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace = Trace()
         self.trace.read_before = state["norms"].cpu()
+
+
+def largest_of_all(gradients: list[Any]) -> Tensor:
+    """The largest absolute value in gradients that are spread over ranks. torch has no such norm of a part that is empty."""
+    from torch.distributed.tensor import DTensor, Partial
+    parts = [part.abs().max() for part in own_parts(gradients) if part.numel()]
+    own = torch.stack(parts).max() if parts else torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)
+    return DTensor.from_local(own, gradients[0].device_mesh, [Partial("max")]).full_tensor()
 
 
 def unit_norms(tensor: Tensor) -> Tensor:

@@ -318,8 +318,11 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     callback = Distributed(**options)           # its errors before anything else
     if delay_allreduce and algorithm.name != "allreduce":
         raise ValueError(ONE_REDUCTION.format(name=algorithm.name))
-    if any(map(is_shard, learn.model.parameters())):
+    if learn.is_spread or any(map(is_shard, learn.model.parameters())):
         raise TypeError("the model is spread over the ranks already, by to_fsdp, which is for good: build it anew for to_distributed.")
+    asked = {"algorithm": algorithm.name if algorithm.name != "allreduce" else None, "delay_allreduce": delay_allreduce or None,
+             **{name: value for name, value in options.items() if name != "hang_timeout" and value is not False}}
+    learn.asked_of_ddp = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
     if not join(learn, local_rank, timeout, apart=algorithm.averages): return alone(learn, algorithm)
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards

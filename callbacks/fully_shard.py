@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from learnkit import checkpoint
 from learnkit.batch import split_batch, to_device
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
-from learnkit.callbacks.distributed import Distributed, install, join
+from learnkit.callbacks.distributed import Distributed, OneModel, install, join
 from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.data import n_batches
 from learnkit.distributed.fully_shard import (
@@ -27,13 +28,15 @@ from learnkit.fitting import optimizer_of
 from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 from learnkit.optim import can_fuse_shards
-from learnkit.shards import like
+from learnkit.shards import is_shard, like
 from learnkit.together import Together
 
 REFUSED: dict[type[Callback], str] = {
     AutoMicrobatch: "where memory runs out on one rank, the others wait for its part of the weights. Take a smaller batch size and "
                     "Accumulate, activation_checkpointing=True or cpu_offload=True",
 }
+
+OF_WHOLE = tuple(getattr(torch.optim, name) for name in ("Adafactor", "LBFGS", "Muon") if hasattr(torch.optim, name))
 
 
 class FullyShard(Callback):
@@ -56,6 +59,7 @@ class FullyShard(Callback):
         as_policy(mixed_precision)              # its errors, before anything else
         self.keeps = False                      # whether what the root's forward has gathered stays
         self.has_run = False                    # whether the model has, since it was spread
+        self.storages: dict[str, int] = {}      # of its parameters, at the start of the pass under way
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_beside(learn)
@@ -80,10 +84,11 @@ class FullyShard(Callback):
         """For a pass, the root's weights stay gathered from one forward to its backward, or to the next forward."""
         root: Any = learn.model
         before, self.keeps = self.keeps, True
+        storages_before, self.storages = self.storages, storages(root)
         root.set_reshard_after_forward(False, recurse=False)
         try: yield
         finally:
-            self.keeps = before
+            self.keeps, self.storages = before, storages_before
             root.set_reshard_after_forward(not before, recurse=False)
             reshard(root)
 
@@ -98,6 +103,40 @@ class FullyShard(Callback):
             self.has_run = True
             handle.remove()
         handle = root.register_forward_pre_hook(note)
+
+
+class Parts(Callback):
+    """Beside FullyShard, but innermost: what others' hooks find before and after a pass is the weights in parts.
+
+    Raises RuntimeError where the `data` of one was replaced within a pass: of a part of a weight PyTorch ignores that, or crashes (2.15).
+    """
+    order = OneModel.order - 1
+    unique = True
+
+    def __init__(self, spread: FullyShard) -> None: self.spread = spread
+
+    def around_train(self, learn: Learner, run: Run) -> None: run_then(run, lambda: self.end(learn))
+
+    def around_validate(self, learn: Learner, run: Run) -> None:
+        self.look(learn)
+        run_then(run, lambda: reshard(learn.model))
+
+    def end(self, learn: Learner) -> None:
+        reshard(learn.model)
+        self.look(learn)
+
+    def look(self, learn: Learner) -> None:
+        found, before = storages(learn.model), self.spread.storages
+        replaced = [name for name in found if before.get(name, found[name]) != found[name]]
+        if replaced:
+            raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {', '.join(replaced[:5])}. After to_fsdp each rank has "
+                               "a part of a parameter, of which PyTorch ignores that. For p.data = value write p.copy_(value), within "
+                               "torch.no_grad().")
+
+
+def storages(model: nn.Module) -> dict[str, int]:
+    """Of each parameter that is in parts, what it lies in, which an assignment to its `data` replaces."""
+    return {name: p.untyped_storage()._cdata for name, p in model.named_parameters() if is_shard(p)}
 
 
 @contextmanager
@@ -144,12 +183,18 @@ def check_optimizer(opt: Optimizer) -> None:
         if any(group.get("fused") for group in own.param_groups) and not can_fuse_shards(own):
             raise ValueError(f"{type(own).__name__}(fused=True) beside to_fsdp: PyTorch has no fused kernel of it for weights that are "
                              "spread over ranks. Build it with fused=False.")
+        if isinstance(own, OF_WHOLE):
+            raise ValueError(f"{type(own).__name__} beside to_fsdp: it computes with whole matrices, of which each rank has some rows. Take "
+                             "to_distributed(), or an optimizer that takes each number by itself, such as AdamW.")
 
 
 # ---------------------------------------------------------------------- joining the others
 def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, hang_timeout: float | None, **options: Any) -> Learner:
     """What `learn.to_fsdp` does: join the group, start from rank 0's weights, and keep this rank's part of them."""
     if learn.is_running: raise RuntimeError("to_fsdp was called while this Learner runs: call it before.")
+    if learn.asked_of_ddp:
+        raise ValueError(f"to_fsdp after to_distributed({learn.asked_of_ddp}): fully_shard reduces gradients by itself, in one way, and has "
+                         "none of these. Take one of the two.")
     callback = FullyShard(**options)            # its errors before anything else
     check_shardable(learn.model)
     find_blocks(learn.model, options["blocks"])
@@ -159,14 +204,15 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     opt = None if learn.opt is None else learn.opt.state_dict()
     names = {id(p): name for name, p in learn.model.named_parameters()}
     with guard(hang_timeout=hang_timeout, describe=lambda: "to_fsdp"): shard_model(learn.model, device=learn.device, **options)
+    learn.is_spread = True
     if not others: return learn
     if built: point_to(learn.opt, names, dict(learn.model.named_parameters()))
     elif opt is not None:
         learn.opt = None  # type: ignore[assignment]
         checkpoint.load_optimizer(optimizer_of(learn), opt)
-    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, FullyShard)]
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (FullyShard, Parts))]
     callback.watch(learn.model)
-    return install(learn, Distributed(replicas=False, hang_timeout=hang_timeout), callback)
+    return install(learn, Distributed(replicas=False, hang_timeout=hang_timeout), callback, Parts(callback))
 
 
 def point_to(opt: Optimizer, names: dict[int, str], parameters: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ class Learner:
 
         # One device is a world of one: to_distributed says otherwise.
         self.rank, self.world_size = 0, 1
+        self.asked_of_ddp = ""                  # options of to_distributed that to_fsdp has not, as they are written
+        self.is_spread = False                  # whether to_fsdp was called, alone too
         self.ranks: Ranks = Alone()             # what the ranks tell each other; nothing when alone
         self.order_seed = seed                  # decides the order of samples; None: each loader's own seed
 

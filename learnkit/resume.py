@@ -12,7 +12,7 @@ from learnkit import checkpoint
 from learnkit.files import check_plain
 from learnkit.generators import once, order_generators, put_states, sample_generators, state_of
 from learnkit.order import items_per_batch, mix, seed_process
-from learnkit.shards import is_shard, on_main
+from learnkit.shards import is_shard, on_main, parted
 from learnkit.snapshots import in_memory
 
 if TYPE_CHECKING:
@@ -111,8 +111,9 @@ def put_back(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
                          "callbacks.")
     checkpoint.load_model(learn.model, parts["model"], strict=True)
     checkpoint.load_optimizer(learn.opt, parts["optimizer"], same_dtypes=checkpoint.has_same_dtypes(learn.model, parts["model"]))
+    spread = any(map(is_shard, learn.model.parameters()))
     for key, callback in zip(keys, callbacks, strict=True):
-        if key in states: callback.load_state_dict(states[key])
+        if key in states: callback.load_state_dict(parted(callback.state_dict(), states[key]) if spread else states[key])
     has_come = learn.rank >= len(run["ranks"])      # a rank that was not there
     own = run["ranks"][0 if has_come else learn.rank]
     put_states(of_order(learn), own.get("order", []), "the order of samples")

@@ -62,6 +62,14 @@ def like(own: Any, value: Any) -> Any:
     return distribute_tensor(given, own.device_mesh, own.placements).to(own.device)
 
 
+def parted(own: Any, value: Any) -> Any:
+    """A nested structure with its tensors in the parts that those of `own`, one like it, are in."""
+    if isinstance(value, dict) and isinstance(own, dict): return {key: parted(own.get(key), v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)) and len(own) == len(value):
+        return type(value)(parted(o, v) for o, v in zip(own, value, strict=True))
+    return like(own, value)
+
+
 def outline(tree: Any, kept: Collection[str] = ()) -> Any:
     """A nested structure in which tensors are shape and dtype alone, but for those of no dimension and those of these names."""
     def without(tensor: Tensor) -> Tensor: return tensor.to("meta") if tensor.ndim else tensor

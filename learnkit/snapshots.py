@@ -222,6 +222,7 @@ class Copies:
         return parts
 
     def of_tensor(self, tensor: Tensor, earlier: Any) -> Tensor:
+        if tensor.is_meta: return tensor        # of what rank 0 has
         key = memory_of(tensor)
         if key in self.of_memory: return self.of_memory[key].detach()       # another tensor of the same memory
         fits = isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype) \
