@@ -26,7 +26,12 @@ def told(c: Configuration, *lives: Life) -> History:
     last = found.last
     if last.how == "failed":
         reason = known(last.reason, c)
-        if reason is not None and last.before_first_step and last.alike and (len(found.lives) == 1 or lives[len(found.lives) - 1].world != lives[0].world):
+        if (
+            reason is not None
+            and last.before_first_step
+            and last.alike
+            and (len(found.lives) == 1 or lives[len(found.lives) - 1].world != lives[0].world)
+        ):
             raise Refused(reason)
         late = "" if last.before_first_step else " (not before the first step, or not on all ranks alike)" if reason else ""
         raise Failed(f"life {len(found.lives)} of {len(lives)} failed{late}: {last.reason}")
@@ -42,7 +47,9 @@ def what_is_wrong(c: Configuration, found: History) -> list[str]:
         if not ranks or key not in ranks[0] or (c.has("own weights") and key in ("optimizer", "weights")):
             continue
         for rank in range(1, len(ranks)):
-            wrong += [f"ranks: rank {rank} {line}" for line in differences(shared(c, ranks[0][key]), shared(c, ranks[rank][key]), at=key)[:3]]
+            wrong += [
+                f"ranks: rank {rank} {line}" for line in differences(shared(c, ranks[0][key]), shared(c, ranks[rank][key]), at=key)[:3]
+            ]
     if not c.has("repeats") and not (c.world > 1 and c.has("own order")) and c.source != "DistributedSampler":
         for places in found.seen:
             wrong += twice(places)
@@ -108,7 +115,10 @@ def compared(c: Configuration, a: History, b: History, *, close: bool = False, w
     for rank, (x, y) in enumerate(pairs):
         for key in x.keys() | y.keys():
             if key not in without:
-                wrong += [f"{line} (rank {rank})" for line in differences(*(shared(c, v.get(key)) if close else v.get(key) for v in (x, y)), close=close, at=key)]
+                wrong += [
+                    f"{line} (rank {rank})"
+                    for line in differences(*(shared(c, v.get(key)) if close else v.get(key) for v in (x, y)), close=close, at=key)
+                ]
         if len(a.last.ranks) != len(b.last.ranks):
             break
     return wrong

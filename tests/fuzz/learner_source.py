@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,15 @@ from tests.fuzz.sources import SOURCES, VALID
 from tests.fuzz.spreads import PRECISIONS, SPREADS
 
 OWN = (sources, models, optimizers, callbacks, spreads, between, interruptions)
-LOADERS = ("DataLoader", "RandomSampler", "SubsetRandomSampler", "SequentialSampler", "WeightedRandomSampler", "BatchSampler", "DistributedSampler")
+LOADERS = (
+    "DataLoader",
+    "RandomSampler",
+    "SubsetRandomSampler",
+    "SequentialSampler",
+    "WeightedRandomSampler",
+    "BatchSampler",
+    "DistributedSampler",
+)
 HEADER = f"""\
 import random
 from functools import partial
