@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -226,16 +227,21 @@ def whole(value: Any) -> Any:
     return value
 
 
-def log(path: Path) -> list[str]:
-    """Its rows without times."""
+def log(path: Path) -> list[dict[str, Any]]:
+    """Its rows, without times."""
     if path.suffix == ".jsonl":
-        return [
-            json.dumps({k: v for k, v in json.loads(line).items() if "time" not in k and "sec" not in k})
-            for line in path.read_text().splitlines()
-        ]
-    rows = [line.split(",") for line in path.read_text().splitlines()]
-    kept = [k for k, name in enumerate(rows[0]) if "time" not in name and "sec" not in name]
-    return [",".join(row[k] for k in kept if k < len(row)) for row in rows]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        with path.open(newline="") as file:
+            rows = [{name: as_number(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if "time" not in name and "sec" not in name} for row in rows]
+
+
+def as_number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def what_is_wrong(folder: Path, keep: int) -> list[str]:

@@ -30,7 +30,7 @@ KNOWN: dict[str, str] = {
     r"this Learner has an? \w+ already": "two of a kind would undo each other",
     r"sharded=True.*async_write": "all ranks would talk while training does",
     r"CutMix cuts pictures": "it needs four dimensions",
-    r"(MixUp|CutMix).*mapping": "the first input of a mapping is not told",
+    r"(MixUp|CutMix).* batches \(x, y\)": "the first input of a mapping is not told",
     r"(SaveBest|EarlyStopping|ReduceLROnPlateau|valid_loss).*(validation|valid_dl)": "nothing is validated",
 }
 
