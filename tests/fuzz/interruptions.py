@@ -66,14 +66,14 @@ STOPS = {"StopFit": StopFit, "StopEpoch": StopEpoch, "StopTrain": StopTrain}
 
 
 class Stop(Callback):
-    """A user's own end, which the last rank raises: part of the fit, also where it is never interrupted."""
+    """A user's own end: part of the fit, also where it is never interrupted. `alone`: only the last rank raises it, and all end soon after."""
 
     order = 150
     in_trials = False
 
-    def __init__(self, signal: str, step: int) -> None:
-        self.signal, self.step = signal, step
+    def __init__(self, signal: str, step: int, *, alone: bool = False) -> None:
+        self.signal, self.step, self.alone = signal, step, alone
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training and learn.step == self.step and learn.rank == learn.world_size - 1:
+        if learn.training and learn.step == self.step and (not self.alone or learn.rank == learn.world_size - 1):
             raise STOPS[self.signal]
