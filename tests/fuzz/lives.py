@@ -192,7 +192,7 @@ def outcome(learn: Learner) -> dict[str, Any]:
     found: dict[str, Any] = {
         "step": learn.step,
         "epochs_trained": learn.epochs_trained,
-        "measured": dict(learn.values),
+        "measured": {name: learn.values[name] for name in learn.value_names if name in learn.values},  # a Timer's are times
         "weights": whole(dict(learn.model.state_dict())),
         "optimizer": whole(learn.opt.state_dict()),
         "requires_grad": [p.requires_grad for p in learn.model.parameters()],
@@ -208,7 +208,11 @@ def outcome(learn: Learner) -> dict[str, Any]:
                 state = {"steps": state["n_before"]}
             found["callbacks"][key] = state
     if learn.rank == 0:
-        found["logs"] = {path.name: log(path) for path in map(Path, ("log.csv", "log.jsonl")) if path.exists()}
+        found["logs"] = {
+            path.name: log(path, ("step", "epoch", "loss", "lr", "config", *recorder.metric_names))
+            for path in map(Path, ("log.csv", "log.jsonl"))
+            if path.exists()
+        }
     if learn.data.valid_dl is not None:
         found["validated"] = learn.validate()
         preds, targets, losses = learn.get_preds(with_loss=True)
@@ -227,14 +231,14 @@ def whole(value: Any) -> Any:
     return value
 
 
-def log(path: Path) -> list[dict[str, Any]]:
+def log(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Its rows, without times."""
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     else:
         with path.open(newline="") as file:
             rows = [{name: as_number(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{name: value for name, value in row.items() if "time" not in name and "sec" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if name in names} for row in rows]
 
 
 def as_number(text: str) -> float | str:
