@@ -25,13 +25,32 @@ LR, START, DIVIDER = 1e-2, 0.3, 25.0
 
 def can_be_written(c: Configuration) -> bool:
     """Whether this loop is the fit's: one process, and nothing that takes part in steps but what is written here."""
-    taking_part = [code for code in c.callbacks if c.of(code).has("gradients") and not code.startswith(("ClipGradients(max_norm=0.1)", "ClipGradients(value", "Accumulate"))]
+    taking_part = [
+        code
+        for code in c.callbacks
+        if c.of(code).has("gradients") and not code.startswith(("ClipGradients(max_norm=0.1)", "ClipGradients(value", "Accumulate"))
+    ]
     return not (taking_part or c.own_callbacks or c.world > 1 or len(c.fits) > 1 or c.stop or c.max_steps) and not c.has(
-        "draws", "closure", "schedule-free", "groups", "stops", "pure", "skips", "counts", "compiled", "fsdp", "built rates", "matrices", "own weights", "x"
+        "draws",
+        "closure",
+        "schedule-free",
+        "groups",
+        "stops",
+        "pure",
+        "skips",
+        "counts",
+        "compiled",
+        "fsdp",
+        "built rates",
+        "matrices",
+        "own weights",
+        "x",
     )
 
 
-def by_hand(c: Configuration, script: Script, places: dict[tuple[int, int, int], list[list[int]]], history: dict[str, Any]) -> dict[str, Any]:
+def by_hand(
+    c: Configuration, script: Script, places: dict[tuple[int, int, int], list[list[int]]], history: dict[str, Any]
+) -> dict[str, Any]:
     """Weights, optimizer state and the loss of each step."""
     model: Any = script.make(1, 0).model.train()
     if c.seed is not None:
@@ -66,7 +85,11 @@ def by_hand(c: Configuration, script: Script, places: dict[tuple[int, int, int],
 def windows(c: Configuration, places: dict[tuple[int, int, int], list[list[int]]]) -> Iterator[tuple[list[list[int]], float | None]]:
     """The batches of each step, by their samples' numbers, and what a regular step has; None: a step is a batch."""
     k = next((int(code[len("Accumulate(")]) for code in c.callbacks if code.startswith("Accumulate")), 1)
-    usual = None if k == 1 and not any(code.startswith("Accumulate") for code in c.callbacks) else float(k * len(next(iter(places.values()))[0]))
+    usual = (
+        None
+        if k == 1 and not any(code.startswith("Accumulate") for code in c.callbacks)
+        else float(k * len(next(iter(places.values()))[0]))
+    )
     for epoch in range(1 + max(epoch for _, epoch, _ in places)):
         batches = [ranks[0] for (_, e, _), ranks in sorted(places.items()) if e == epoch]
         yield from ((batches[start : start + k], usual) for start in range(0, len(batches), k))
@@ -92,7 +115,7 @@ def optimizer(c: Configuration, model: nn.Module) -> Optimizer:
 
 def spares(model: nn.Module) -> list[bool]:
     norms = {id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)}
-    return [id(p) in norms or name.endswith("bias") and name.rpartition(".")[2] == "bias" for name, p in model.named_parameters()]
+    return [id(p) in norms or (name.endswith("bias") and name.rpartition(".")[2] == "bias") for name, p in model.named_parameters()]
 
 
 def decay(c: Configuration, model: nn.Module, opt: Optimizer, wd: float) -> None:

@@ -150,8 +150,8 @@ CALLBACKS: dict[str, tuple[Part, ...]] = {
     "TerminateOnNaN": (part("TerminateOnNaN()"),),
     "Timer": (part("Timer()", "times"),),
     "GradientNoise": (part("GradientNoise()", "gradients", "plain weights"),),
-    "MaxNorm": (part("MaxNorm()", "gradients"),),
-    "AverageWeights": (part("AverageWeights()"),),
+    "MaxNorm": (part("MaxNorm()", "gradients", "plain weights"),),
+    "AverageWeights": (part("AverageWeights()", "plain weights"),),
     "SecondOptimizer": (part("SecondOptimizer()", "gradients"),),
     "Smooth": (part("Smooth()", "order"),),
 }  # fmt: skip

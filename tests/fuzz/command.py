@@ -64,7 +64,9 @@ def table(counts: Counter[tuple[str, int, str]]) -> str:
     rows = sorted({(name, world) for name, world, _ in counts})
     lines = [f"{'check':16} {'ranks':>5} {'right':>7} {'refused':>8} {'wrong':>6}"]
     for name, world in rows:
-        lines.append(f"{name:16} {world:5} {counts[name, world, 'right']:7} {counts[name, world, 'refused']:8} {counts[name, world, 'wrong']:6}")
+        lines.append(
+            f"{name:16} {world:5} {counts[name, world, 'right']:7} {counts[name, world, 'refused']:8} {counts[name, world, 'wrong']:6}"
+        )
     sums = [sum(n for (_, _, how), n in counts.items() if how == which) for which in ("right", "refused", "wrong")]
     return "\n".join([*lines, f"{'all':16} {'':5} {sums[0]:7} {sums[1]:8} {sums[2]:6}"])
 
@@ -89,7 +91,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="first", type=int, default=None, help="the first number; without it, one that depends on the time")
     parser.add_argument("--count", type=int, help="so many draws")
     parser.add_argument("--only", type=int, help="one draw, and its script")
-    parser.add_argument("--shrink", type=int, help="find the smallest configuration with which this draw's check still fails, and print its script")
+    parser.add_argument(
+        "--shrink", type=int, help="find the smallest configuration with which this draw's check still fails, and print its script"
+    )
     parser.add_argument("--read", help="a configuration as it was printed, in the place of a number")
     given = parser.parse_args(arguments)
     prepare()

@@ -23,14 +23,23 @@ def differences(a: Any, b: Any, *, close: bool = False, at: str = "") -> list[st
         a, b = a.tolist(), b.tolist()
     if isinstance(a, dict) and isinstance(b, dict):
         lines = [f"{at}.{key}: only one has it" for key in a.keys() ^ b.keys() if not (close and key in HOW)]
-        return lines + [line for key in a if key in b and not (close and key in HOW) for line in differences(a[key], b[key], close=close, at=f"{at}.{key}")]
+        return lines + [
+            line
+            for key in a
+            if key in b and not (close and key in HOW)
+            for line in differences(a[key], b[key], close=close, at=f"{at}.{key}")
+        ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return [f"{at}: {len(a)} and {len(b)} items"]
         lines = [line for k, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, close=close, at=f"{at}[{k}]")]
         return lines if len(lines) < 4 else [*lines[:2], f"{at}: {len(lines)} places of {len(a)}"]
     if isinstance(a, float) and isinstance(b, float):
-        same = a == b or (math.isnan(a) and math.isnan(b)) or (close and abs(a - b) <= (METRIC if is_metric(at) else CLOSE) * max(abs(a), abs(b)) + TINY)
+        same = (
+            a == b
+            or (math.isnan(a) and math.isnan(b))
+            or (close and abs(a - b) <= (METRIC if is_metric(at) else CLOSE) * max(abs(a), abs(b)) + TINY)
+        )
         return [] if same else [f"{at}: {a!r} and {b!r}"]
     return [] if a == b else [f"{at}: {str(a)[:100]} and {str(b)[:100]}"]
 

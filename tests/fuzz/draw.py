@@ -25,8 +25,20 @@ WORLD_WEIGHTS = {1: 40, 2: 45, 3: 15}
 
 
 # Orders of samples that are cut into batches: a batch of k samples is the next two of k / 2.
-SPLITS = ("from_tensors", "from_tensors, seed", "TensorLoader", "create", "DataLoader", "DataLoader, shuffle", "RandomSampler, generator", "SequentialSampler", "own sampler",
-          "own sampler, set_epoch", "list of batches", "generator class")
+SPLITS = (
+    "from_tensors",
+    "from_tensors, seed",
+    "TensorLoader",
+    "create",
+    "DataLoader",
+    "DataLoader, shuffle",
+    "RandomSampler, generator",
+    "SequentialSampler",
+    "own sampler",
+    "own sampler, set_epoch",
+    "list of batches",
+    "generator class",
+)
 
 
 class Draw:
@@ -57,9 +69,13 @@ def draw(number: int) -> Configuration:
                       seed=d.one(None, None, 1), bn_wd=d.chance(0.8), **of_data(d, check), **of_training(d, check, world, other_world))  # fmt: skip
     c = c.changed(callbacks=of_callbacks(d, c, d.weighted({0: 3, 1: 4, 2: 3, 3: 2, 4: 1})))
     if d.chance(0.25) and not c.has("two fits"):
-        c = c.changed(fits=(*c.fits, d.of(FITS, *(["length"] if c.has("unsized") else []), *([] if c.has("groups") else ["groups"]), "two fits")))
+        c = c.changed(
+            fits=(*c.fits, d.of(FITS, *(["length"] if c.has("unsized") else []), *([] if c.has("groups") else ["groups"]), "two fits"))
+        )
         if d.chance(0.4):
-            c = c.changed(own_callbacks=tuple(o for o in of_callbacks(d, c, 1) if o.split("(")[0] not in {b.split("(")[0] for b in c.callbacks}))
+            c = c.changed(
+                own_callbacks=tuple(o for o in of_callbacks(d, c, 1) if o.split("(")[0] not in {b.split("(")[0] for b in c.callbacks})
+            )
     if d.chance(0.12):
         c = c.changed(max_steps=d.random.randint(1, 5))
     if d.chance(0.12):
@@ -77,7 +93,22 @@ def draw(number: int) -> Configuration:
     return fitting(c)
 
 
-MICRO = ("Accumulate", "AutoMicrobatch", "SAM", "CutMix", "MixUp", "ActivationStats", "GradientNoise", "Smooth", "ParamScheduler", "Logger", "GradientStats", "SecondOptimizer", "EarlyStopping", "ReduceLR")
+MICRO = (
+    "Accumulate",
+    "AutoMicrobatch",
+    "SAM",
+    "CutMix",
+    "MixUp",
+    "ActivationStats",
+    "GradientNoise",
+    "Smooth",
+    "ParamScheduler",
+    "Logger",
+    "GradientStats",
+    "SecondOptimizer",
+    "EarlyStopping",
+    "ReduceLR",
+)
 
 
 def of_data(d: Draw, check: str) -> dict[str, Any]:
@@ -147,7 +178,11 @@ def of_calls(d: Draw, c: Configuration) -> tuple[tuple[str, str, int], ...]:
     calls = []
     for _ in range(d.one(1, 1, 2, 3)):
         where = d.one("before", "amid", "after") if len(c.fits) > 1 else d.one("before", "amid")
-        name = d.of({name: part for name, part in BETWEEN.items() if where != "amid" or part.has("amid")}, *(["valid"] if c.valid == "none" else []))
+        name = d.of(
+            {name: part for name, part in BETWEEN.items() if where != "amid" or part.has("amid")}, *(["valid"] if c.valid == "none" else [])
+        )
+        if name == "get_preds of train_dl" and c.has("draws"):  # reading these samples is drawing them
+            continue
         calls.append((name, where, d.random.randint(1, 3)))
     return tuple(calls)
 
@@ -160,9 +195,20 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("x") and c.form == "" and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen"):
         c = c.changed(model="blocks")  # nn.Sequential's argument is called otherwise
     if c.check == "micro_batches":  # batches of which the same k make one of k times the size
-        c = c.changed(callbacks=tuple(code for code in c.callbacks if not any(name in code for name in MICRO)), own_callbacks=(), n=c.global_bs * 3, stop=None, between=())
-        c = c.changed(source=c.source if c.source in SPLITS else "from_tensors", model="MLP" if c.has("batch norm", "dropout", "order") else c.model)
-        c = c.changed(spread="to_distributed" if c.has("fsdp", "own weights", "float32", "static") else c.spread, optimizer="SGD" if c.has("closure") else c.optimizer)
+        c = c.changed(
+            callbacks=tuple(code for code in c.callbacks if not any(name in code for name in MICRO)),
+            own_callbacks=(),
+            n=c.global_bs * 3,
+            stop=None,
+            between=(),
+        )
+        c = c.changed(
+            source=c.source if c.source in SPLITS else "from_tensors", model="MLP" if c.has("batch norm", "dropout", "order") else c.model
+        )
+        c = c.changed(
+            spread="to_distributed" if c.has("fsdp", "own weights", "float32", "static") else c.spread,
+            optimizer="SGD" if c.has("closure") else c.optimizer,
+        )
         c = c.changed(global_bs=12, n=36, world=c.world if c.world < 3 else 2)
     if c.check in ("worlds", "elsewhere") and (c.has("dealt") or c.n % c.global_bs < 3):  # of fewer samples than ranks nothing is left in
         c = c.changed(n=c.n - c.n % c.global_bs)
@@ -176,9 +222,16 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("batch norm"):  # a rank's part of a batch has to have two samples at least
         c = c.changed(n=c.n - c.n % c.global_bs)
     if c.has("one process"):
-        c = c.changed(bn_wd=True, fits=tuple("fit" if FITS[name].has("groups") else name for name in c.fits))  # L-BFGS takes one group of parameters
+        c = c.changed(
+            bn_wd=True, fits=tuple("fit" if FITS[name].has("groups") else name for name in c.fits)
+        )  # L-BFGS takes one group of parameters
         c = c.changed(callbacks=tuple(code for code in c.callbacks if not OF_CODE[code].has("groups")))
-        c = c.changed(world=1, other_world=1, interruptions=tuple(replace(i, world=1) for i in c.interruptions), check="resumed" if c.check in ("worlds", "elsewhere") else c.check)
+        c = c.changed(
+            world=1,
+            other_world=1,
+            interruptions=tuple(replace(i, world=1) for i in c.interruptions),
+            check="resumed" if c.check in ("worlds", "elsewhere") else c.check,
+        )
     if c.has("buckets") and c.has("compiled"):  # torch asserts that its first bucket is not larger than the next
         c = c.changed(spread="to_distributed")
     if c.has("fsdp"):

@@ -26,9 +26,15 @@ INTERRUPTIONS: dict[str, Part] = {
     "kill": part("os.kill(os.getpid(), signal.SIGKILL)", "ends", weight=2),
     "SIGTERM": part("os.kill(os.getpid(), signal.SIGTERM)", "ends", "saves", weight=3),
     "SIGINT": part("os.kill(os.getpid(), signal.SIGINT)", "ends", "saves"),
+    "SIGTERM on all": part("os.kill(os.getpid(), signal.SIGTERM)", "ends", "saves", "all"),
+    "SIGUSR1 on all": part("os.kill(os.getpid(), signal.SIGUSR1)", "saves", "all", weight=0.5),
     "SIGUSR1": part("os.kill(os.getpid(), signal.SIGUSR1)", "saves"),
     "exit": part("os._exit(3)", "ends", weight=0.5),
 }
+
+
+def signal_of(kind: str) -> int:
+    return signal.SIGKILL if kind == "kill" else getattr(signal, kind.split()[0])
 
 
 def strike(kind: str) -> None:
@@ -36,10 +42,12 @@ def strike(kind: str) -> None:
         raise Broken
     if kind == "exit":
         os._exit(3)
-    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else getattr(signal, kind))
+    os.kill(os.getpid(), signal_of(kind))
 
 
-def interrupt(kind: str, hook: str, step: int, rank: int | None, *, early: bool = False, fit: int = 1, note: Path | None = None) -> Callback:
+def interrupt(
+    kind: str, hook: str, step: int, rank: int | None, *, early: bool = False, fit: int = 1, note: Path | None = None
+) -> Callback:
     """Strikes once, at the first call of `hook` when `step` steps of the `fit`-th fit are done, and writes a note; on `rank` alone, or on
     all. Hooks are found in the class: it is made for this one."""
 
@@ -58,14 +66,14 @@ STOPS = {"StopFit": StopFit, "StopEpoch": StopEpoch, "StopTrain": StopTrain}
 
 
 class Stop(Callback):
-    """A user's own end: part of the fit, also where it is never interrupted."""
+    """A user's own end: part of the fit, also where it is never interrupted. `alone`: only the last rank raises it, and all end soon after."""
 
     order = 150
     in_trials = False
 
-    def __init__(self, signal: str, step: int) -> None:
-        self.signal, self.step = signal, step
+    def __init__(self, signal: str, step: int, *, alone: bool = False) -> None:
+        self.signal, self.step, self.alone = signal, step, alone
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training and learn.step == self.step:
+        if learn.training and learn.step == self.step and (not self.alone or learn.rank == learn.world_size - 1):
             raise STOPS[self.signal]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,15 @@ from tests.fuzz.sources import SOURCES, VALID
 from tests.fuzz.spreads import PRECISIONS, SPREADS
 
 OWN = (sources, models, optimizers, callbacks, spreads, between, interruptions)
-LOADERS = ("DataLoader", "RandomSampler", "SubsetRandomSampler", "SequentialSampler", "WeightedRandomSampler", "BatchSampler", "DistributedSampler")
+LOADERS = (
+    "DataLoader",
+    "RandomSampler",
+    "SubsetRandomSampler",
+    "SequentialSampler",
+    "WeightedRandomSampler",
+    "BatchSampler",
+    "DistributedSampler",
+)
 HEADER = f"""\
 import random
 from functools import partial
@@ -100,7 +107,7 @@ def source(c: Configuration) -> str:
     if any(name == "predict" for name, _, _ in c.between):
         names = ("first", "second") if c.form == "pair" else ("x",)
         lines.append(f"    sample = one_sample({c.form!r}, {c.dtype}, {names if c.has('x') else ()})")
-    stop = [] if c.stop is None else [f"Stop({c.stop[0]!r}, {c.stop[1]})"]
+    stop = [] if c.stop is None else [f"Stop({c.stop[0]!r}, {c.stop[1]}{', alone=True' if c.check == 'traces' else ''})"]
     calls = {where: [f"    {BETWEEN[name].code}" for name, w, _ in c.between if w == where] for where in ("before", "after")}
     amid = [f"Amid({name!r}, lambda learn: {BETWEEN[name].code}, {step})" for name, w, step in c.between if w == "amid"]
     lines += calls["before"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import traceback
@@ -23,7 +23,7 @@ from learnkit.resume import keys_of, random_state
 from learnkit.shards import is_shard
 from learnkit.snapshots import all_in, newest
 from tests.fuzz.configuration import Configuration, Interruption
-from tests.fuzz.interruptions import INTERRUPTIONS, Broken, interrupt
+from tests.fuzz.interruptions import INTERRUPTIONS, Broken, interrupt, signal_of
 from tests.fuzz.isolate import Crashed, isolated
 from tests.fuzz.learner_source import Script, compiled, seed_all
 from tests.fuzz.sources import numbers
@@ -97,9 +97,11 @@ def live(c: Configuration, script: Script, life: Life, folder: Path, number: int
         alike = len(errors) == len(results) and len({result["error"] for result in errors}) == 1
         reason = "\n".join(result["error"] + "\n" + result["traceback"] for result in errors[:1])
         return Told("failed", reason=reason, before_first_step=all(result["step"] == 0 for result in errors), alike=alike)
+    if all("broken" in result for result in results):
+        return Told("interrupted")
     codes = {result.get("exit") for result in results}
     if codes != {None}:
-        expected = 128 + getattr(signal, life.interruption.kind, 0) if life.interruption else None
+        expected = 128 + signal_of(life.interruption.kind) if life.interruption else None
         return Told("interrupted") if codes == {expected} else Told("failed", reason=f"exit codes {codes}, expected {expected}")
     return Told("done", results)
 
@@ -135,19 +137,27 @@ def on_rank(c: Configuration, script: Script, life: Life, folder: Path, number: 
         if life.interruption is not None:
             i = life.interruption
             everywhere = INTERRUPTIONS[i.kind].has("all")
-            added.append(interrupt(i.kind, i.hook, i.step, None if everywhere else i.rank, early=i.early, fit=i.fit, note=folder / f"struck-{number}"))
+            added.append(
+                interrupt(
+                    i.kind, i.hook, i.step, None if everywhere else i.rank, early=i.early, fit=i.fit, note=folder / f"struck-{number}"
+                )
+            )
         with learn.no_logging():
             script.fit(learn, life.resume, added)
             return outcome(learn)
     except Broken:
         if life.world > 1:
             raise
-        return {"exit": 128}
+        return {"broken": True}
     except SystemExit as leave:
         return {"exit": leave.code}
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        return {"error": text, "step": 0 if learn is None else learn.step - (learn.resumed or {}).get("step", 0), "traceback": traceback.format_exc(limit=-8)}
+        return {
+            "error": text,
+            "step": 0 if learn is None else learn.step - (learn.resumed or {}).get("step", 0),
+            "traceback": traceback.format_exc(limit=-8),
+        }
 
 
 class Seen(Callback):
@@ -182,7 +192,7 @@ def outcome(learn: Learner) -> dict[str, Any]:
     found: dict[str, Any] = {
         "step": learn.step,
         "epochs_trained": learn.epochs_trained,
-        "measured": dict(learn.values),
+        "measured": {name: learn.values[name] for name in learn.value_names if name in learn.values},  # a Timer's are times
         "weights": whole(dict(learn.model.state_dict())),
         "optimizer": whole(learn.opt.state_dict()),
         "requires_grad": [p.requires_grad for p in learn.model.parameters()],
@@ -198,7 +208,11 @@ def outcome(learn: Learner) -> dict[str, Any]:
                 state = {"steps": state["n_before"]}
             found["callbacks"][key] = state
     if learn.rank == 0:
-        found["logs"] = {path.name: log(path) for path in map(Path, ("log.csv", "log.jsonl")) if path.exists()}
+        found["logs"] = {
+            path.name: log(path, ("step", "epoch", "loss", "lr", "config", *recorder.metric_names))
+            for path in map(Path, ("log.csv", "log.jsonl"))
+            if path.exists()
+        }
     if learn.data.valid_dl is not None:
         found["validated"] = learn.validate()
         preds, targets, losses = learn.get_preds(with_loss=True)
@@ -217,13 +231,21 @@ def whole(value: Any) -> Any:
     return value
 
 
-def log(path: Path) -> list[str]:
-    """Its rows without times."""
+def log(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Its rows, without times."""
     if path.suffix == ".jsonl":
-        return [json.dumps({k: v for k, v in json.loads(line).items() if "time" not in k and "sec" not in k}) for line in path.read_text().splitlines()]
-    rows = [line.split(",") for line in path.read_text().splitlines()]
-    kept = [k for k, name in enumerate(rows[0]) if "time" not in name and "sec" not in name]
-    return [",".join(row[k] for k in kept if k < len(row)) for row in rows]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        with path.open(newline="") as file:
+            rows = [{name: as_number(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if name in names} for row in rows]
+
+
+def as_number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def what_is_wrong(folder: Path, keep: int) -> list[str]:

@@ -137,9 +137,14 @@ MODELS: dict[str, Part] = {
     "linear": part("nn.Linear(WIDTH, CLASSES)", weight=2),
     "MLP": part("nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES))", weight=2),
     "MLP, dropout": part("nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, CLASSES))", "dropout", weight=3),
-    "batch norm": part("nn.Sequential(nn.Linear(WIDTH, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))", "batch norm", weight=3),
+    "batch norm": part(
+        "nn.Sequential(nn.Linear(WIDTH, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))", "batch norm", weight=3
+    ),
     "batch norm, dropout": part(
-        "nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 6), nn.Dropout(0.2), nn.Linear(6, CLASSES))", "batch norm", "dropout", weight=2
+        "nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 6), nn.Dropout(0.2), nn.Linear(6, CLASSES))",
+        "batch norm",
+        "dropout",
+        weight=2,
     ),
     "blocks": part("Blocks()", "blocks", weight=2),
     "blocks, dropout": part("Blocks(dropout=0.2)", "blocks", "dropout"),

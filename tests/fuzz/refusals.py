@@ -30,7 +30,7 @@ KNOWN: dict[str, str] = {
     r"this Learner has an? \w+ already": "two of a kind would undo each other",
     r"sharded=True.*async_write": "all ranks would talk while training does",
     r"CutMix cuts pictures": "it needs four dimensions",
-    r"(MixUp|CutMix).*mapping": "the first input of a mapping is not told",
+    r"(MixUp|CutMix).* batches \(x, y\)": "the first input of a mapping is not told",
     r"(SaveBest|EarlyStopping|ReduceLROnPlateau|valid_loss).*(validation|valid_dl)": "nothing is validated",
 }
 
@@ -45,8 +45,17 @@ CONFLICTS: dict[str, dict[str, Any]] = {
     "static_graph and Accumulate": {"callbacks": ("Accumulate(2)",), "spread": "static_graph", "world": 2},
     "an IterableDataset on ranks": {"source": "IterableDataset, length", "spread": "to_distributed", "world": 2},
     "batches of the dataset's own on ranks": {"source": "DataLoader, batch_size=None", "spread": "to_distributed", "world": 2},
-    "a schedule without a length": {"source": "generator class", "fits": ("fit_one_cycle",), "max_steps": None, "spread": "to_distributed", "callbacks": ()},
-    "ReduceLROnPlateau and a schedule": {"callbacks": ("ReduceLROnPlateau('train_loss', patience=1, min_delta=0.05)",), "fits": ("fit_one_cycle",)},
+    "a schedule without a length": {
+        "source": "generator class",
+        "fits": ("fit_one_cycle",),
+        "max_steps": None,
+        "spread": "to_distributed",
+        "callbacks": (),
+    },
+    "ReduceLROnPlateau and a schedule": {
+        "callbacks": ("ReduceLROnPlateau('train_loss', patience=1, min_delta=0.05)",),
+        "fits": ("fit_one_cycle",),
+    },
     "an unused parameter": {"model": "unused", "spread": "to_distributed", "world": 2},
     "CutMix without pictures": {"model": "MLP", "callbacks": ("CutMix()",)},
     "sharded and async_write": {"checkpoint": (("sharded", True), ("async_write", True))},

@@ -26,39 +26,55 @@ def shrunk(c: Configuration, lines: list[str], budget: float = BUDGET) -> tuple[
                 continue
             tried.add(smaller)
             [(_, _, (how, found))] = verdicts([(0, smaller)], 1)
-            if how == "wrong" and kind_of(found) == kind:
+            if how == "wrong" and kind & kind_of(found):
                 c, lines, progress = smaller, found, True
                 break
     return c, lines
 
 
-def kind_of(lines: list[str]) -> str:
-    """What a failure is, without its numbers: the first one's check and place, or an error's type and text."""
+def kind_of(lines: list[str]) -> frozenset[str]:
+    """What a failure is, without its numbers: an error's type and text, or the places that differ, of which one in common is enough."""
     first = next((line for line in lines), "")
-    error = re.search(r"(\w+(Error|Exception|Warning)|hang|signal \w+)[^\n]*", first)
-    text = error.group(0) if error and "failed" in first else first
+    if error := re.search(r"\w+(Error|Exception|Warning): [^\n]*|hang", first):
+        return frozenset({plain(error.group(0))})
+    return frozenset(
+        plain(line.split(":")[0] + ":" + line.split(":")[1].split(".")[0]) if ":" in line else plain(line)
+        for line in lines
+        if not says_little(line)
+    )
+
+
+def says_little(line: str) -> bool:
+    """Whether it only follows from the others: what is measured in the end, of whatever differs."""
+    return ": measured" in line or ": validated" in line or ": predicted" in line or ": history" in line
+
+
+def plain(text: str) -> str:
     return re.sub(r"[\d.e+-]+|\(.*?\)|\[.*?\]", "#", text)[:60]
 
 
+# ---------------------------------------------------------------------- what is smaller
 def simpler(c: Configuration) -> Iterator[Configuration]:
-    """Each with one thing less, the largest steps first."""
+    """Many fields at once, then each with one thing less."""
+    names = [f.name for f in fields(c) if can_be_reset(f.name) and getattr(c, f.name) != getattr(SIMPLEST, f.name)]
+    size = len(names)
+    while size > 1:
+        size = (size + 1) // 2
+        for start in range(0, len(names), size):
+            yield c.changed(**{name: getattr(SIMPLEST, name) for name in names[start : start + size]})
     for field in fields(c):
         value, simplest = getattr(c, field.name), getattr(SIMPLEST, field.name)
         if field.name == "check" or value == simplest:
             continue
         if isinstance(value, tuple) and len(value) > 1 and field.name != "stop":
-            yield from (c.changed(**{field.name: shorter}) for shorter in with_one_less(value))
-        if allowed(field.name, simplest):
+            yield from (c.changed(**{field.name: value[:k] + value[k + 1 :]}) for k in range(len(value)))
+        if can_be_reset(field.name):
             yield c.changed(**{field.name: simplest})
         yield from (c.changed(**{field.name: less}) for less in less_than(field.name, value))
 
 
-def with_one_less(values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    yield from (values[:k] + values[k + 1 :] for k in range(len(values)))
-
-
-def allowed(name: str, simplest: Any) -> bool:
-    return name not in ("interruptions", "fits") or bool(simplest)
+def can_be_reset(name: str) -> bool:
+    return name not in ("check", "interruptions")
 
 
 def less_than(name: str, value: Any) -> Iterator[Any]:
@@ -67,8 +83,8 @@ def less_than(name: str, value: Any) -> Iterator[Any]:
         yield 2
     if name == "spread" and value != "to_distributed":
         yield "to_distributed"
-    if name == "spread" and value.startswith("fsdp,"):
-        yield "fsdp"
+        if value.startswith("fsdp,"):
+            yield "fsdp"
     if name == "epochs" and value > 2:
         yield 2
     if name == "n" and value != 36:
@@ -77,8 +93,7 @@ def less_than(name: str, value: Any) -> Iterator[Any]:
         yield ("fit_one_cycle",)
     if name == "interruptions":
         for k, own in enumerate(value):
-            for smaller in simpler_interruptions(own):
-                yield (*value[:k], smaller, *value[k + 1 :])
+            yield from ((*value[:k], smaller, *value[k + 1 :]) for smaller in simpler_interruptions(own))
 
 
 def simpler_interruptions(i: Interruption) -> Iterator[Interruption]:

@@ -193,14 +193,23 @@ SOURCES: dict[str, Part] = {
     "TensorLoader": part("TensorLoader(train, bs=bs, drop_last=drop_last)"),
     "create": part("DataBunch.create(dataset(train), bs=bs, drop_last=drop_last).train_dl", weight=2),
     "create, noisy": part("DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=0).train_dl", "draws", weight=2),
-    "create, workers": part("DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=2).train_dl", "draws", "workers", weight=0.3),
+    "create, workers": part(
+        "DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=2).train_dl", "draws", "workers", weight=0.3
+    ),
     "DataLoader": part("DataLoader(dataset(train), bs, drop_last=drop_last)", weight=2),
     "DataLoader, shuffle": part("DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last)", weight=2),
     "DataLoader, noisy": part("DataLoader(Noisy(train), bs, shuffle=True, drop_last=drop_last)", "draws"),
-    "DataLoader, own generator": part("DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last, generator=torch.Generator().manual_seed(7))"),
-    "DataLoader, workers": part("DataLoader(Noisy(train), bs, shuffle=True, drop_last=drop_last, num_workers=2)", "draws", "workers", weight=0.3),
+    "DataLoader, own generator": part(
+        "DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last, generator=torch.Generator().manual_seed(7))"
+    ),
+    "DataLoader, workers": part(
+        "DataLoader(Noisy(train), bs, shuffle=True, drop_last=drop_last, num_workers=2)", "draws", "workers", weight=0.3
+    ),
     "DataLoader, persistent workers": part(
-        "DataLoader(Noisy(train), bs, shuffle=True, drop_last=drop_last, num_workers=2, persistent_workers=True)", "draws", "workers", weight=0.3
+        "DataLoader(Noisy(train), bs, shuffle=True, drop_last=drop_last, num_workers=2, persistent_workers=True)",
+        "draws",
+        "workers",
+        weight=0.3,
     ),
     "DataLoader, mapping": part("DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last, collate_fn=as_mapping)", "x"),
     "DataLoader, batch_size=None": part("DataLoader(Batches(train, bs), batch_size=None, shuffle=True)", "alone"),
@@ -208,22 +217,29 @@ SOURCES: dict[str, Part] = {
     "RandomSampler, generator": part(
         "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), generator=torch.Generator().manual_seed(8)), drop_last=drop_last)"
     ),
-    "RandomSampler, replacement": part("DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), replacement=True), drop_last=drop_last)", "repeats"),
+    "RandomSampler, replacement": part(
+        "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), replacement=True), drop_last=drop_last)", "repeats"
+    ),
     "SubsetRandomSampler": part("DataLoader(dataset(train), bs, sampler=SubsetRandomSampler(range(n)), drop_last=drop_last)"),
     "SequentialSampler": part("DataLoader(dataset(train), bs, sampler=SequentialSampler(range(n)), drop_last=drop_last)"),
-    "WeightedRandomSampler": part("DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n), drop_last=drop_last)", "repeats"),
+    "WeightedRandomSampler": part(
+        "DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n), drop_last=drop_last)", "repeats"
+    ),
     "WeightedRandomSampler, generator": part(
         "DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n, generator=torch.Generator().manual_seed(9)), drop_last=drop_last)",
         "repeats",
     ),
     "DistributedSampler": part(
-        "DataLoader(dataset(train), bs, sampler=DistributedSampler(range(n), world, rank, seed=2, drop_last=drop_last), drop_last=drop_last)", "pads"
+        "DataLoader(dataset(train), bs, sampler=DistributedSampler(range(n), world, rank, seed=2, drop_last=drop_last), drop_last=drop_last)",
+        "pads",
     ),
     "own sampler": part("DataLoader(dataset(train), bs, sampler=OwnSampler(n), drop_last=drop_last)"),
     "own sampler, set_epoch": part("DataLoader(dataset(train), bs, sampler=WithEpoch(n), drop_last=drop_last)"),
     "BatchSampler": part("DataLoader(dataset(train), batch_sampler=BatchSampler(RandomSampler(range(n)), bs, drop_last))"),
     "own batch_sampler": part("DataLoader(dataset(train), batch_sampler=OwnBatches(n, bs))", "dealt", "own order"),
-    "list of batch indices": part("DataLoader(dataset(train), batch_sampler=[list(range(n))[k : k + bs] for k in range(0, n, bs)])", "dealt"),
+    "list of batch indices": part(
+        "DataLoader(dataset(train), batch_sampler=[list(range(n))[k : k + bs] for k in range(0, n, bs)])", "dealt"
+    ),
     "IterableDataset": part("DataLoader(ShardedStream(Stream(train), bs), bs)", "unsized", "drops"),
     "IterableDataset, length": part("DataLoader(SizedStream(train), bs, drop_last=drop_last)", "alone"),
     "list of batches": part("list(zip(*(t.split(bs) for t in train), strict=True))", "dealt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.fuzz.interruptions import HOOKS, INTERRUPTIONS
 from tests.fuzz.learner_source import compiled
 from tests.fuzz.models import MODELS
 from tests.fuzz.optimizers import OPTIMIZERS
+from tests.fuzz.part import Part
 from tests.fuzz.script import script
 from tests.fuzz.shrink import simpler
 from tests.fuzz.sources import SOURCES, VALID
@@ -33,8 +35,8 @@ from tests.fuzz.spreads import PRECISIONS, SPREADS
 MANY = [draw(number) for number in range(3000)]
 
 
-def codes(table: dict[str, object]) -> str:
-    return " ".join(part.code for part in table.values())  # type: ignore[attr-defined]
+def codes(table: Mapping[str, Part]) -> str:
+    return " ".join(part.code for part in table.values())
 
 
 def exported(module: object, kind: type) -> set[str]:
@@ -60,14 +62,25 @@ def test_every_algorithm_and_option_of_a_spread_is_drawn():
 
 def test_every_optimizer_of_torch_is_drawn_or_says_why_not():
     there = exported(torch.optim, torch.optim.Optimizer)
-    drawn = {name for name in there if f"torch.optim.{name}" in codes(OPTIMIZERS).replace(",", " ").replace("(", " ").replace(")", " ").split()}
+    drawn = {
+        name for name in there if f"torch.optim.{name}" in codes(OPTIMIZERS).replace(",", " ").replace("(", " ").replace(")", " ").split()
+    }
     assert there - drawn - optimizers.NOT_DRAWN.keys() == set(), "a line in tests/fuzz/optimizers.py is missing"
 
 
 def test_every_kind_of_data_is_drawn_or_says_why_not():
-    kinds = exported(data, data.Sampler) | {"DataBunch.create", "DataBunch.from_tensors", "TensorLoader", "DataLoader", "ShardedStream", "IterableDataset"}
+    kinds = exported(data, data.Sampler) | {
+        "DataBunch.create",
+        "DataBunch.from_tensors",
+        "TensorLoader",
+        "DataLoader",
+        "ShardedStream",
+        "IterableDataset",
+    }
     text = codes(SOURCES) + inspect.getsource(sources)
-    assert {kind for kind in kinds if kind not in text and kind not in sources.NOT_DRAWN} == set(), "a line in tests/fuzz/sources.py is missing"
+    assert {kind for kind in kinds if kind not in text and kind not in sources.NOT_DRAWN} == set(), (
+        "a line in tests/fuzz/sources.py is missing"
+    )
 
 
 def test_every_metric_and_every_fit_method_is_drawn_or_says_why_not():
