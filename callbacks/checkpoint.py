@@ -16,7 +16,7 @@ from typing import Any
 from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
 from learnkit.files import clean, explained
-from learnkit.hooks import Callback, Interrupted, Run, StopEpoch, StopFit
+from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.transfer import Enqueued
 
@@ -136,9 +136,16 @@ class Checkpoint(Callback):
         self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
     # ------------------------------------------------------------------ when
-    def after_batch(self, learn: Learner) -> None:
-        """Told when it is settled what all ranks do after this batch."""
-        if not learn.training: return
+    def around_batch(self, learn: Learner, run: Run) -> None:
+        """When it is settled what all ranks do after this batch. One after which the training pass is left is not saved by itself: resumed
+        from there, the pass would go on."""
+        own: ControlFlow | None = None
+        try: run()
+        except (StopBatch, SkipBatch) as raised: own = raised
+        if learn.training: self.after(learn)
+        if own is not None: raise own
+
+    def after(self, learn: Learner) -> None:
         if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
         n = self.every_n_steps
         # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.

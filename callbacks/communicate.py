@@ -12,6 +12,7 @@ from learnkit.callbacks.reduce_afterwards import nothing
 from learnkit.distributed.algorithms import Algorithm, Communication, put_weights
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
+from learnkit.optim import has_modes
 
 
 class Communicate(Callback):
@@ -29,9 +30,13 @@ class Communicate(Callback):
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
         self.communication: Communication | None = None     # in a fit, where several train
-        self.learn: Learner | None = None
+        self.learn: Learner | None = None                   # of the last fit, whose state may be put back when it turns out to be over
 
     def around_fit(self, learn: Learner, run: Run) -> None:
+        if self.algorithm.averages and has_modes(learn.opt):
+            raise ValueError(f"algorithm={self.algorithm.name!r} averages the ranks' weights; those of a {type(learn.opt).__name__} are made anew "
+                             "from its state, which stays each rank's own, when it changes to evaluation. Take an algorithm that reduces "
+                             "gradients, such as \"allreduce\", or another optimizer.")
         ddp, reduce, leave = learn.training_model, learn.reduce_gradients, nothing
         self.learn = learn
         if isinstance(ddp, DistributedDataParallel):        # not alone, nor where no parameter is trained
@@ -42,7 +47,7 @@ class Communicate(Callback):
         finally:
             leave()
             if self.communication is not None: self.communication.close()
-            self.learn, self.communication, learn.reduce_gradients = None, None, reduce
+            self.communication, learn.reduce_gradients = None, reduce
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.learn is None or self.communication is None else self.communication.state_dict(self.learn.opt)

@@ -10,7 +10,8 @@ from learnkit.monitor import Monitor
 
 
 class EarlyStopping(Callback):
-    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row.
+    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row. An epoch
+    that StopEpoch left before it was measured does not count.
 
     monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
     mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest; said when it stops
@@ -31,6 +32,7 @@ class EarlyStopping(Callback):
         self.n_worse = 0
 
     def after_epoch(self, learn: Learner) -> None:
+        if not self.monitor.is_measured(learn): return
         self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
         if self.n_worse < self.patience: return
         best = "was never a number" if self.monitor.best is None else f"has not got past {self.monitor.best:.6g} for {self.n_worse} epochs"

@@ -45,6 +45,7 @@ class ReduceLROnPlateau(Callback):
         self.n_worse = self.n_cooling = 0
 
     def after_epoch(self, learn: Learner) -> None:
+        if not self.monitor.is_measured(learn): return
         self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
         if self.n_cooling: self.n_cooling, self.n_worse = self.n_cooling - 1, 0
         if self.n_worse >= self.patience: self.reduce(learn)

@@ -33,6 +33,7 @@ class SaveBest(Callback):
         self.values = []
 
     def after_epoch(self, learn: Learner) -> None:
+        if not self.monitor.is_measured(learn): return
         value = learn.values[self.monitor.name]
         place = sum(kept <= value if self.monitor.mode == "min" else kept >= value for kept in self.values)
         if place >= self.keep or math.isnan(value): return

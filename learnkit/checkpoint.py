@@ -127,7 +127,8 @@ def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]: return False
     if any(set(a) != set(b) for a, b in zip(groups, opt.param_groups, strict=True)): return False
     shapes = {number: p.shape for number, p in zip((n for g in groups for n in g["params"]), own, strict=True)}
-    return all(is_of(shapes[number], value.shape) for number, values in state.get("state", {}).items()
+    flat = torch.Size([sum(shape.numel() for shape in shapes.values())])        # LBFGS keeps vectors of all parameters
+    return all(value.shape == flat or is_of(shapes[number], value.shape) for number, values in state.get("state", {}).items()
                for value in values.values() if isinstance(value, Tensor))
 
 

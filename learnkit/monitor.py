@@ -39,6 +39,10 @@ class Monitor:
                              f"{'; there is no validation data' if learn.data.valid_dl is None else ''}.")
         self.name = found
 
+    def is_measured(self, learn: Learner) -> bool:
+        """Whether this epoch has the value: not where StopEpoch left it before it was measured."""
+        return self.name in learn.values
+
     def improved(self, learn: Learner) -> bool:
         """Whether the value just measured is better than the best by more than min_delta; if so, it is the best now."""
         value = learn.values[self.name]

@@ -99,6 +99,7 @@ def complete_state(opt: Optimizer) -> None:
     torch (2.15) makes a parameter's state at its first step, for the settings of that step: a momentum that a schedule switches on later,
     `centered` or `amsgrad` end with a KeyError there. Fused SGD takes momentum buffers of all parameters or of none.
     """
+    if not type(opt).__module__.startswith("torch.optim."): return      # others keep other things under these names
     if not any(setting in group for group in opt.param_groups for setting in KEPT_FOR): return
     hooks, on_load = opt._optimizer_step_pre_hooks, opt._optimizer_load_state_dict_post_hooks
     if complete_state not in on_load.values(): opt.register_load_state_dict_post_hook(complete_state)
