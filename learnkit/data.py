@@ -5,7 +5,7 @@ import copy
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from learnkit.draws import BatchTransform, transform_batch
 from learnkit.generators import once, order_generators, put_state, sample_generators, state_of
 from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
 from learnkit.transfer import mover, sent
+from learnkit.unmoved import unmoved
 
 
 def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -233,13 +234,9 @@ def first_batch(loader: Any) -> Any:
 
 @contextmanager
 def same_random_state(loader: Any) -> Iterator[None]:
-    """What a loader draws in the block from torch's global generators, of the CPU and of devices on which it transforms, is not missed."""
+    """What a loader draws in the block from global generators, also of devices on which it transforms, is not missed."""
     places = [t.device for t in getattr(loader, "tensors", ())] + [getattr(loader, "device", None)]
-    devices = {place for place in places if isinstance(place, torch.device) and place.type != "cpu"}
-    with ExitStack() as kept:
-        kept.enter_context(torch.random.fork_rng(devices=[]))
-        for device in devices: kept.enter_context(torch.random.fork_rng([device], device_type=device.type))
-        yield
+    with unmoved(*(place for place in places if isinstance(place, torch.device))): yield
 
 
 def split_transforms(batch_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:

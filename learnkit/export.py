@@ -27,6 +27,7 @@ from learnkit.files import Damaged, explained, size_of, sync_folder, write_bytes
 from learnkit.hooks import add_note
 from learnkit.shards import is_shard
 from learnkit.snapshots import in_memory
+from learnkit.unmoved import unmoved
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -55,7 +56,7 @@ def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
     if any(map(is_shard, learn.model.parameters())):
         raise RuntimeError("export needs the whole model, of which each rank has a part: learn.save(name) on all ranks, then in one "
                            "process Learner(data, model).load(name).export(path).")
-    learn.ranks.on_main(lambda: write(learn, path, stats), f"export {path}")
+    with unmoved(learn.device): learn.ranks.on_main(lambda: write(learn, path, stats), f"export {path}")
     return path
 
 

@@ -27,6 +27,7 @@ from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_m
 from learnkit.session import as_callbacks, check_callbacks
 from learnkit.shards import on_main
 from learnkit.transfer import mover
+from learnkit.unmoved import unmoved
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
@@ -331,11 +332,12 @@ class Learner:
 
     # ------------------------------------------------------------------ evaluating
     def validate(self, dl: Any = None) -> dict[str, float]:
-        """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without gradients."""
+        """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without gradients. As with
+        get_preds and predict, nothing is left of it: the global random states are as before."""
         kept = self.values
         self.values = {}
         try:
-            evaluate(self, evaluation_loader(self, dl, "validate"), Measure(self.metrics, self.world_size))
+            with unmoved(self.device): evaluate(self, evaluation_loader(self, dl, "validate"), Measure(self.metrics, self.world_size))
             return self.values
         finally: self.values = kept
 
@@ -346,7 +348,7 @@ class Learner:
         """
         dl = evaluation_loader(self, dl, "get_preds")
         collect = Collect(partial(each_loss, self.loss_func) if with_loss else None)
-        evaluate(self, dl, collect)
+        with unmoved(self.device): evaluate(self, dl, collect)
         return collect.joined()
 
     def interpret(self, dl: Any = None) -> Interpretation:
@@ -376,7 +378,7 @@ class Learner:
         single = first.ndim == ndim - 1
         batch = as_batch(x, single=single)
         collect = Collect(everywhere=True)
-        evaluate(self, [batch if isinstance(batch, Mapping) else (*batch, None)], collect)
+        with unmoved(self.device): evaluate(self, [batch if isinstance(batch, Mapping) else (*batch, None)], collect)
         preds = collect.joined()[0]
         return preds[0] if single and isinstance(preds, Tensor) else preds
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from learnkit.batch import split_batch, tensors_in, to_device
 from learnkit.data import first_batch
+from learnkit.unmoved import unmoved
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
@@ -39,7 +40,7 @@ def summarize(learn: Learner) -> str:
     handles = [see(name, module) for name, module in leaves]
     learn.model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), unmoved(learn.device):
             learn.model(*inputs) if isinstance(inputs, tuple) else learn.model(**inputs)
     finally:
         for handle in handles: handle.remove()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.callbacks import EarlyStopping
+from learnkit.callbacks import EMA, SWA, EarlyStopping, Lookahead
 from learnkit.trial import unchanged
 
 
@@ -85,3 +85,75 @@ def test_a_trial_within_a_fit_is_refused():
             with unchanged(learn): pass
 
     with pytest.raises(RuntimeError, match="before or after the fit"): learner().fit(1, callbacks=[Tries()])
+
+
+class Count:
+    """A number in an object that nobody but its callback knows."""
+    n = 0
+
+
+class Keeps(Callback):
+    """What a callback may keep outside of its attributes: another optimizer and model, a scheduler, a weight, a counter."""
+
+    def __init__(self):
+        torch.manual_seed(8)
+        self.net, self.weight, self.count = nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1)), torch.zeros(3, requires_grad=True), Count()
+        self.opt = torch.optim.Adam([*self.net.parameters(), self.weight], 1e-2)
+        self.many = {"schedulers": [torch.optim.lr_scheduler.ExponentialLR(self.opt, .5)]}
+
+    def after_forward(self, learn):
+        if not learn.training: return
+        self.opt.zero_grad()
+        (self.net(learn.inputs[0]).square().mean() + (self.weight - 1).square().sum()).backward()
+        self.opt.step()
+        self.many["schedulers"][0].step()
+        self.count.n += 1
+
+    def state_dict(self): return {"opt": self.opt.state_dict(), "n": self.count.n}
+
+    def load_state_dict(self, state):
+        self.opt.load_state_dict(state["opt"])
+        self.count.n = state["n"]
+
+
+class MadeInAFit(Keeps):
+    """All of it is made when a fit begins: before there is nothing that could be kept."""
+
+    def __init__(self): pass
+    def before_fit(self, learn): super().__init__()
+
+
+class Center(nn.Module):
+    """A loss that counts in a buffer, and has a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, pred, target):
+        self.n += 1
+        return nn.functional.cross_entropy(pred * self.weight, target)
+
+
+def kept(cb):
+    if "count" not in vars(cb): return vars(cb).copy()
+    moments = [v.tolist() for state in cb.opt.state_dict()["state"].values() for v in state.values()]
+    return (cb.count.n, moments, [v.tolist() for v in cb.net.state_dict().values()], cb.net.training, cb.weight.tolist(),
+            cb.many["schedulers"][0].state_dict(), [group["lr"] for group in cb.opt.param_groups], id(cb.opt), id(cb.count))
+
+
+@pytest.mark.parametrize("trial", [lambda learn: learn.fast_run(), lambda learn: learn.lr_find(num_it=12),
+                                   lambda learn: learn.overfit_batches(steps=3), lambda learn: learn.batch_size_find(16)],
+                         ids=["fast_run", "lr_find", "overfit_batches", "batch_size_find"])
+@pytest.mark.parametrize("cls", [Keeps, MadeInAFit])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_what_callbacks_and_losses_keep_in_objects_is_put_back(trial, cls, fitted):
+    learn = learner(callbacks=[cb := cls(), *(made() for made in (EMA, Lookahead, SWA))], loss_func=Center())
+    if fitted: learn.fit(1)
+    before, loss = kept(cb), {k: v.clone() for k, v in learn.loss_func.state_dict().items()}
+    state = everything(learn)
+    trial(learn)
+    assert kept(cb) == before
+    assert all(torch.equal(v, loss[k]) for k, v in learn.loss_func.state_dict().items())
+    assert_same(learn, state)

@@ -10,6 +10,7 @@ from learnkit.data import TensorLoader, in_order
 from learnkit.draws import transform_batch
 from learnkit.learner import Learner
 from learnkit.plots import import_pyplot
+from learnkit.unmoved import unmoved
 from learnkit.vision.data import ImageDataBunch
 from learnkit.vision.show import show_grid
 
@@ -124,6 +125,9 @@ class Interpretation:
     def pictures(self, indices: list[int]) -> Tensor:
         """As the model saw them, without normalization: float (n, channels, height, width) in [0, 1]."""
         loader = in_order(self.dl)
+        with unmoved(): return self.pictures_of(loader, indices)
+
+    def pictures_of(self, loader: Any, indices: list[int]) -> Tensor:
         if isinstance(loader, TensorLoader):
             x, seed = loader.tensors[0][indices], loader.sampler.seed if self.seed is None else self.seed
             x = transform_batch(x, loader.batch_tfms, seed, 0, lambda: torch.tensor(indices, device=x.device))
