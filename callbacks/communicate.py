@@ -34,7 +34,7 @@ class Communicate(Callback):
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         if self.algorithm.averages and has_modes(learn.opt):
-            raise ValueError(f"algorithm={self.algorithm.name!r} averages the ranks' weights; those of a {type(learn.opt).__name__} are made anew "
+            raise ValueError(f"algorithm={self.algorithm.name!r} averages the ranks' weights; those of {type(learn.opt).__name__} are made "
                              "from its state, which stays each rank's own, when it changes to evaluation. Take an algorithm that reduces "
                              "gradients, such as \"allreduce\", or another optimizer.")
         ddp, reduce, leave = learn.training_model, learn.reduce_gradients, nothing

@@ -5,9 +5,11 @@ import atexit
 import copy
 import inspect
 import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.batchnorm import restore_batchnorm
 from learnkit.distributed.compare import check_same, digest
 from learnkit.distributed.guard import Guard, guard
-from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, prepare_model
+from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, names_of, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
@@ -37,6 +39,7 @@ from learnkit.distributed.world import (
     seed_everything,
     take_device,
 )
+from learnkit.evaluate import Measure
 from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, Stop, StopEpoch, StopFit, StopTrain, add_note, run_then
 from learnkit.learner import Learner
 from learnkit.optim import number
@@ -50,6 +53,9 @@ TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank 
              "Raise it in after_step or after_batch, or on all ranks.")
 SEVERAL_BACKWARDS = ("learnkit: DDP takes one backward pass a step through each parameter. For several, as with a loss after the other, "
                      "use learn.to_distributed(delay_allreduce=True).")
+WITHIN_A_BATCH = "Within a batch DDP hears nothing of it: do it before or after one, as in before_epoch, before_train or after_step."
+BETWEEN_FITS = ("Beside algorithm=…, pure=True, or between the batches of one step, DDP cannot be made anew: do it between two fits, or "
+                "with GradualUnfreezing.")
 WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was left out there)"
 STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
@@ -73,6 +79,7 @@ class Distributed(Callback):
         self.hang_timeout = hang_timeout
         self.seed = seed                        # of what no other seed decides, the same on all ranks
         # In a fit:
+        self.watch: Guard | None = None
         self.stops: StopTogether | None = None
         self.train_dl: Any = None               # the whole one, of which learn.data has this rank's share
         self.wish: Stop | None = None           # what this rank has raised in a batch, until all have agreed on something
@@ -88,6 +95,8 @@ class Distributed(Callback):
     def around_fit(self, learn: Learner, run: Run) -> None:
         whole, seed, n_of_all = learn.data, learn.order_seed, learn.n_of_all
         with self.guarded(learn) as watch:
+            self.watch = watch
+            watch.come_to("a fit")
             self.stops, self.stops_fit, self.compared, self.train_dl = watch.stop_together(), False, False, whole.train_dl
             try:
                 learn.order_seed = broadcast_from_main(learn.order_seed)
@@ -97,7 +106,7 @@ class Distributed(Callback):
                 check_same(facts(learn))
                 with self.replicas.wrapped(learn) if self.replicas is not None else nullcontext(): run()
             finally:
-                learn.data, learn.order_seed, self.stops, self.train_dl = whole, seed, None, None
+                learn.data, learn.order_seed, self.watch, self.stops, self.train_dl = whole, seed, None, None, None
                 learn.n_of_all = n_of_all
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
@@ -110,6 +119,7 @@ class Distributed(Callback):
         except ControlFlow as raised: signal = raised
         stops_fit = self.stops_fit or is_own_stop(signal)
         own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
+        if self.watch is not None: self.watch.come_to(f"the end of epoch {learn.epoch}")
         settled, ends = settle(own, stops_fit, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
         if settled: self.stops.end()
         if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
@@ -129,6 +139,8 @@ class Distributed(Callback):
         """A rank that leaves the loop alone would leave the others waiting."""
         if not learn.training or self.stops is None: return run()
         self.reduced, raised = False, False
+        own = self.replicas
+        if own is not None and [*map(is_trained, own.parameters)] != own.trained: own.wrap_anew(learn)
         uneven = learn.batch_index - learn.first_batch >= self.uneven_from and learn.whole is None
         # DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples.
         if uneven: learn.whole = self.size_of(learn.batch_index - learn.first_batch) / learn.world_size
@@ -162,20 +174,27 @@ class Distributed(Callback):
         if strongest: raise wish if wish and wish.stage == stages[strongest] else STOPS_OF_ALL[stages[strongest]]
 
     def around_backward(self, learn: Learner, run: Run) -> None:
-        self.reduced = True
-        try: run()
+        own, self.reduced = self.replicas, True
+        if own is None: return run()
+        if [*map(is_trained, own.parameters)] != own.trained: raise own.changed(WITHIN_A_BATCH)
+        try:
+            run()
+            if own.check is not None: own.check()
         except RuntimeError as error:
             if "ready only once" in str(error): add_note(error, SEVERAL_BACKWARDS)
+            else: own.name_unused(error)
             raise
-        if self.replicas is not None and self.replicas.unchecked: self.replicas.check_unused(learn)
 
     # ------------------------------------------------------------------ an evaluation
     def around_validate(self, learn: Learner, run: Run) -> None:
         if learn.meter.everywhere:
             with self.guarded(learn) if self.replicas is None else nullcontext(): return run()
-        whole = in_order(self.train_dl) if self.train_dl is not None and learn.dl is learn.data.train_dl else learn.dl
-        learn.dl = evaluation_share(whole, learn, self.seed)     # the Learner puts its own back
-        with self.guarded(learn): run()
+        with self.guarded(learn) as watch:
+            call = "validate" if isinstance(learn.meter, Measure) else "get_preds"
+            watch.come_to(f"an evaluation (learn.{call})", wait=True)
+            whole = in_order(self.train_dl) if self.train_dl is not None and learn.dl is learn.data.train_dl else learn.dl
+            learn.dl = evaluation_share(whole, learn, self.seed)     # the Learner puts its own back
+            run()
 
     @contextmanager
     def guarded(self, learn: Learner) -> Iterator[Guard]:
@@ -232,32 +251,63 @@ class Replicas:
     def __init__(self, *, sync_bn: bool = False, **ddp_options: Any) -> None:
         check_options(ddp_options)
         self.sync_bn, self.ddp_options = sync_bn, ddp_options
-        self.unchecked = False                  # whether the fit's first backward is still to come
+        # In a fit:
+        self.wrapper: nn.Module | None = None   # DDP, or the model itself where nothing is trained
+        self.check: Callable[[], None] | None = None    # raises RuntimeError where DDP still waits for gradients after a backward pass
+        self.names: list[str] = []              # of the model's parameters
+        self.parameters: list[nn.Parameter] = []
+        self.trained: list[bool] = []           # which of them DDP has
 
     @contextmanager
     def wrapped(self, learn: Learner) -> Iterator[None]:
         before = learn.no_sync, learn.reduce_gradients, learn.gradient_order
+        self.names, self.parameters = map(list, zip(*learn.model.named_parameters(), strict=True))
         try:
-            learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn,
-                                                 gradient_order=(learn.resumed or {}).get("gradient_order", ()), **self.ddp_options)
-            learn.gradient_order = partial(gradient_order_of, learn.training_model)
-            if self.ddp_options.get("static_graph"): learn.no_sync = refused
-            elif isinstance(learn.training_model, DistributedDataParallel): learn.no_sync = learn.training_model.no_sync
+            self.wrap(learn, gradient_order=(learn.resumed or {}).get("gradient_order", ()))
             learn.reduce_gradients = lambda: average_gradients(learn.model.parameters())
-            self.unchecked = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
             yield
         finally:
             unwrap(learn)
+            self.wrapper, self.check, self.names, self.parameters, self.trained = None, None, [], [], []
             learn.no_sync, learn.reduce_gradients, learn.gradient_order = before
 
-    def check_unused(self, learn: Learner) -> None:
-        """Name the parameters that got no gradient: DDP would wait for them, or complain one step later without a name."""
-        self.unchecked = False
-        unused = [name for name, p in learn.model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:
-            raise ValueError(f"{len(unused)} parameters got no gradient: {', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}. "
-                             "DDP waits for every parameter: take them out of the model, freeze them, or use "
-                             "learn.to_distributed(find_unused_parameters=True).")
+    def wrap(self, learn: Learner, **options: Any) -> None:
+        self.trained = [*map(is_trained, self.parameters)]
+        ddp = self.wrapper = learn.training_model = prepare_model(learn.model, device=learn.device, sync_bn=self.sync_bn,
+                                                                  **{**self.ddp_options, **options})
+        learn.gradient_order = partial(gradient_order_of, ddp)
+        if not isinstance(ddp, DistributedDataParallel): return
+        learn.no_sync = refused if self.ddp_options.get("static_graph") else ddp.no_sync
+        waits = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
+        self.check = ddp.reducer._check_reducer_finalized if waits else None
+
+    def wrap_anew(self, learn: Learner) -> None:
+        """Some parameters were frozen or thawed since, on all ranks alike: DDP takes those that are trained when it is made."""
+        if learn.n_held or learn.training_model is not self.wrapper or learn.asked_of_ddp.startswith("algorithm"):
+            raise self.changed(BETWEEN_FITS)
+        if isinstance(self.wrapper, DistributedDataParallel): self.wrapper._remove_autograd_hooks()
+        self.check = None
+        at_once = learn.resumed is not None and learn.resumed["step"] == learn.step     # what the interrupted run had learned of it holds
+        self.wrap(learn, init_sync=False, gradient_order=learn.resumed["gradient_order"] if learn.resumed and at_once else ())
+
+    def changed(self, advice: str) -> ValueError:
+        names = [name for name, p, was in zip(self.names, self.parameters, self.trained, strict=True) if p.requires_grad is not was]
+        return ValueError(f"{len(names)} parameters were frozen or thawed during the fit: {listed(names)}. {advice}")
+
+    def name_unused(self, error: RuntimeError) -> None:
+        """DDP would wait for parameters that got no gradient, or complain one step later and without names."""
+        match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if match is None or not isinstance(self.wrapper, DistributedDataParallel): return
+        names, in_order = names_of(self.wrapper.module), self.wrapper._build_params_for_reducer()[0]
+        unused = [names[id(in_order[int(number)])] for number in match[1].split()]
+        raise ValueError(f"{len(unused)} parameters got no gradient: {listed(unused)}. DDP waits for every parameter in each step: take "
+                         "them out of the model, freeze them, or use learn.to_distributed(find_unused_parameters=True).") from error
+
+
+is_trained = attrgetter("requires_grad")
+
+
+def listed(names: list[str]) -> str: return ", ".join([*names[:8], *(["…"] if len(names) > 8 else [])])
 
 
 STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from learnkit import checkpoint
 from learnkit.batch import split_batch, to_device
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
-from learnkit.callbacks.distributed import Distributed, OneModel, install, join
+from learnkit.callbacks.distributed import Distributed, OneModel, install, join, listed
 from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.data import n_batches
 from learnkit.distributed.fully_shard import (
@@ -129,9 +129,8 @@ class Parts(Callback):
         found, before = storages(learn.model), self.spread.storages
         replaced = [name for name in found if before.get(name, found[name]) != found[name]]
         if replaced:
-            raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {', '.join(replaced[:5])}. After to_fsdp each rank has "
-                               "a part of a parameter, of which PyTorch ignores that. For p.data = value write p.copy_(value), within "
-                               "torch.no_grad().")
+            raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {listed(replaced)}. After to_fsdp each rank has a "
+                               "part of each, of which PyTorch ignores that. For p.data = value write p.copy_(value), in torch.no_grad().")
 
 
 def storages(model: nn.Module) -> dict[str, int]:
@@ -184,8 +183,8 @@ def check_optimizer(opt: Optimizer) -> None:
             raise ValueError(f"{type(own).__name__}(fused=True) beside to_fsdp: PyTorch has no fused kernel of it for weights that are "
                              "spread over ranks. Build it with fused=False.")
         if isinstance(own, OF_WHOLE):
-            raise ValueError(f"{type(own).__name__} beside to_fsdp: it computes with whole matrices, of which each rank has some rows. Take "
-                             "to_distributed(), or an optimizer that takes each number by itself, such as AdamW.")
+            raise ValueError(f"{type(own).__name__} beside to_fsdp: it computes with whole matrices, of which each rank has some rows. "
+                             "Take to_distributed(), or an optimizer that takes each number by itself, such as AdamW.")
 
 
 # ---------------------------------------------------------------------- joining the others
@@ -193,8 +192,8 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     """What `learn.to_fsdp` does: join the group, start from rank 0's weights, and keep this rank's part of them."""
     if learn.is_running: raise RuntimeError("to_fsdp was called while this Learner runs: call it before.")
     if learn.asked_of_ddp:
-        raise ValueError(f"to_fsdp after to_distributed({learn.asked_of_ddp}): fully_shard reduces gradients by itself, in one way, and has "
-                         "none of these. Take one of the two.")
+        raise ValueError(f"to_fsdp after to_distributed({learn.asked_of_ddp}): fully_shard reduces gradients by itself, in one way, and "
+                         "has none of these. Take one of the two.")
     callback = FullyShard(**options)            # its errors before anything else
     check_shardable(learn.model)
     find_blocks(learn.model, options["blocks"])

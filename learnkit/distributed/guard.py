@@ -46,6 +46,7 @@ from learnkit.distributed.process import (
     record_failure,
     stack_of,
 )
+from learnkit.distributed.reduce import wait_for
 from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.world import agent_serves, get_rank, get_world_size, has_group
 
@@ -61,6 +62,8 @@ SILENT = 4.0  # seconds in which another rank's death must be found to explain a
 
 TORCH, HERE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 WAITS = (TORCH + "distributed", os.path.join(TORCH, "nn", "parallel"), TORCH + "autograd", HERE + "reduce")  # DDP's backward too
+
+BY_ALL = "what one rank calls all have to call: take it out of `if is_main():`"
 
 _n_guards = 0  # the same on every rank
 _active: Guard | None = None
@@ -122,6 +125,8 @@ class Guard:
         self.clock = Clock()
         self.peers: dict[int, Peer] = {}  # rank 0's are all, another's rank 0 and those of its machine
         self.met = False  # whether all have come
+        self.n_places = 0  # to which this rank has come, see come_to
+        self.awaited = ""  # where it waits for the others
         self.own_machine = f"machine/{machine_id()}"  # the key under which its ranks are
         self.stops: StopTogether | None = None  # answered for the main thread, where there is one
 
@@ -150,6 +155,22 @@ class Guard:
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.05)
         self.stop()
+
+    def come_to(self, place: str, *, wait: bool = False) -> None:
+        """All ranks come to the same places, in the same order; raises RuntimeError on one that comes to another than the first there.
+
+        `wait`: until all are there, before collectives that would meet those of another place. Costs a request or two to the store.
+        """
+        if _active is not self: return
+        key, self.n_places = f"place/{self.n_places}", self.n_places + 1
+        rank, _, first = self.own_store.compare_set(key, "", f"{self.rank} {place}").decode().partition(" ")
+        if first != place:
+            raise RuntimeError(f"rank {rank} has come to {first}, and rank {self.rank} to {place}: {BY_ALL}, and show its result there.")
+        if not wait: return
+        if self.own_store.add(f"{key}/n", 1) == self.world_size: self.own_store.set(f"{key}/all", "")
+        self.awaited = place
+        wait_for(self.own_store, f"{key}/all")
+        self.awaited = ""
 
     def fail(self, error: BaseException) -> None:
         """Before this rank's error goes its way. One that only says that another rank is gone waits for that one's reason."""
@@ -298,7 +319,7 @@ class Guard:
 
     def accuse_missing(self) -> None:
         missing = [rank for rank in range(self.world_size) if not self.store.check(self.keys_of_lives([rank]))]
-        if missing: self.accuse(missing[0], f"ranks {missing} did not come within {self.hang_timeout:g} s", show_stacks=True)
+        if missing: self.accuse(missing[0], f"ranks {missing} did not come within {self.hang_timeout:g} s{self.place()}", show_stacks=True)
 
     def lives_of(self, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The last signs of life of ranks that have come, by one request."""
@@ -356,8 +377,10 @@ class Guard:
                 "in_collective": in_collective, "pid": os.getpid(), "machine": machine_id()}
 
     def stage(self) -> str:
-        try: return self.describe() if self.describe is not None else ""
-        except Exception as error: return f"(describe failed: {one_line(error)})"  # it must not bring the guard down
+        waits = f"waiting for all ranks to come to {self.awaited}; {BY_ALL}" if self.awaited else ""
+        try: described = self.describe() if self.describe is not None else ""
+        except Exception as error: described = f"(describe failed: {one_line(error)})"  # it must not bring the guard down
+        return ", ".join(filter(None, (described, waits)))
 
     def place(self) -> str:
         stage = self.stage()

@@ -386,6 +386,14 @@ def on_device(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" and tensor.device.type in backends()
 
 
+def wait_for(store: dist.Store, key: str) -> None:
+    """Until some rank has set it; signal handlers run meanwhile."""
+    pause = 1e-4
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
 def finish(work: Any, device: torch.device) -> None:
     """Waits for a collective; on the CPU by looking again and again: signal handlers do not run in a blocking one."""
     global _n_collectives

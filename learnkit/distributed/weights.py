@@ -33,17 +33,24 @@ def model_in_words(model: nn.Module) -> str:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """What DDP does during the backward pass, afterwards and in one collective a dtype: the mean of all ranks' gradients, on all.
 
-    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each rank's device.
+    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each rank's device. A
+    parameter without a gradient counts as 0 where another rank has one; with one number each the ranks tell which have. Only a rank that
+    lacks one reads that.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not needs_group():
-        return
-    for _, alike in groupby(sorted(gradients, key=kind_of), key=kind_of):
+    if not needs_group(): return
+    for _, alike in groupby(sorted((p for p in parameters if p.requires_grad or p.grad is not None), key=kind_of), key=kind_of):
         own = list(alike)
-        flat = torch.cat([g.reshape(-1) for g in own]).div_(get_world_size())
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        lacking = [k for k, p in enumerate(own) if p.grad is None]
+        has = given[0].new_ones(len(own))
+        for k in lacking: has[k] = 0.
+        flat = torch.cat([*(g.reshape(-1) for g in given), has]).div_(get_world_size())
         finish(dist.all_reduce(flat, async_op=True), flat.device)
-        parts = flat.split([g.numel() for g in own])
-        torch._foreach_copy_(own, [part.view_as(g) for g, part in zip(own, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
+        *parts, has = flat.split([*(g.numel() for g in given), len(own)])
+        torch._foreach_copy_(given, [part.view_as(g) for g, part in zip(given, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
+        anywhere = has.tolist() if lacking else []
+        for k in lacking:
+            if anywhere[k]: own[k].grad = given[k]
 
 
 @torch.no_grad()
