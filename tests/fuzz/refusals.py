@@ -57,7 +57,7 @@ CONFLICTS: dict[str, dict[str, Any]] = {
         "fits": ("fit_one_cycle",),
     },
     "an unused parameter": {"model": "unused", "spread": "to_distributed", "world": 2},
-    "CutMix without pictures": {"model": "MLP", "callbacks": ("CutMix()",)},
+    "CutMix without pictures": {"model": "MLP", "callbacks": ("CutMix()",), "spread": "to_distributed"},
     "sharded and async_write": {"checkpoint": (("sharded", True), ("async_write", True))},
     "two of a kind": {"callbacks": ("EMA(decay=0.8)", "EMA(decay=0.8)"), "spread": "to_distributed", "precision": "", "optimizer": "SGD"},
 }
