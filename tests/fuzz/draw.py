@@ -223,7 +223,8 @@ def fitting(c: Configuration) -> Configuration:
             between=(),
         )
         c = c.changed(
-            source=c.source if c.source in SPLITS else "from_tensors", model="MLP" if c.has("batch norm", "dropout", "order") else c.model
+            source=c.source if c.source in SPLITS else "from_tensors",
+            model="MLP" if c.has("batch norm", "dropout", "order") or c.model == "buffers" else c.model,
         )
         c = c.changed(
             spread="to_distributed" if c.has("fsdp", "own weights", "float32", "static") else c.spread,
@@ -255,7 +256,13 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("buckets") and c.has("compiled"):  # torch asserts that its first bucket is not larger than the next
         c = c.changed(spread="to_distributed")
     if c.has("fsdp"):
-        c = c.changed(callbacks=tuple(code for code in c.callbacks if not OF_CODE[code].has("plain weights")))
+        kept = {
+            name: tuple(code for code in getattr(c, name) if not OF_CODE[code].has("plain weights"))
+            for name in ("callbacks", "own_callbacks")
+        }
+        c = c.changed(**kept)
+    if c.check == "traces" and c.valid == "same as train_dl":  # evaluating it draws what training would
+        c = c.changed(valid="DataLoader")
     if c.has("pure") and c.has("fsdp") and c.check != "refusal":
         c = c.changed(precision="bf16")
     if c.has("built") and c.has("groups"):
