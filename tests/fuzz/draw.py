@@ -263,6 +263,10 @@ def fitting(c: Configuration) -> Configuration:
         c = c.changed(**kept)
     if c.check == "traces" and c.valid == "same as train_dl":  # evaluating it draws what training would
         c = c.changed(valid="DataLoader")
+    if c.has("schedule-free") and c.has("own weights") and c.check != "refusal":
+        c = c.changed(optimizer="SGD, momentum")
+    if c.has("optimizer in whole") and c.has("fsdp") and c.check != "refusal":
+        c = c.changed(optimizer="AdamW")
     if c.has("pure") and c.has("fsdp") and c.check != "refusal":
         c = c.changed(precision="bf16")
     if c.has("built") and c.has("groups"):
