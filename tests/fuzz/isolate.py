@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from learnkit.distributed.process import die_with_parent
+
 
 class Crashed(Exception):
     """The process ended without a result."""
@@ -30,14 +32,16 @@ class Process:
         self.deadline, self.code, self.late = time.monotonic() + seconds, None, False
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            self.be(fn, args)
+            self.be(parent, fn, args)
 
-    def be(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def be(self, parent: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         code = 1
         try:
             gc.freeze()
+            die_with_parent(parent)
             os.setsid()
             out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for number in (1, 2):
