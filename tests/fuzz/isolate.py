@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,9 @@ class Process:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         parent = os.getpid()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside a test runner's threads, from Python 3.12 on
+            self.pid = os.fork()
         if self.pid == 0:
             self.be(parent, fn, args)
 
@@ -43,6 +46,7 @@ class Process:
             gc.freeze()
             die_with_parent(parent)
             os.setsid()
+            warnings.resetwarnings()  # a test runner makes errors of them
             out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for number in (1, 2):
                 os.dup2(out, number)
