@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METRIC = 1e-6  # relative, of metrics: functions such as accuracy give a batch's mean in float32 (docs/reliability.md, 11)
+METRIC = 1e-9  # relative, of metrics: functions such as accuracy give a batch's mean in float32 (docs/reliability.md, 11)
 HOW = ("fused", "foreach")  # an optimizer's settings that are of the machine and the spread, not of the algorithm
 CLOSE = 1e-9  # relative, of float64: the same numbers added up in another order, over some 20 steps (seen: 1e-13)
 TINY = 1e-12  # absolute: what is 0 but for rounding

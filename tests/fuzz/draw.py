@@ -127,6 +127,8 @@ def of_training(d: Draw, check: str, world: int, other_world: int) -> dict[str, 
         spread = "sync_bn"
     if SPREADS[spread].has("blocks"):
         model = d.one("blocks", "blocks", "blocks, dropout") if not by_numbers else "blocks"
+    if model == "unused" and not SPREADS[spread].has("unused") and not SPREADS[spread].has("fsdp") and d.chance(0.8):  # refused
+        spread = "find_unused_parameters"
     precision = "" if by_numbers else d.of(PRECISIONS, *(["pictures"] if not MODELS[model].has("pictures") else []))
     return {"spread": spread, "model": model, "precision": precision, "optimizer": d.of(OPTIMIZERS), "fits": (d.of(FITS),)}
 
@@ -138,6 +140,22 @@ def of_callbacks(d: Draw, c: Configuration, n: int) -> tuple[str, ...]:
         if form.has("pictures") and c.form != "pictures":
             continue
         if form.has("monitors") and c.valid == "none":
+            continue
+        if form.has("no schedule") and c.has("schedule") and d.chance(0.9):  # refused
+            continue
+        if (
+            name == "SAM"
+            and (c.spread == "delay_allreduce" or c.has("float16") or any("Accumulate" in code or "AutoMicro" in code for code in chosen))
+            and d.chance(0.9)
+        ):
+            continue
+        if (
+            name in ("Accumulate", "AutoMicrobatch")
+            and (any("SAM" in code for code in chosen) or c.spread in ("static_graph", "sync_bn"))
+            and d.chance(0.9)
+        ):
+            continue
+        if name == "AutoMicrobatch" and c.has("fsdp") and d.chance(0.9):
             continue
         if c.check in ("worlds", "elsewhere", "micro_batches") and form.has("order") and d.chance(0.9):
             continue
@@ -192,6 +210,8 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("unsized"):
         c = c.changed(fits=tuple("fit" if FITS[name].has("length") else name for name in c.fits))
         c = c.changed(callbacks=tuple(code for code in c.callbacks if "ParamScheduler" not in code and "SWA" not in code))
+    if c.has("images") and c.form != "pictures":
+        c = c.changed(model="convolutions", spread="fsdp" if c.has("blocks") else c.spread)
     if c.has("x") and c.form == "" and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen"):
         c = c.changed(model="blocks")  # nn.Sequential's argument is called otherwise
     if c.check == "micro_batches":  # batches of which the same k make one of k times the size
@@ -203,7 +223,8 @@ def fitting(c: Configuration) -> Configuration:
             between=(),
         )
         c = c.changed(
-            source=c.source if c.source in SPLITS else "from_tensors", model="MLP" if c.has("batch norm", "dropout", "order") else c.model
+            source=c.source if c.source in SPLITS else "from_tensors",
+            model="MLP" if c.has("batch norm", "dropout", "order") or c.model == "buffers" else c.model,
         )
         c = c.changed(
             spread="to_distributed" if c.has("fsdp", "own weights", "float32", "static") else c.spread,
@@ -235,7 +256,19 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("buckets") and c.has("compiled"):  # torch asserts that its first bucket is not larger than the next
         c = c.changed(spread="to_distributed")
     if c.has("fsdp"):
-        c = c.changed(callbacks=tuple(code for code in c.callbacks if not OF_CODE[code].has("plain weights")))
+        kept = {
+            name: tuple(code for code in getattr(c, name) if not OF_CODE[code].has("plain weights"))
+            for name in ("callbacks", "own_callbacks")
+        }
+        c = c.changed(**kept)
+    if c.check == "traces" and c.valid == "same as train_dl":  # evaluating it draws what training would
+        c = c.changed(valid="DataLoader")
+    if c.has("schedule-free") and c.has("own weights") and c.check != "refusal":
+        c = c.changed(optimizer="SGD, momentum")
+    if c.has("optimizer in whole") and c.has("fsdp") and c.check != "refusal":
+        c = c.changed(optimizer="AdamW")
+    if c.has("pure") and c.has("fsdp") and c.check != "refusal":
+        c = c.changed(precision="bf16")
     if c.has("built") and c.has("groups"):
         c = c.changed(optimizer="AdamW")
     return c

@@ -11,10 +11,13 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from learnkit.distributed.process import die_with_parent
 
 
 class Crashed(Exception):
@@ -30,15 +33,20 @@ class Process:
         self.deadline, self.code, self.late = time.monotonic() + seconds, None, False
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self.pid = os.fork()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside a test runner's threads, from Python 3.12 on
+            self.pid = os.fork()
         if self.pid == 0:
-            self.be(fn, args)
+            self.be(parent, fn, args)
 
-    def be(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def be(self, parent: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         code = 1
         try:
             gc.freeze()
+            die_with_parent(parent)
             os.setsid()
+            warnings.resetwarnings()  # a test runner makes errors of them
             out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for number in (1, 2):
                 os.dup2(out, number)

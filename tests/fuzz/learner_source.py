@@ -18,6 +18,7 @@ import learnkit
 import learnkit.callbacks
 import learnkit.distributed
 import learnkit.schedule
+import learnkit.vision
 from tests.fuzz import between, callbacks, interruptions, models, optimizers, sources, spreads
 from tests.fuzz.between import BETWEEN
 from tests.fuzz.configuration import Configuration
@@ -70,7 +71,7 @@ def namespace() -> dict[str, Any]:
                              "schedulefree": schedulefree, "linear": learnkit.schedule.linear, "ShardedStream": learnkit.distributed.ShardedStream,
                              "MulticlassF1Score": torchmetrics.classification.MulticlassF1Score}  # fmt: skip
     names |= {name: getattr(torch.utils.data, name) for name in LOADERS}
-    for module in (learnkit, learnkit.callbacks, *OWN):
+    for module in (learnkit.vision, learnkit, learnkit.callbacks, *OWN):
         names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return names
 

@@ -37,6 +37,7 @@ def muon_and_adam(model: nn.Module) -> Optimizer:
 
 # built       an object, which needs the model
 # closure     its step takes a closure: with ClosureStep
+# optimizer in whole  not with weights in parts: torch has no such Adafactor
 # rounds      to bfloat16 within its step (Muon), or to a sign (Rprop): sums in another order show in the third digit
 # one process docs/callbacks.md says so
 # float32     it does not take float64
@@ -50,7 +51,7 @@ OPTIMIZERS: dict[str, Part] = {
     "SGD, momentum": part("partial(torch.optim.SGD, momentum=0.9)", weight=3),
     "SGD, nesterov": part("partial(torch.optim.SGD, momentum=0.9, nesterov=True)"),
     "Adadelta": part("torch.optim.Adadelta"),
-    "Adafactor": part("torch.optim.Adafactor"),
+    "Adafactor": part("torch.optim.Adafactor", "optimizer in whole"),
     "Adagrad": part("torch.optim.Adagrad"),
     "Adamax": part("torch.optim.Adamax"),
     "ASGD": part("torch.optim.ASGD"),

@@ -76,4 +76,5 @@ REGRESSIONS: dict[str, Configuration] = {
     "StopEpoch, and SaveBest of a valid_loss that there is not": Configuration(check="traces", callbacks=("SaveBest('valid_loss', keep=2)",), valid="DataLoader", epochs=2, n=36, stop=("StopEpoch", 1)),
     "to_fsdp, Accumulate, a loader without a length": Configuration(check="traces", world=2, spread="fsdp", source="IterableDataset", n=36, callbacks=("Accumulate(2)",)),
     "a schedule-free optimizer, decentralized": Configuration(check="traces", world=2, spread="decentralized", optimizer="SGDScheduleFree", n=36),
+    "SaveBest after an epoch without a step": Configuration(check="traces", precision="fp16, overflows", callbacks=("SaveBest('train_loss')",), n=36),
 }  # fmt: skip

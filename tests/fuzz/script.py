@@ -12,7 +12,7 @@ from tests.fuzz.interruptions import INTERRUPTIONS
 from tests.fuzz.learner_source import source
 
 MODULES = (models, sources, optimizers, callbacks, spreads, interruptions, between, compare, isolate, learner_source, lives)
-STAR = ("learnkit", "learnkit.callbacks", "learnkit.schedule", "torch.utils.data")  # whose names the tables use
+STAR = ("learnkit", "learnkit.vision", "learnkit.callbacks", "learnkit.schedule", "torch.utils.data")  # whose names the tables use
 RUNTIME = '''\
 def on_rank(make, fit, world, resume, interruption):
     """What a rank ends with; each process group is in the same folder."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
 
+from learnkit.vision.pictures import Pictures
 from tests.fuzz.models import CLASSES, WIDTH
 from tests.fuzz.part import Part, part
 
@@ -171,6 +172,27 @@ def as_mapping(batch: Any) -> dict[str, Tensor]:
     return {**dict(zip(names, inputs, strict=True)), "labels": y}
 
 
+def as_pictures(train: tuple[Tensor, ...]) -> Pictures:
+    """uint8 pictures whose number is in both upper corners, so that a flip leaves it there."""
+    pixels = ((train[0] + 3) * 40).clamp(0, 255).to(torch.uint8)
+    numbers = (train[0][:, 0, 0, 0] * 255).round().to(torch.uint8)
+    pixels[:, 0, 0, 0] = pixels[:, 0, 0, -1] = numbers
+    return Pictures(pixels, train[1], [""] * len(pixels), ["a", "b", "c"])
+
+
+class Sheets(Dataset[Any]):
+    """(picture, class), for ImageDataBunch.from_dataset: not of torchvision's."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.pictures.pixels[i], int(self.pictures.labels[i])
+
+
 def jitter(x: Tensor) -> Tensor:
     """A transform of whole batches; the samples' numbers stay."""
     noise = torch.randn_like(x) / 20
@@ -184,12 +206,25 @@ def jitter(x: Tensor) -> Tensor:
 # drops       the last batch, or the last round of ranks, is always left out where it is not full
 # own order   draws it from the global generators, or by the number of batches: in another world it is another one
 # unsized     it has no length
+# images      with a model of pictures alone
+# float32     samples are
 # x           the model's argument has to be called x
 # its batches are dealt out whole: a last round without a batch for each rank is left out
 SOURCES: dict[str, Part] = {
     "from_tensors": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last).train_dl", weight=3),
     "from_tensors, seed": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last, seed=5).train_dl"),
     "from_tensors, transforms": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last, batch_tfms=[jitter]).train_dl", "draws"),
+    "pictures": part(
+        "ImageDataBunch.from_pictures({'train': as_pictures(train)}, ds_tfms=([flip_lr(p=0.5)], []), bs=bs, drop_last=drop_last).train_dl",
+        "images",
+        "float32",
+    ),
+    "pictures of a dataset": part(
+        "ImageDataBunch.from_dataset(Sheets(as_pictures(train)), bs=bs, drop_last=drop_last, num_workers=0).train_dl",
+        "images",
+        "float32",
+        weight=0.5,
+    ),
     "TensorLoader": part("TensorLoader(train, bs=bs, drop_last=drop_last)"),
     "create": part("DataBunch.create(dataset(train), bs=bs, drop_last=drop_last).train_dl", weight=2),
     "create, noisy": part("DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=0).train_dl", "draws", weight=2),
@@ -263,4 +298,5 @@ VALID: dict[str, Part] = {
 # Of torch's samplers and learnkit's data, what no entry stands for, and why.
 NOT_DRAWN = {
     "Sampler": "the base class; own samplers are drawn",
+    "ImageDataBunch.from_folder": "decodes files into what from_pictures takes: tests/vision/test_data.py",
 }
