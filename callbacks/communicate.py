@@ -33,7 +33,7 @@ class Communicate(Callback):
         self.learn: Learner | None = None                   # of the last fit, whose state may be put back when it turns out to be over
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        if self.algorithm.averages and has_modes(learn.opt):
+        if self.algorithm.averages and has_modes(learn.opt) and learn.world_size > 1:
             raise ValueError(f"algorithm={self.algorithm.name!r} averages the ranks' weights; those of {type(learn.opt).__name__} are made "
                              "from its state, which stays each rank's own, when it changes to evaluation. Take an algorithm that reduces "
                              "gradients, such as \"allreduce\", or another optimizer.")

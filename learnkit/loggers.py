@@ -59,6 +59,7 @@ class Journal:
         self.total: Any = 0.            # of the losses since the last time, each by its samples
         self.count: Any = 0.            # these samples
         self.place: int | None = None   # the step after which a log goes on; None: it begins
+        self.told: dict[str, Any] | None = None         # what the fit is, as it was at its first step
         self.begin: Callable[[], None] | None = None    # opens the sink, in a fit that has not said a word
         self.in_fit = False
         self.writes = False             # whether this rank does
@@ -71,7 +72,7 @@ class Journal:
         self.writes, self.total, self.count = learn.rank == 0, 0., 0.
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
         self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
-        self.begin = partial(self.open, learn, sink)
+        self.begin, self.told = partial(self.open, learn, sink), None
         self.in_fit, self.due, self.readings = True, None, []
         failed = True
         try:
@@ -92,10 +93,11 @@ class Journal:
         self.begin = None
         if not self.writes: return
         sink.open(self.place, names_of(learn, steps=self.every is not None))
-        if learn.resumed is None: sink.config(config_of(learn))
+        if learn.resumed is None: sink.config(self.told or config_of(learn))
 
     def step(self, learn: Learner, sink: Sink) -> None:
         self.n_done = learn.step
+        if self.told is None: self.told = config_of(learn)
         if self.every is None: return
         if self.readings and self.has_arrived(): self.tell_due()
         n = learn.count(learn.inputs, learn.target) if learn.in_step is None else learn.in_step

@@ -186,14 +186,20 @@ def rest_of(loader: Any, n: int) -> Any:
 DIVIDED = (("num_replicas", "rank"), ("world_size", "rank"), ("num_processes", "process_index"), ("_world_size", "_rank"))
 
 
-def n_divided(loader: Any) -> int:
-    """Among how many ranks a sampler of somebody else's divides the samples by itself, as torch's DistributedSampler; 1: it does not."""
+def divider_of(loader: Any) -> tuple[Any, int] | None:
+    """(sampler, number of ranks), where a sampler of somebody else's divides its samples among ranks by itself, as torch's
+    DistributedSampler does."""
     for part in parts_of(loader):
-        if isinstance(part, EpochOrder) or not isinstance(part, (Sampler, Iterable)) or isinstance(part, DataLoader): continue
+        if isinstance(part, (EpochOrder, DataLoader)) or not isinstance(part, (Sampler, Iterable)): continue
         for many, which in DIVIDED:
             n, rank = getattr(part, many, None), getattr(part, which, None)
-            if isinstance(n, int) and isinstance(rank, int) and n > 1: return n
-    return 1
+            if isinstance(n, int) and isinstance(rank, int) and n > 1: return part, n
+    return None
+
+
+def n_divided(loader: Any) -> int:
+    found = divider_of(loader)
+    return 1 if found is None else found[1]
 
 
 # ---------------------------------------------------------------------- workers

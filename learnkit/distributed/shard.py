@@ -35,12 +35,12 @@ from learnkit.generators import order_generators, put_states, state_of
 from learnkit.order import (
     EpochOrder,
     PrivateGenerator,
+    divider_of,
     draws_globally,
     generator_of,
     items_from,
     items_per_batch,
     mix,
-    n_divided,
     parts_of,
     privately,
     rest_of,
@@ -339,10 +339,11 @@ def share_of(loader: Any, seed: int | None, training: bool | None, keep_generato
     if getattr(loader, "is_sharded", False): return loader
     if not isinstance(loader, DataLoader): return as_sharded(loader, training, keep_generator)
     if isinstance(loader.dataset, IterableDataset): return check_stream(loader)
-    if (n := n_divided(loader)) > 1:
-        check_divided(loader, n)
+    if (found := divider_of(loader)) is not None:
+        name, n = type(found[0]).__name__, found[1]
+        check_divided(name, n)
         if training is None: return loader
-        if (whole := undivided(loader, training)) is None: return told_divided(loader, training)
+        if (whole := undivided(loader, training)) is None: return told_divided(loader, name, training)
         loader = whole
     sampler, batch_size, drop_last = order_of(loader)
     own = sampler.seed if isinstance(sampler, EpochOrder) else torch.initial_seed()
@@ -354,9 +355,9 @@ def share_of(loader: Any, seed: int | None, training: bool | None, keep_generato
     return rebuilt_with(loader, batch_sampler, shared)
 
 
-def check_divided(loader: DataLoader[Any], n: int) -> None:
+def check_divided(name: str, n: int) -> None:
     if n == get_world_size(): return
-    raise ValueError(f"the {divider(loader)} of this DataLoader divides its samples among {n} processes, and there are {get_world_size()}. "
+    raise ValueError(f"the {name} of this DataLoader divides its samples among {n} processes, and there are {get_world_size()}. "
                      "Leave it out, as learnkit divides the loader, or build it with num_replicas=get_world_size(), rank=get_rank().")
 
 
@@ -374,19 +375,14 @@ def undivided(loader: DataLoader[Any], training: bool) -> DataLoader[Any] | None
     return whole
 
 
-def told_divided(loader: DataLoader[Any], training: bool) -> DataLoader[Any]:
+def told_divided(loader: DataLoader[Any], name: str, training: bool) -> DataLoader[Any]:
     """The loader as it is, with a word about what that means."""
     if get_rank() == 0:
         what = "its shares are trained on as they are" if training else \
             "its shares are evaluated as they are, in their order, and a sample that it gives twice counts twice"
-        warnings.warn(f"the {divider(loader)} of this DataLoader divides its samples among the ranks by itself: {what}. To have learnkit "
+        warnings.warn(f"the {name} of this DataLoader divides its samples among the ranks by itself: {what}. To have learnkit "
                       "divide them, give a sampler of the whole order, as for one process.", stacklevel=2)
     return loader
-
-
-def divider(loader: DataLoader[Any]) -> str:
-    parts = [part for part in parts_of(loader) if n_divided(part) > 1]
-    return type(parts[-1] if parts else loader).__name__
 
 
 def share_states(loader: Any) -> None:

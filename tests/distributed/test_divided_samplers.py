@@ -46,11 +46,15 @@ def learner(train: Any, valid: Any = None) -> tuple[Learner, Seen]:
     return learn, seen
 
 
+def divided(ds: Any, **options: Any) -> DistributedSampler[Any]:
+    return DistributedSampler(ds, get_world_size(), get_rank(), **options)
+
+
 EVALUATED = {
-    "as in every script": lambda ds: DataLoader(ds, 2, sampler=DistributedSampler(ds, shuffle=False)),
-    "shuffled": lambda ds: DataLoader(ds, 2, sampler=DistributedSampler(ds)),
-    "drop_last": lambda ds: DataLoader(ds, 2, sampler=DistributedSampler(ds, drop_last=True), drop_last=True),
-    "in a batch sampler": lambda ds: DataLoader(ds, batch_sampler=BatchSampler(DistributedSampler(ds, shuffle=False), 2, drop_last=False)),
+    "as in every script": lambda ds: DataLoader(ds, 2, sampler=divided(ds, shuffle=False)),
+    "shuffled": lambda ds: DataLoader(ds, 2, sampler=divided(ds)),
+    "drop_last": lambda ds: DataLoader(ds, 1, sampler=divided(ds, drop_last=True), drop_last=True),
+    "in a batch sampler": lambda ds: DataLoader(ds, batch_sampler=BatchSampler(divided(ds, shuffle=False), 2, drop_last=False)),
 }
 
 
@@ -71,7 +75,7 @@ def test_an_evaluation_sees_each_sample_once_in_the_order_of_the_dataset(ranks, 
 def test_training_sees_the_order_of_one_process_without_the_samples_that_it_repeats(ranks, world_size):
     def fn() -> Any:
         ds = numbers(11)
-        learn, seen = learner(DataLoader(ds, 6 // get_world_size(), sampler=DistributedSampler(ds, seed=4)))
+        learn, seen = learner(DataLoader(ds, 6 // get_world_size(), sampler=divided(ds, seed=4)))
         with learn.no_logging(): learn.fit(2, 1e-3)
         return seen.steps, learn.recorder.losses
 
