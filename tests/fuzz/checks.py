@@ -216,6 +216,11 @@ def loop_by_hand(c: Configuration) -> list[str]:
     return wrong + what_is_wrong(c, found)
 
 
+def stops(c: Configuration) -> list[str]:
+    """What one rank stops, all stop, after the same step, which may be one or two later: no other run has the same numbers."""
+    return what_is_wrong(c, told(c, Life(c.world)))
+
+
 def refusal(c: Configuration) -> list[str]:
     """What does not go together is refused before the first step, on all ranks alike, and within the time."""
     told(c, Life(c.world))  # raises Refused
@@ -230,6 +235,7 @@ CHECKS: dict[str, Callable[[Configuration], list[str]]] = {
     "micro_batches": micro_batches,
     "loop_by_hand": loop_by_hand,
     "refusal": refusal,
+    "stops": stops,
 }
 
 

@@ -20,7 +20,16 @@ from tests.fuzz.refusals import CONFLICTS
 from tests.fuzz.sources import SOURCES, VALID
 from tests.fuzz.spreads import PRECISIONS, SPREADS
 
-CHECK_WEIGHTS = {"resumed": 50, "elsewhere": 16, "worlds": 14, "traces": 12, "micro_batches": 4, "loop_by_hand": 10, "refusal": 4}
+CHECK_WEIGHTS = {
+    "resumed": 50,
+    "elsewhere": 16,
+    "worlds": 14,
+    "traces": 12,
+    "micro_batches": 4,
+    "loop_by_hand": 10,
+    "refusal": 4,
+    "stops": 3,
+}
 WORLD_WEIGHTS = {1: 40, 2: 45, 3: 15}
 
 
@@ -210,6 +219,10 @@ def fitting(c: Configuration) -> Configuration:
     if c.has("unsized"):
         c = c.changed(fits=tuple("fit" if FITS[name].has("length") else name for name in c.fits))
         c = c.changed(callbacks=tuple(code for code in c.callbacks if "ParamScheduler" not in code and "SWA" not in code))
+    if c.check == "stops":
+        c = c.changed(
+            world=max(2, c.world), spread="to_distributed" if c.spread == "alone" else c.spread, stop=c.stop or ("StopFit", 2), between=()
+        )
     if c.has("images") and c.form != "pictures":
         c = c.changed(model="convolutions", spread="fsdp" if c.has("blocks") else c.spread)
     if c.has("x") and c.form == "" and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen"):
@@ -234,12 +247,14 @@ def fitting(c: Configuration) -> Configuration:
     if c.check in ("worlds", "elsewhere") and (c.has("dealt") or c.n % c.global_bs < 3):  # of fewer samples than ranks nothing is left in
         c = c.changed(n=c.n - c.n % c.global_bs)
     if c.check == "loop_by_hand":
-        if c.has("draws", "x", "dealt", "alone", "pads"):
+        if c.has("draws", "x", "dealt", "alone", "pads", "images"):
             c = c.changed(source="DataLoader, shuffle")
         c = c.changed(world=1, fits=c.fits[:1], own_callbacks=(), stop=None, max_steps=None)
         c = c.changed(callbacks=tuple(code for code in c.callbacks if can_be_written(SIMPLEST.changed(callbacks=(code,)))))
         for name in ("fits", "spread", "precision", "optimizer"):
             c = c if can_be_written(c) else c.changed(**{name: getattr(SIMPLEST, name)})
+    if c.has("batch norm"):  # and of a part of it, too
+        c = c.changed(callbacks=tuple(code for code in c.callbacks if code != "AutoMicrobatch(2)"))
     if c.has("batch norm"):  # a rank's part of a batch has to have two samples at least
         c = c.changed(n=c.n - c.n % c.global_bs)
     if c.has("one process"):

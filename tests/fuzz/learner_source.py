@@ -108,7 +108,7 @@ def source(c: Configuration) -> str:
     if any(name == "predict" for name, _, _ in c.between):
         names = ("first", "second") if c.form == "pair" else ("x",)
         lines.append(f"    sample = one_sample({c.form!r}, {c.dtype}, {names if c.has('x') else ()})")
-    stop = [] if c.stop is None else [f"Stop({c.stop[0]!r}, {c.stop[1]}{', alone=True' if c.check == 'traces' else ''})"]
+    stop = [] if c.stop is None else [f"Stop({c.stop[0]!r}, {c.stop[1]}{', alone=True' if c.check == 'stops' else ''})"]
     calls = {where: [f"    {BETWEEN[name].code}" for name, w, _ in c.between if w == where] for where in ("before", "after")}
     amid = [f"Amid({name!r}, lambda learn: {BETWEEN[name].code}, {step})" for name, w, step in c.between if w == "amid"]
     lines += calls["before"]
