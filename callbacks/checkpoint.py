@@ -184,6 +184,7 @@ class Checkpoint(Callback):
         apart = in_parts.begin(learn, self.dir, parts, about) if self.sharded and in_parts.is_spread(parts) else None
         learn.ranks.on_main(lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
                             f"write a checkpoint to {self.dir}")
+        if learn.ranks.apart: self.copied.wait()        # where an epoch is left they become one at once
 
     def write(self, learn: Learner, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write: return self.write_now(parts, about)
@@ -200,8 +201,12 @@ class Checkpoint(Callback):
         self.write_now(parts, about)
 
     def before_step(self, learn: Learner) -> None:
-        """The weights are copied during the forward and backward passes after a save; here they would change."""
+        """The weights are copied during the forward and backward passes after a save; here they would change. So they may where training
+        becomes evaluation and back, as those of schedule-free optimizers."""
         if not self.copied.is_set(): self.copied.wait()
+
+    def before_train(self, learn: Learner) -> None: self.before_step(learn)
+    def before_validate(self, learn: Learner) -> None: self.before_step(learn)
 
     def before_validate(self, learn: Learner) -> None: self.before_step(learn)      # and here, where somebody puts others in their place
 

@@ -65,7 +65,7 @@ class FullyShard(Callback):
         check_beside(learn)
         self.forget(learn)                      # what an error has left
         before = learn.no_sync, learn.reduce_gradients
-        learn.no_sync, learn.reduce_gradients = lambda: unreduced(learn), too_late
+        learn.no_sync, learn.reduce_gradients = lambda: unreduced(learn), lambda: check_reduced(learn)
         try: run()
         finally: learn.no_sync, learn.reduce_gradients = before
 
@@ -153,7 +153,8 @@ def unreduced(learn: Learner) -> Iterator[None]:
     finally: root.set_requires_gradient_sync(True)
 
 
-def too_late() -> None:
+def check_reduced(learn: Learner) -> None:
+    if n_batches(learn.dl) is None: return      # each batch's were, see `unreduced`
     raise RuntimeError("a loader ended before the number of batches that its len() says, with gradients that no rank has reduced: make its "
                        "__len__ tell the truth, or give it none.")
 
