@@ -59,7 +59,7 @@ class FullyShard(Callback):
         as_policy(mixed_precision)              # its errors, before anything else
         self.keeps = False                      # whether what the root's forward has gathered stays
         self.has_run = False                    # whether the model has, since it was spread
-        self.storages: dict[str, int] = {}      # of its parameters, at the start of the pass under way
+        self.storages: list[tuple[str, Tensor, int]] = []   # of its parameters, at the start of the pass under way
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_beside(learn)
@@ -118,24 +118,25 @@ class Parts(Callback):
     def around_train(self, learn: Learner, run: Run) -> None: run_then(run, lambda: self.end(learn))
 
     def around_validate(self, learn: Learner, run: Run) -> None:
-        self.look(learn)
+        self.look()
         run_then(run, lambda: reshard(learn.model))
+
+    def before_batch(self, learn: Learner) -> None: self.look()
 
     def end(self, learn: Learner) -> None:
         reshard(learn.model)
-        self.look(learn)
+        self.look()
 
-    def look(self, learn: Learner) -> None:
-        found, before = storages(learn.model), self.spread.storages
-        replaced = [name for name in found if before.get(name, found[name]) != found[name]]
+    def look(self) -> None:
+        replaced = [name for name, p, storage in self.spread.storages if p.untyped_storage()._cdata != storage]
         if replaced:
             raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {listed(replaced)}. After to_fsdp each rank has a "
                                "part of each, of which PyTorch ignores that. For p.data = value write p.copy_(value), in torch.no_grad().")
 
 
-def storages(model: nn.Module) -> dict[str, int]:
-    """Of each parameter that is in parts, what it lies in, which an assignment to its `data` replaces."""
-    return {name: p.untyped_storage()._cdata for name, p in model.named_parameters() if is_shard(p)}
+def storages(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Each parameter that is in parts, with its name and what it lies in, which an assignment to its `data` replaces."""
+    return [(name, p, p.untyped_storage()._cdata) for name, p in model.named_parameters() if is_shard(p)]
 
 
 @contextmanager

@@ -206,11 +206,12 @@ def test_data_that_is_replaced_by_hand_is_refused_where_weights_are_in_parts_and
     def fn(how: str): return numbers(fit(learner(how, callback())))
 
     def refused() -> None:
-        with pytest.raises(RuntimeError, match=r"the data of 8 parameters was replaced: first\.weight.*write p\.copy_\(value\)"): fit(learner("to_fsdp", callback()))
+        with pytest.raises(RuntimeError, match=r"the data of 8 parameters was replaced: first\.weight.*write p\.copy_\(value\)"): fit(learn := learner("to_fsdp", callback()))
+        assert learn.step == (1 if callback is Clamps else 6)
 
     alone = fn("alone")
     for share in ranks(2, fn, "to_distributed"): assert close(share, alone)
-    for _ in range(3): ranks(2, refused)
+    for _ in range(3): ranks(2, refused)        # a crash is a matter of luck
 
 
 def test_data_that_is_changed_in_place_is_changed_in_parts_too(ranks):
