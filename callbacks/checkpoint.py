@@ -17,7 +17,7 @@ import torch
 
 from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import Distributed
-from learnkit.files import clean, explained
+from learnkit.files import as_path, clean, explained
 from learnkit.hooks import Callback, Interrupted, Run, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.transfer import Enqueued
@@ -56,7 +56,7 @@ class Checkpoint(Callback):
         for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("keep", keep)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
-        self.dir, self.every_n_steps, self.every_n_epochs, self.keep = Path(dir), every_n_steps, every_n_epochs, keep
+        self.dir, self.every_n_steps, self.every_n_epochs, self.keep = as_path(dir), every_n_steps, every_n_epochs, keep
         if sharded and async_write:
             raise ValueError("sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, which "
                              "training would disturb. Leave one of them out.")
