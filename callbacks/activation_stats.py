@@ -61,7 +61,7 @@ class ActivationStats(Callback):
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training or learn.step % self.every: return run()
         self.seen, step = {}, learn.step
-        handles = [module.register_forward_hook(self.hook(name)) for name, module in learn.model.named_modules() if name in self.names]
+        handles = [module.register_forward_hook(self.hook(learn, name)) for name, module in learn.model.named_modules() if name in self.names]
         try: run()
         finally:
             for handle in handles: handle.remove()
@@ -69,8 +69,9 @@ class ActivationStats(Callback):
         self.steps.append(step)
         self.rows.append(torch.stack([self.seen.get(name, nothing) for name in self.names]))
 
-    def hook(self, name: str) -> Callable[..., None]:
+    def hook(self, learn: Learner, name: str) -> Callable[..., None]:
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not learn.training: return       # an evaluation that another callback has asked for
             tensors = [t.detach().float().flatten() for t in tensors_in(output) if t.is_floating_point()]
             if tensors: self.seen[name] = self.measure(torch.cat(tensors))
         return see

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from learnkit import checkpoint, in_parts, resume, snapshots
-from learnkit.callbacks.distributed import Distributed
-from learnkit.files import clean, explained
+from learnkit.callbacks.distributed import NO_BATCH, Distributed
+from learnkit.data import n_batches
+from learnkit.files import as_path, clean, explained
 from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
+from learnkit.optim import has_modes
 from learnkit.transfer import Enqueued
 
 STOPPING = [s for s in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT")) if s is not None]
@@ -54,7 +56,7 @@ class Checkpoint(Callback):
         for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("keep", keep)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
-        self.dir, self.every_n_steps, self.every_n_epochs, self.keep = Path(dir), every_n_steps, every_n_epochs, keep
+        self.dir, self.every_n_steps, self.every_n_epochs, self.keep = as_path(dir), every_n_steps, every_n_epochs, keep
         if sharded and async_write:
             raise ValueError("sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, which "
                              "training would disturb. Leave one of them out.")
@@ -184,7 +186,7 @@ class Checkpoint(Callback):
         apart = in_parts.begin(learn, self.dir, parts, about) if self.sharded and in_parts.is_spread(parts) else None
         learn.ranks.on_main(lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
                             f"write a checkpoint to {self.dir}")
-        if learn.ranks.apart: self.copied.wait()        # where an epoch is left they become one at once
+        if over or may_change(learn): self.copied.wait()
 
     def write(self, learn: Learner, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write: return self.write_now(parts, about)
@@ -201,12 +203,8 @@ class Checkpoint(Callback):
         self.write_now(parts, about)
 
     def before_step(self, learn: Learner) -> None:
-        """The weights are copied during the forward and backward passes after a save; here they would change. So they may where training
-        becomes evaluation and back, as those of schedule-free optimizers."""
+        """The weights are copied during the forward and backward passes after a save; here they would change."""
         if not self.copied.is_set(): self.copied.wait()
-
-    def before_train(self, learn: Learner) -> None: self.before_step(learn)
-    def before_validate(self, learn: Learner) -> None: self.before_step(learn)
 
     def before_validate(self, learn: Learner) -> None: self.before_step(learn)      # and here, where somebody puts others in their place
 
@@ -240,6 +238,13 @@ class Checkpoint(Callback):
         if learn.rank == 0:
             print(f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on", file=sys.stderr)
         raise SystemExit(128 + number)
+
+
+def may_change(learn: Learner) -> bool:
+    """Whether weights may change before the next step: where a training pass ends, and there only for some ways to train."""
+    if learn.ranks.apart or has_modes(learn.opt): return True
+    n = n_batches(learn.dl) if learn.training else NO_BATCH
+    return n is None or learn.agreed is not None or learn.batch_index - learn.first_batch + 1 >= n
 
 
 @contextmanager

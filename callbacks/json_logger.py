@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
+from learnkit.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.loggers import Journal, finite
@@ -27,7 +28,7 @@ class JSONLogger(Callback):
     per_rank = True
 
     def __init__(self, path: str | Path = "history.jsonl", *, every_n_steps: int | None = None) -> None:
-        self.lines, self.journal = Lines(Path(path), step_of), Journal(every_n_steps)
+        self.lines, self.journal = Lines(as_path(path), step_of), Journal(every_n_steps)
         self.after: int | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:

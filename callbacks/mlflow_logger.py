@@ -1,6 +1,7 @@
 """A log for MLflow."""
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
@@ -27,7 +28,8 @@ class MLflowLogger(Callback):
 
     def __init__(self, experiment: str = "learnkit", run_name: str | None = None, tracking_uri: str | None = None, *,
                  every_n_steps: int | None = None) -> None:
-        self.experiment, self.run_name, self.tracking_uri = experiment, run_name, tracking_uri
+        self.experiment, self.run_name = experiment, run_name
+        self.tracking_uri = None if tracking_uri is None else os.path.expanduser(tracking_uri)
         self.journal = Journal(every_n_steps)
         self.run_id = ""                        # of the run that is logged to; rank 0's
         self.known: dict[str, int] = {}         # name -> the last step that the run has of it

@@ -8,6 +8,7 @@ from typing import Any
 
 from learnkit.callbacks.distributed import Distributed
 from learnkit.callbacks.timer import wait_for
+from learnkit.files import as_path
 from learnkit.hooks import HOOKS, STAGES, Callback, Run, Stages, overridden
 from learnkit.learner import Learner
 
@@ -34,7 +35,7 @@ class Profile(Callback):
 
     def __init__(self, trace: str | Path | None = None, *, n_steps: int = 10, skip: int = 5, wait: bool = False) -> None:
         if n_steps < 1 or skip < 0: raise ValueError(f"n_steps={n_steps}, skip={skip}: expected n_steps >= 1 and skip >= 0.")
-        self.trace, self.n_steps, self.skip, self.wait = None if trace is None else Path(trace), n_steps, skip, wait
+        self.trace, self.n_steps, self.skip, self.wait = None if trace is None else as_path(trace), n_steps, skip, wait
         self.seconds: dict[str, float] = {}
         self.n_calls: dict[str, int] = {}
         self.n_batches = 0

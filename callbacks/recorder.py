@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from learnkit.batch import count_samples
+from learnkit.files import as_path
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.optim import momentum_name
@@ -156,7 +157,7 @@ class Recorder(Callback):
 
     def to_csv(self, path: str | Path) -> Path:
         """Write one row an epoch, with a header, to a CSV file; on several ranks rank 0 alone does. Returns the path."""
-        path = Path(path)
+        path = as_path(path)
         if not self.is_main: return path
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from learnkit import checkpoint
+from learnkit.files import as_path
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.monitor import Monitor
@@ -44,11 +45,11 @@ class SaveBest(Callback):
 
     def write(self, folder: Path, place: int, state: dict[str, Any]) -> None:
         """The new one first, under another name, so that at no time a good one is lost."""
-        checkpoint.write(folder / f"{self.name}-new.pt", state)
+        checkpoint.write(folder / as_path(f"{self.name}-new.pt"), state)
         for i in reversed(range(place, min(len(self.values), self.keep - 1))): self.file(folder, i).replace(self.file(folder, i + 1))
-        (folder / f"{self.name}-new.pt").replace(self.file(folder, place))
+        (folder / as_path(f"{self.name}-new.pt")).replace(self.file(folder, place))
 
-    def file(self, folder: Path, place: int) -> Path: return folder / f"{self.name}{f'-{place + 1}' if place else ''}.pt"
+    def file(self, folder: Path, place: int) -> Path: return folder / as_path(f"{self.name}{f'-{place + 1}' if place else ''}.pt")
 
     def state_dict(self) -> dict[str, Any]: return {"values": self.values}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
+from learnkit.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.loggers import Journal
@@ -27,7 +28,7 @@ class TensorBoardLogger(Callback):
     per_rank = True
 
     def __init__(self, dir: str | Path = "runs/learnkit", *, every_n_steps: int | None = None) -> None:
-        self.dir, self.journal = Path(dir), Journal(every_n_steps)
+        self.dir, self.journal = as_path(dir), Journal(every_n_steps)
         self.writer: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
+from learnkit.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.loggers import Journal
@@ -26,7 +27,8 @@ class WandbLogger(Callback):
     def __init__(self, *, every_n_steps: int | None = None, **options: Any) -> None:
         for name in ("id", "resume", "config"):
             if name in options: raise TypeError(f"WandbLogger got {name}=…, which it decides itself: give the other options of wandb.init.")
-        self.options, self.journal = options, Journal(every_n_steps)
+        self.options = options | ({"dir": str(as_path(options["dir"]))} if options.get("dir") else {})
+        self.journal = Journal(every_n_steps)
         self.run_id = ""                # of the run that is logged to; rank 0's
         self.run: Any = None
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from learnkit.batch import Inputs, describe, prediction, split_batch, tensors_in
 from learnkit.checkpoint import plain_state
 from learnkit.data import first_batch
-from learnkit.files import Damaged, explained, size_of, sync_folder, write_bytes
+from learnkit.files import Damaged, as_path, explained, size_of, sync_folder, write_bytes
 from learnkit.hooks import add_note
 from learnkit.shards import is_shard
 from learnkit.snapshots import in_memory
@@ -49,7 +49,7 @@ class Predicts(nn.Module):
 
 def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
     """What `learn.export` does: see there."""
-    path = Path(path)
+    path = as_path(path)
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(WRITERS)}: the ending says which format it is.")
     if learn.is_running: raise RuntimeError("export was called while this Learner runs: let the fit under way end first.")

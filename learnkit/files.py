@@ -28,6 +28,11 @@ BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFEr
 _switch, _n_without, _crc32_before = threading.Lock(), 0, True
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path that the user gave; `~` at its beginning is a home folder, as in a shell."""
+    return Path(path).expanduser()
+
+
 class Damaged(ValueError):
     """A file that does not verify; the message says which one and why."""
 

@@ -16,6 +16,7 @@ from learnkit import checkpoint, optim
 from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
 from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
+from learnkit.files import as_path
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
@@ -84,7 +85,7 @@ class Learner:
         self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
         self.lr, self.wd, self.bn_wd = lr, optim.check_rate("wd", wd), bn_wd
         self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
-        self.path, self.model_dir, self.seed = Path(path), model_dir, seed
+        self.path, self.model_dir, self.seed = as_path(path), str(as_path(model_dir)), seed
         self.callbacks: list[Callback] = []
         place(self, self.device)
         optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
@@ -612,7 +613,7 @@ class Learner:
         On several ranks rank 0 writes; the others that call it wait for that, and raise where it fails. After `to_fsdp` all must
         call it.
         """
-        path = self.path / self.model_dir / f"{name}.pt"
+        path = self.path / self.model_dir / as_path(f"{name}.pt")
         with self.saved_weights():
             state: dict[str, Any] = {"model": on_main(checkpoint.plain_state(self.model), self.rank)}
             if with_opt and self.opt is not None: state["opt"] = on_main(self.opt.state_dict(), self.rank)
@@ -622,7 +623,7 @@ class Learner:
     def load(self, name: str, strict: bool = True) -> Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
         `strict=False` takes what fits. Nothing in the file is executed."""
-        state = checkpoint.read_for(self, self.path / self.model_dir / f"{name}.pt")
+        state = checkpoint.read_for(self, self.path / self.model_dir / as_path(f"{name}.pt"))
         fits = "opt" in state and checkpoint.optimizer_fits(optimizer_of(self), state["opt"])
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "

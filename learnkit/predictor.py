@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from learnkit.batch import to_device
 from learnkit.checkpoint import load_model
-from learnkit.files import Damaged
+from learnkit.files import Damaged, as_path
 
 Run = Callable[[Sequence[Tensor]], Any]
 
@@ -47,7 +47,7 @@ class Predictor:
     def predict_image(self, path: str | Path) -> dict[str, float]:
         """{class: probability} of a picture in a file, the likeliest first; needs a model of one picture that gives a score a class."""
         from learnkit.pictures import load_picture
-        scores = self.predict(load_picture(Path(path), self.info))
+        scores = self.predict(load_picture(as_path(path), self.info))
         if not isinstance(scores, Tensor) or scores.ndim != 1:
             raise ValueError("the model does not give one score a class, so there is no likeliest one.")
         shares, order = scores.float().softmax(0).sort(descending=True)
@@ -62,7 +62,7 @@ def load_learner(path: str | Path, *, model: nn.Module | None = None, device: to
     `device`: where it computes, such as "cuda"; an .onnx file on the CPU only. What it is given goes there, what it predicts comes back.
     Nothing in the file is executed: one that holds more than `learn.export` writes, or was changed, is refused with Damaged.
     """
-    path, place = Path(path), torch.empty(0, device=device).device
+    path, place = as_path(path), torch.empty(0, device=device).device
     if not path.exists(): raise FileNotFoundError(f"there is no {path}.")
     if path.suffix not in READERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(READERS)}. What learn.save wrote goes to "

@@ -8,6 +8,7 @@ from typing import Any
 
 from learnkit import checkpoint, resume, snapshots
 from learnkit.callbacks.checkpoint import Checkpoint
+from learnkit.files import as_path
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -124,7 +125,7 @@ def fit_on_ray(train_func: Callable[..., Any], num_workers: int = 2, use_gpu: bo
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]
     from ray.train.torch import TorchTrainer  # type: ignore[import-not-found]
-    run_config = RunConfig(name=name, storage_path=None if storage_path is None else str(Path(storage_path).absolute()),
+    run_config = RunConfig(name=name, storage_path=None if storage_path is None else str(as_path(storage_path).absolute()),
                            failure_config=FailureConfig(max_failures=max_failures))
     return TorchTrainer(train_func, train_loop_config=None if config is None else dict(config), datasets=dict(datasets or {}),
                         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu), run_config=run_config).fit()

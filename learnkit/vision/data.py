@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from learnkit.data import DataBunch, TensorLoader, check_batch_size, check_dataset, default_device, default_workers, first_batch
 from learnkit.draws import BatchTransform
+from learnkit.files import as_path
 from learnkit.vision.folder import read_folder
 from learnkit.vision.pictures import Pictures, free_memory, load_pictures
 from learnkit.vision.samples import Numbered, SampleLoader
@@ -64,7 +65,7 @@ class ImageDataBunch(DataBunch):
         pictures: dict[str, Pictures] = {}
         for use, name in names.items():
             if name is None: continue
-            folder = read_folder(Path(path) / name, pictures["train"].classes if pictures else None)
+            folder = read_folder(as_path(path) / as_path(name), pictures["train"].classes if pictures else None)
             pictures[use] = load_pictures(folder, size=pair, n_channels=n_channels, on_error=on_error, cache=cache)
             check_size(pictures[use], pictures["train"], train, name)
         return cls.from_pictures(pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device)

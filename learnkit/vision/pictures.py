@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learnkit.distributed.reduce import rank0_first
-from learnkit.files import Damaged
+from learnkit.files import Damaged, as_path
 from learnkit.vision.cache import close_up, read_pixels, write_pixels
 from learnkit.vision.decode import OtherSize, Shape, decode_all, picture_size, read_picture
 from learnkit.vision.folder import Folder
@@ -127,7 +127,7 @@ def complain(folder: Folder, damaged: dict[int, str], on_error: str) -> None:
 
 def cache_file(folder: Folder, shape: Shape, resize: bool, cache: str | Path) -> Path:
     """One file for each folder and way of decoding, so that a changed folder replaces its old file."""
-    place = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "learnkit" / "pictures") if cache == "auto" else Path(cache)
+    place = as_path(os.environ.get(CACHE) or Path.home() / ".cache" / "learnkit" / "pictures") if cache == "auto" else as_path(cache)
     way = f"{os.path.realpath(folder.path)} {vars(shape)} {resize}"
     return place / f"{folder.path.name}-{hashlib.sha256(way.encode(errors='surrogateescape')).hexdigest()[:16]}.pixels"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from learnkit.data import DataBunch
-from learnkit.files import Damaged, read_state
+from learnkit.files import Damaged, as_path, read_state
 from learnkit.hooks import Callback
 from learnkit.learner import Learner, Rate
 from learnkit.vision.data import ImageDataBunch
@@ -54,7 +54,7 @@ def build(arch: Callable[..., nn.Module] | str, pretrained: bool | str | Path) -
         if not from_torchvision: raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give a file, or False.")
         return download_weights(arch)
     model = arch(weights=None) if from_torchvision else arch()
-    if pretrained is not False: load_weights(model, Path(pretrained))
+    if pretrained is not False: load_weights(model, as_path(pretrained))
     return model
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from learnkit.distributed.reduce import rank0_first
-from learnkit.files import Damaged
+from learnkit.files import Damaged, as_path
 from learnkit.vision.archives import Archive, Remote, URLs
 from learnkit.vision.download import NotFound, download, verify
 from learnkit.vision.extract import ENDINGS, extract
@@ -33,11 +33,11 @@ def untar_data(source: Archive | str, dest: str | Path | None = None, *, archive
     """
     if isinstance(source, str): source = from_address(source, checksum)
     elif checksum is not None and archive is None: raise ValueError(f"checksum=… is for addresses; that of {source.name} is known.")
-    local = Path(archive) if archive is not None else from_environment(source) if dest is None else None
+    local = as_path(archive) if archive is not None else from_environment(source) if dest is None else None
     if local is not None and not local.exists():
         raise FileNotFoundError(f"{local} does not exist: expected an archive ({', '.join(ENDINGS)}) or a folder, of {source.name}.")
     if local is not None and local.is_dir(): return local
-    root = Path(dest) if dest is not None else default_root()
+    root = as_path(dest) if dest is not None else default_root()
     folder = root / (source.name if local is None else f"{source.name}-{identity(local)}")
     with rank0_first():
         if not folder.exists():
@@ -57,7 +57,7 @@ def from_environment(source: Archive) -> Path | None:
     """What $LEARNKIT_DATA says of this data set: a folder, an archive, or nothing."""
     place = os.environ.get(DATA)
     if not place: return None
-    root = Path(place)
+    root = as_path(place)
     if not root.exists(): raise FileNotFoundError(f"{DATA}={place} does not exist: expected a folder, or an archive of {source.name}.")
     if root.is_file() or (root / "train").is_dir(): return root
     if (root / source.name).is_dir(): return root / source.name
@@ -66,7 +66,7 @@ def from_environment(source: Archive) -> Path | None:
 
 def default_root() -> Path:
     place = os.environ.get(DATA)
-    if place and Path(place).is_dir() and os.access(place, os.W_OK): return Path(place)
+    if place and as_path(place).is_dir() and os.access(as_path(place), os.W_OK): return as_path(place)
     return Path.home() / ".cache" / "learnkit" / "data"
 
 
