@@ -61,7 +61,8 @@ class ActivationStats(Callback):
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training or learn.step % self.every: return run()
         self.seen, step = {}, learn.step
-        handles = [module.register_forward_hook(self.hook(learn, name)) for name, module in learn.model.named_modules() if name in self.names]
+        layers = [(name, module) for name, module in learn.model.named_modules() if name in self.names]
+        handles = [module.register_forward_hook(self.hook(learn, name)) for name, module in layers]
         try: run()
         finally:
             for handle in handles: handle.remove()
