@@ -17,8 +17,8 @@ from learnkit.accelerator import accelerator, can_pin
 from learnkit.ahead import ahead
 from learnkit.batch import describe
 from learnkit.draws import BatchTransform, transform_batch
-from learnkit.generators import once, order_generators, put_state, sample_generators, state_of
-from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, generator_of, parts_of, permutation
+from learnkit.generators import unmoved_loaders
+from learnkit.order import EpochSampler, PrivateGenerator, permutation
 from learnkit.transfer import mover, sent
 from learnkit.unmoved import unmoved
 
@@ -219,17 +219,10 @@ class DataBunch:
 
 
 def first_batch(loader: Any) -> Any:
-    """A loader's next first batch; its epoch and the global random state stay as they are."""
-    samplers = [(part, part.epoch) for part in parts_of(loader) if isinstance(part, EpochOrder)]
-    own = [g for g in map(generator_of, parts_of(loader)) if g is not None]
-    generators = once((*own, *order_generators(loader), *sample_generators(loader)))
-    state = [(generator, state_of(generator)) for generator in generators]
-    with same_random_state(loader):
-        for batch in loader: break
-        else: raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
-    for part, epoch in samplers: part.epoch = epoch
-    for generator, value in state: put_state(generator, value)
-    return batch
+    """A loader's next first batch; its epoch, its generators and the global random state stay as they are."""
+    with unmoved_loaders(loader), same_random_state(loader):
+        for batch in loader: return batch
+    raise ValueError(f"{type(loader).__name__} gave no batch: it is empty.")
 
 
 @contextmanager

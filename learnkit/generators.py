@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from learnkit.order import PrivateGenerator, is_stream
+from learnkit.order import EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
 
 MOST = 64       # entries of a container that is looked into: the indices or samples of a data set are no generators
 DEEPEST = 5     # attributes from a loader down to a generator
@@ -104,3 +105,18 @@ def put_states(generators: Sequence[Any], states: Sequence[Any], what: str) -> N
         raise ValueError(f"the checkpoint has the states of {len(states)} random generators that decide {what}; the loaders of this fit "
                          f"have {len(generators)}. Resume with the same loaders, samplers and datasets.")
     for generator, state in zip(generators, states, strict=True): put_state(generator, state)
+
+
+@contextmanager
+def unmoved_loaders(*loaders: Any) -> Iterator[None]:
+    """Whatever is read from these loaders in the block, and however it ends: afterwards their epochs are the same, and so are their
+    generators and those of their datasets in this process."""
+    parts = [part for loader in loaders for part in parts_of(loader)]
+    epochs = [(part, part.epoch) for part in parts if isinstance(part, EpochOrder)]
+    private = [generator for part in parts if (generator := generator_of(part)) is not None]
+    owners = [generator for loader in loaders for generator in (*order_generators(loader), *sample_generators(loader))]
+    states = [(generator, state_of(generator)) for generator in once((*private, *owners))]
+    try: yield
+    finally:
+        for part, epoch in epochs: part.epoch = epoch
+        for generator, state in states: put_state(generator, state)

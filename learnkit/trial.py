@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from learnkit import checkpoint
 from learnkit.batch import tensors_in
+from learnkit.generators import unmoved_loaders
 from learnkit.hooks import Callback
-from learnkit.order import EpochOrder, generator_of, parts_of
 from learnkit.resume import put_random_state, random_state
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def unchanged(learn: Learner) -> Iterator[None]:
             if isinstance(opt, Optimizer)]
     others = [(thing, cloned(thing.state_dict())) for thing in objects.values() if not isinstance(thing, (nn.Module, Optimizer))]
     kept = [(callback, state) for callback in taking_part if (state := state_of(callback)) is not None]
-    orders, generators = loader_states(learn)
+    loaders = [dl for dl in (learn.data.train_dl, learn.data.valid_dl) if dl is not None]
     learn.callbacks = taking_part
-    try: yield
+    try:
+        with unmoved_loaders(*loaders): yield
     finally:
         vars(learn).clear()
         vars(learn).update(attributes)
@@ -64,17 +65,7 @@ def unchanged(learn: Learner) -> Iterator[None]:
         for thing, state in others: thing.load_state_dict(state)
         for callback, state in kept: callback.load_state_dict(state)
         for callback, values in callbacks: vars(callback).update({name: value for name, value in values.items() if is_copy(value)})
-        for part, epoch in orders: part.epoch = epoch
-        for generator, state in generators: generator.set_state(state)
         put_random_state(random, learn.device)
-
-
-def loader_states(learn: Learner) -> tuple[list[tuple[EpochOrder, int]], list[tuple[torch.Generator, Tensor]]]:
-    """The epochs of our loaders, and the states of generators that the user gave."""
-    loaders = [dl for dl in (learn.data.train_dl, learn.data.valid_dl) if dl is not None]
-    parts = [part for loader in loaders for part in parts_of(loader)]
-    generators = {id(g): g for g in map(generator_of, parts) if g is not None}
-    return [(part, part.epoch) for part in parts if isinstance(part, EpochOrder)], [(g, g.get_state()) for g in generators.values()]
 
 
 def state_of(callback: Callback) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """What is tried out on a Learner leaves it bit-identical."""
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,3 +158,31 @@ def test_what_callbacks_and_losses_keep_in_objects_is_put_back(trial, cls, fitte
     assert kept(cb) == before
     assert all(torch.equal(v, loss[k]) for k, v in learn.loss_func.state_dict().items())
     assert_same(learn, state)
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Draws from a generator of its own, as its sampler does."""
+
+    def __init__(self) -> None: self.rng = random.Random(1)
+    def __len__(self) -> int: return 8
+    def __getitem__(self, i: int): return torch.full((4,), self.rng.random()), torch.tensor(i % 3)
+
+
+class OwnOrder(torch.utils.data.Sampler):
+    def __init__(self) -> None: self.numbers = np.random.default_rng(2)
+    def __len__(self) -> int: return 8
+    def __iter__(self): return iter(self.numbers.permutation(8).tolist())
+
+
+@pytest.mark.parametrize("look", [lambda learn: learn.fast_run(), lambda learn: learn.lr_find(num_it=3), lambda learn: learn.data.one_batch()])
+def test_generators_of_samplers_and_datasets_go_on_where_they_were(look):
+    def fit(before):
+        torch.manual_seed(0)
+        loader = torch.utils.data.DataLoader(Drawing(), 4, sampler=OwnOrder())
+        learn = Learner((loader, None), nn.Linear(4, 3))
+        with learn.no_logging():
+            before(learn)
+            learn.fit(2)
+        return learn.recorder.losses
+
+    assert fit(look) == fit(lambda learn: None)
