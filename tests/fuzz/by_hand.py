@@ -30,6 +30,8 @@ def can_be_written(c: Configuration) -> bool:
         for code in c.callbacks
         if c.of(code).has("gradients") and not code.startswith(("ClipGradients(max_norm=0.1)", "ClipGradients(value", "Accumulate"))
     ]
+    if c.fits == ("fit, slice",) and OPTIMIZERS[c.optimizer].has("built"):
+        return False  # a rate for each of its groups, of which the history has the last one's
     return not (taking_part or c.own_callbacks or c.world > 1 or len(c.fits) > 1 or c.stop or c.max_steps) and not c.has(
         "draws",
         "closure",

@@ -108,7 +108,8 @@ class Transformer(nn.Module):
 class Convolutions(nn.Module):
     def __init__(self, *, norm: bool = False) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4) if norm else nn.Identity()
+        # A bias before batch norm has a gradient of 0 but for rounding, which optimizers such as Adagrad enlarge.
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1, bias=not norm), nn.BatchNorm2d(4) if norm else nn.Identity()
         self.last = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
