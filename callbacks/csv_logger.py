@@ -28,8 +28,8 @@ class CSVLogger(Callback):
     per_rank = True
 
     def __init__(self, path: str | Path = "history.csv", *, every_n_steps: int | None = None) -> None:
-        self.lines, self.journal = Lines(as_path(path), step_of), Journal(every_n_steps)
         self.columns: list[str] = []
+        self.lines, self.journal = Lines(as_path(path), step_of, lambda line: is_epochs(line, self.columns)), Journal(every_n_steps)
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         with self.journal.of_fit(learn, self): run()
@@ -43,7 +43,7 @@ class CSVLogger(Callback):
     # ------------------------------------------------------------------ the sink
     def open(self, after: int | None, names: list[str]) -> None:
         self.columns = ["step", *names]
-        if not self.lines.open(after): self.lines.add(as_row(self.columns))
+        if not self.lines.open(after, amid=self.journal.amid): self.lines.add(as_row(self.columns))
 
     def config(self, values: dict[str, Any]) -> None: "A table has no place for it."
     def log(self, values: dict[str, float], step: int) -> None:
@@ -62,3 +62,6 @@ def as_row(cells: list[Any]) -> str:
 def step_of(line: str) -> int | None:
     first = line.split(",", 1)[0]
     return None if first == "step" else int(first)
+
+
+def is_epochs(line: str, columns: list[str]) -> bool: return line.rstrip("\n").split(",")[columns.index("epoch")] != ""

@@ -28,7 +28,7 @@ class JSONLogger(Callback):
     per_rank = True
 
     def __init__(self, path: str | Path = "history.jsonl", *, every_n_steps: int | None = None) -> None:
-        self.lines, self.journal = Lines(as_path(path), step_of), Journal(every_n_steps)
+        self.lines, self.journal = Lines(as_path(path), step_of, is_epochs), Journal(every_n_steps)
         self.after: int | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -42,7 +42,7 @@ class JSONLogger(Callback):
 
     # ------------------------------------------------------------------ the sink
     def open(self, after: int | None, names: list[str]) -> None:
-        self.lines.open(after)
+        self.lines.open(after, amid=self.journal.amid)
         self.after = after
 
     def config(self, values: dict[str, Any]) -> None: self.lines.add(json.dumps({"step": self.after or 0, "config": values}))
@@ -51,3 +51,6 @@ class JSONLogger(Callback):
 
 
 def step_of(line: str) -> int | None: return json.loads(line)["step"]
+
+
+def is_epochs(line: str) -> bool: return "epoch" in json.loads(line)

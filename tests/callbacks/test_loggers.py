@@ -127,6 +127,26 @@ def test_files_of_an_interrupted_fit_are_those_of_one_that_was_not(at: int):
     assert Path("log.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
+@pytest.mark.parametrize("make, name", [(CSVLogger, "log.csv"), (JSONLogger, "log.jsonl")])
+def test_an_epochs_row_after_its_last_checkpoint_is_not_there_twice(make: Any, name: str):
+    class DiesBetweenEpochs(Callback):
+        def before_epoch(self, learn: Learner) -> None:
+            if learn.epoch == 1: raise ConnectionAbortedError
+
+    learner(make(f"whole-{name}", every_n_steps=3)).fit(2)
+    with pytest.raises(ConnectionAbortedError):     # the checkpoint of step 6 is within the epoch that it ends
+        learner(make(name, every_n_steps=3), Checkpoint("kept", every_n_steps=3, every_n_epochs=None), DiesBetweenEpochs()).fit(2)
+    learner(make(name, every_n_steps=3), Checkpoint("kept", every_n_steps=3, every_n_epochs=None)).fit(2, resume=True)
+    assert Path(name).read_text() == Path(f"whole-{name}").read_text()
+
+
+def test_a_checkpoint_before_the_first_row_keeps_what_a_log_begins_with():
+    learner(JSONLogger("whole.jsonl")).fit(2)
+    with pytest.raises(ConnectionAbortedError): learner(JSONLogger("log.jsonl"), Checkpoint("kept", every_n_steps=1), Dies(2)).fit(2)
+    learner(JSONLogger("log.jsonl"), Checkpoint("kept")).fit(2, resume=True)
+    assert Path("log.jsonl").read_text() == Path("whole.jsonl").read_text()
+
+
 def test_a_line_that_was_cut_off_by_a_kill_is_gone_after_the_resume():
     learner(CSVLogger("whole.csv", every_n_steps=1)).fit(2)
     with pytest.raises(ConnectionAbortedError):
