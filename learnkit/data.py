@@ -63,7 +63,7 @@ class TensorLoader:
         """Make `epoch` the next one; `seed` replaces the loader's own."""
         self.sampler.set_epoch(epoch, seed)
 
-    def in_order(self) -> TensorLoader:
+    def in_dataset_order(self) -> TensorLoader:
         """The same samples in dataset order, each once."""
         return TensorLoader(self.tensors, bs=self.batch_size, batch_tfms=self.batch_tfms, seed=self.sampler.seed, n_ahead=self.n_ahead,
                             device=self.device)
@@ -246,7 +246,7 @@ def in_order(loader: Any) -> Any:
 
     A loader with a sampler or batch sampler of the user's own, and any other iterable, is taken as it is.
     """
-    if callable(own := getattr(loader, "in_order", None)): return own()
+    if callable(own := getattr(loader, "in_dataset_order", None)): return own()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
     sampler = loader.sampler

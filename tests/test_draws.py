@@ -86,7 +86,7 @@ def test_batches_of_every_size_share_and_place_have_the_same_draws():
 
 def test_in_order_keeps_the_seed():
     loader = TensorLoader((torch.zeros(4),), bs=4, seed=7, batch_tfms=[Shift()])
-    assert torch.equal(next(iter(loader))[0], next(iter(loader.in_order()))[0])
+    assert torch.equal(next(iter(loader))[0], next(iter(loader.in_dataset_order()))[0])
 
 
 def test_batches_cut_ahead_are_the_same_ones():

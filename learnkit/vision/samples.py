@@ -30,7 +30,7 @@ class SampleLoader(DataLoader[Any]):
                          pin_memory=can_pin(device), generator=PrivateGenerator())
         self.batch_tfms, self.device = tuple(batch_tfms), device
 
-    def in_order(self) -> SampleLoader:
+    def in_dataset_order(self) -> SampleLoader:
         """The same samples in dataset order, each once."""
         seed = self.sampler.seed if isinstance(self.sampler, EpochOrder) else None
         return SampleLoader(self.dataset, bs=self.batch_size or 1, shuffle=False, drop_last=False, batch_tfms=self.batch_tfms,

@@ -11,6 +11,7 @@ from torchvision.datasets import FakeData, ImageFolder
 from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
 from learnkit.data import TensorLoader
+from learnkit.distributed import launch
 from learnkit.vision import ImageDataBunch, cifar_stats, cutout, flip_lr, imagenet_stats, mnist_stats, rand_pad, rotate
 from learnkit.vision import data as data_module
 from learnkit.vision.samples import SampleLoader
@@ -184,6 +185,16 @@ def test_a_random_dataset_trains_and_validates_in_order(tmp_path):
     _, targets = learn.get_preds(data.train_dl)
     assert targets.tolist() == [random_dataset()[i][1] for i in range(24)]
     assert isinstance(data.train_dl, SampleLoader)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_training_pictures_of_a_dataset_are_evaluated_in_order_and_all_of_them(world_size):
+    def fn():
+        data = ImageDataBunch.from_dataset(FakeData(9, (3, 8, 8), 2), bs=4, num_workers=0)
+        learn = Learner(data, net()).to_distributed()
+        with learn.no_logging(): return learn.get_preds(data.train_dl)[1].tolist()
+
+    assert launch(fn, world_size) == [int(FakeData(9, (3, 8, 8), 2)[i][1]) for i in range(9)]
 
 
 def test_the_grid_of_a_batch_shows_pictures_and_names(folder):
