@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from learnkit.order import EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
 
 MOST = 64       # entries of a container that is looked into: the indices or samples of a data set are no generators
-DEEPEST = 5     # attributes from a loader down to a generator
+DEEPEST = 6     # attributes from a loader down to a generator
 NOT_LOOKED_INTO = (str, bytes, int, float, complex, bool, type(None), Tensor, nn.Module, Optimizer, type, ModuleType, FunctionType)
 
 
 def order_generators(loader: Any) -> list[Any]:
     """Those that decide a loader's order: its own, its samplers', and those of loaders within it. A dataset's do where it is a stream."""
-    return once(owned(loader, leave_out=() if is_stream(inner(loader)) else Dataset))
+    loader = inner(loader)
+    return once(owned(loader, leave_out=() if is_stream(loader) else Dataset))
 
 
 def sample_generators(loader: Any) -> list[Any]:
@@ -57,7 +58,8 @@ def owned(thing: Any, leave_out: type | tuple[()] = (), depth: int = 0, seen: se
         parts = list(thing.values() if isinstance(thing, Mapping) else thing) if len(thing) <= MOST else []
     else:
         if has_state(thing): yield thing
-        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if not (leave_out and name in ("dataset", "data_source"))]
+        left_out = ("dataset", "data_source", "_iterator") if leave_out else ("_iterator",)     # workers that live on have copies
+        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name not in left_out]
     for part in parts: yield from owned(part, leave_out, depth + 1, seen)
 
 
