@@ -144,16 +144,14 @@ class Checkpoint(Callback):
         own: ControlFlow | None = None
         try: run()
         except (StopBatch, SkipBatch) as raised: own = raised
-        if learn.training: self.after(learn)
+        if learn.training:
+            if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
+            n = self.every_n_steps
+            # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
+            if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
+            if learn.agreed == "save": learn.agreed = None
+            elif learn.agreed is not None: raise Interrupted
         if own is not None: raise own
-
-    def after(self, learn: Learner) -> None:
-        if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
-        n = self.every_n_steps
-        # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
-        if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
-        if learn.agreed == "save": learn.agreed = None
-        elif learn.agreed is not None: raise Interrupted
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         stop: StopFit | StopEpoch | None = None

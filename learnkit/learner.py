@@ -18,6 +18,7 @@ from learnkit.data import DataBunch, first_batch
 from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
 from learnkit.files import as_path
 from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
+from learnkit.generators import inner
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
 from learnkit.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
 from learnkit.metrics import as_metrics
@@ -222,7 +223,7 @@ class Learner:
             yield
         # A rank's share of an evaluation may be empty, and so may the rest of an epoch that another number of ranks began.
         if self.batch_index < 0 and (not self.n_items_done if self.training else self.world_size == 1):
-            raise ValueError(f"the loader of this pass ({type(loader).__name__}) gave no batch: it is empty.")
+            raise ValueError(f"the loader of this pass ({type(inner(loader)).__name__}) gave no batch: it is empty.")
 
     def _see_first(self, batch: Any) -> bool:
         """Remember what a pass's batches look like; return whether they have to be moved to the device."""

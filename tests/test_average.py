@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from learnkit.average import Average
+from learnkit.ranks import Alone
 
 
 def net() -> nn.Sequential:
@@ -47,7 +48,6 @@ def test_a_model_without_buffers_and_one_with_half_precision_are_averaged():
         torch.testing.assert_close(average.values["weight"], start + .25, rtol=0, atol=.02)
         assert average.values["weight"].dtype == torch.float32
         with average.swapped(): assert model.weight.dtype == model.state_dict()["weight"].dtype
-    assert list(average.buffers()) == []
 
 
 def test_many_small_steps_are_not_lost_in_half_precision():
@@ -73,8 +73,12 @@ def test_the_exchange_moves_no_number_and_keeps_the_parameters_and_their_gradien
     assert all(p.grad is g for p, g in zip(tensors, gradients, strict=True))
 
 
-def test_buffers_are_those_that_are_no_parameters():
-    assert [b.shape for b in Average(net()).buffers()] == [(4,), (4,), ()]
+def test_ranks_share_what_is_no_parameter():
+    class Told(Alone):
+        def share(self, tensors): self.shared = [tuple(t.shape) for t in tensors]
+
+    Average(net()).unite(ranks := Told())
+    assert ranks.shared == [(4,), (4,), ()]
 
 
 def test_a_state_comes_back_and_one_of_another_model_is_refused():
