@@ -23,6 +23,7 @@ COUNTS = "counts what a step costs where batches need not be moved; on a device:
 AUTOCAST = "autocast on a device has other lists of operations than on the CPU, with which it compares bits"
 FOREACH = "torch steps it by its foreach kernels on a device and one by one on the CPU, which round differently"
 ADDS = "it adds a module to the model after the Learner was built, which stays on the CPU: refused, as test_one_device.py shows"
+HELD = "its callback holds a module of its own, which stays on the CPU"
 ALONE = "starts processes of its own, which do not have the stand-in"
 CANNOT = {
     "test_readme.py": ALONE, "test_docs.py": COUNTS, "test_examples.py": ALONE, "test_notebook.py": ALONE, "test_packaging.py": ALONE,
@@ -41,6 +42,7 @@ CANNOT = {
     "test_fit_by_hand.py::test_a_fit_with_any_optimizer_equals_the_loop_by_hand_with_decoupled_weight_decay[NAdam]": FOREACH,
     "vision/test_data.py::test_batches_are_normalized": BY_HAND, "test_files.py::test_a_file_of_plain_torch": BY_HAND,
     "callbacks/test_channels_last.py::test_inputs_that_are_no_pictures": "a batch that is moved is another object",
+    "callbacks/test_recorder.py::test_a_float64_models": BY_HAND, "test_trial.py::test_what_callbacks_and_losses_keep": HELD,
     "callbacks/test_checkpoint.py::test_early_stopping_remembers": DRAWS,
     "callbacks/test_ema.py::test_apply_makes_the_average_the_weights_for_good[in a wrapper]": "wraps the model in DataParallel, which is CUDA's alone",
     "callbacks/test_mixed_precision.py::test_a_fit_has_the_numbers": AUTOCAST, "callbacks/test_mixed_precision.py::test_only_float16": COUNTS,
