@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from learnkit.order import EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
+from learnkit.order import Around, EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
 
 MOST = 64       # entries of a container that is looked into: the indices or samples of a data set are no generators
 DEEPEST = 6     # attributes from a loader down to a generator
@@ -25,9 +25,11 @@ NOT_LOOKED_INTO = (str, bytes, int, float, complex, bool, type(None), Tensor, nn
 
 
 def order_generators(loader: Any) -> list[Any]:
-    """Those that decide a loader's order: its own, its samplers', and those of loaders within it. A dataset's do where it is a stream."""
+    """Those that decide a loader's order: its own, its samplers', and those of loaders within it; its dataset's too, where it is read
+    again up to a place: a stream, or a loader of the user's own kind."""
     loader = inner(loader)
-    return once(owned(loader, leave_out=() if is_stream(loader) else Dataset))
+    is_indexed = isinstance(loader, DataLoader) and not is_stream(loader)
+    return once(owned(loader, leave_out=Dataset if is_indexed else ()))
 
 
 def sample_generators(loader: Any) -> list[Any]:
@@ -40,7 +42,7 @@ def sample_generators(loader: Any) -> list[Any]:
 
 def inner(loader: Any) -> Any:
     """The loader that ours were put around."""
-    return inner(loader.loader) if not isinstance(loader, DataLoader) and hasattr(loader, "loader") else loader
+    return inner(loader.loader) if isinstance(loader, Around) else loader
 
 
 def once(found: Iterable[Any]) -> list[Any]: return list({id(generator): generator for generator in found}.values())

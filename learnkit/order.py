@@ -107,7 +107,12 @@ def items_from(sampler: Any, n: int) -> Iterator[Any]:
     return sampler.order_from(n) if isinstance(sampler, EpochSampler) else islice(iter(sampler), n, None)
 
 
-class PrivateLoader(EpochOrder):
+class Around:
+    """What we put around a loader, as `loader`."""
+    loader: Any
+
+
+class PrivateLoader(Around, EpochOrder):
     """Batches of a loader of somebody else's, which may draw from the global generators, made a function of (seed, epoch).
 
     The generators are seeded while it is asked for a batch, and put back in between: what it gives depends neither on what a model draws

@@ -33,6 +33,7 @@ from learnkit.distributed.reduce import agree, broadcast_from_main
 from learnkit.distributed.world import get_rank, get_world_size
 from learnkit.generators import order_generators, put_states, state_of
 from learnkit.order import (
+    Around,
     EpochOrder,
     PrivateGenerator,
     divider_of,
@@ -218,7 +219,7 @@ def dealt_out(batches: Iterable[T], rank: int, world_size: int, *, even: bool, s
 # --- loaders ------------------------------------------------------------------------------------------------------------
 
 
-class ShardedLoader:
+class ShardedLoader(Around):
     """Every world_size-th batch of any re-iterable of batches that is the same on every rank.
 
     In training (`even`) a last round that has no batch for every rank is left out.
@@ -259,7 +260,7 @@ class ShardedLoader:
 def n_samples(batch: Any) -> int: return count_samples(*split_batch(batch))
 
 
-class InStep(EpochOrder):
+class InStep(Around, EpochOrder):
     """A rank's batches for as long as every rank has another one: for loaders whose lengths nobody knows.
 
     Costs one small collective a batch. The batches that some ranks have more are left out, on each of them.

@@ -98,6 +98,16 @@ class Zipped:
         for (x, y), (other, _) in zip(*self.loaders, strict=True): yield x, y + other
 
 
+class Wrapper:
+    """A loader around another one, as many scripts have it, which draws from a generator of its own."""
+
+    def __init__(self, loader: Any) -> None: self.loader, self.rng = loader, random.Random(4)
+    def __len__(self) -> int: return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for x, y in self.loader: yield x, y + self.rng.random()
+
+
 class Lazy:
     """Draws each batch when it is asked for it, from all three global generators."""
 
@@ -139,6 +149,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "zipped": lambda: (Zipped(DataLoader(dataset(), BS, shuffle=True), DataLoader(dataset(), BS, shuffle=True)), None),
     "zipped, own generators": lambda: (Zipped(*(DataLoader(dataset(), BS, shuffle=True, generator=seeded(i)) for i in range(2))), None),
     "lazy": lambda: (Lazy(), None),
+    "wrapped": lambda: (Wrapper(DataLoader(dataset(), BS, shuffle=True, generator=seeded(7))), None),
+    "wrapped, drawn samples": lambda: (Wrapper(DataLoader(Noisy(), BS, shuffle=True)), None),
 }
 OF_EACH_RANK = {        # what ranks draw by themselves: not the same on another number of them
     "own noise": lambda: (DataLoader(Noisy(), BS, shuffle=True), None),
