@@ -27,8 +27,9 @@ from epoch import cnn
 from measure import clock_of, interleave, machine, ratios, spread
 from torch import nn
 
-from learnkit import Callback, DataBunch, Learner, snapshots
+from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot
 from learnkit.distributed.stop import StopTogether
 
 
@@ -52,7 +53,7 @@ def writing(folder: Path, megabytes: int, rounds: int) -> None:
     """Each writes new files and removes them, as a fit removes its oldest checkpoint: both are in the time."""
     state, serial = state_of(megabytes), iter(range(10 ** 6))
 
-    def ours() -> None: shutil.rmtree(snapshots.write(folder / "ours", f"{next(serial):06d}-step-1", state, {"run": "x"}))
+    def ours() -> None: shutil.rmtree(snapshot.write_snapshot(folder / "ours", f"{next(serial):06d}-step-1", state, {"run": "x"}))
 
     bases = {"torch.save, flushed": lambda: plain(state, folder / "a.pt", durable=True),
              "torch.save": lambda: plain(state, folder / "a.pt", durable=False),

@@ -43,8 +43,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from learnkit import DataBunch, Learner, accuracy
 from learnkit.callbacks import Progress, Recorder
+from learnkit.data.order import mix
 from learnkit.distributed import get_device, get_rank, init_process_group, launch, sync_batchnorm
-from learnkit.order import mix
 
 BATCH, N_RANKS, SEED = 64, 2, 0
 GLOBAL_BATCH = BATCH * N_RANKS

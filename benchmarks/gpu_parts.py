@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from learnkit import Callback, DataBunch, Learner, TensorLoader, accuracy
-from learnkit.transfer import Moved
+from learnkit.devices.transfer import Moved
 
 HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MB = 2 ** 20

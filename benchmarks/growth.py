@@ -86,7 +86,7 @@ def counted(folder: str) -> dict[str, float]:
     """Everything of LAWS, as this rank sees it."""
     from connections import to_ranks, to_store
 
-    from learnkit import resume
+    from learnkit.checkpoint import resume
     from learnkit.distributed import check_same, get_rank, init_process_group
     init_process_group()
     found: dict[str, float] = {"join": to_store().segments, "connections": len(to_ranks())}

@@ -38,9 +38,9 @@ from torch.nn import functional as F
 
 from learnkit import DataBunch, Learner, TensorLoader
 from learnkit.callbacks import Checkpoint, Progress, Recorder
+from learnkit.devices.dtensor import own_part, whole
 from learnkit.distributed import get_device, get_rank, init_process_group, launch
 from learnkit.ray import RayReport, fit_on_ray
-from learnkit.shards import own_part, whole
 
 N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3     # N_TOKENS: of a sample
 MB = 2 ** 20

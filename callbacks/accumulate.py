@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.data import n_batches
+from learnkit.data.loaders import n_batches
 from learnkit.hooks import Callback, Run, SkipStep, StopFit
 from learnkit.learner import Learner
-from learnkit.loss import count_like, not_zero, weighted
+from learnkit.loop.loss import count_like, not_zero, weighted
 
 
 class Accumulate(Callback):

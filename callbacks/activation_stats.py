@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from learnkit.batch import tensors_in
 from learnkit.callbacks.recorder import Recorder
+from learnkit.devices.nested import tensors_in
+from learnkit.devices.transfer import stacked_on_host
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.transfer import stacked_on_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,12 +96,12 @@ class ActivationStats(Callback):
 
     def plot(self) -> Figure:
         """Mean, standard deviation and share near zero by step, one line a layer."""
-        from learnkit.plots import plot_layer_lines
+        from learnkit.logs.plots import plot_layer_lines
         return plot_layer_lines(self.steps, self.stats, self.names, ("mean", "standard deviation", f"share below {self.near_zero}"))
 
     def plot_histograms(self) -> Figure:
         """One picture a layer: steps to the right, size of outputs upwards, colour for how many there are."""
-        from learnkit.plots import plot_layer_pictures
+        from learnkit.logs.plots import plot_layer_pictures
         return plot_layer_pictures(self.steps, self.histograms, self.names, self.limit)
 
     def state_dict(self) -> dict[str, Any]: return {"names": self.names, "steps": self.steps, "recorded": self.recorded}

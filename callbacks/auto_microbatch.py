@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from learnkit.batch import describe, map_tensors, tensors_in
 from learnkit.callbacks.compiled import Compiled
 from learnkit.callbacks.distributed import Distributed
+from learnkit.devices.nested import describe, map_tensors, tensors_in
 from learnkit.hooks import Callback, ControlFlow, Run, add_note
 from learnkit.learner import Learner
-from learnkit.loss import not_zero, weighted
-from learnkit.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
+from learnkit.loop.loss import not_zero, weighted
+from learnkit.loop.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
 
 Shapes = list[tuple[int, ...]]
 
@@ -71,7 +71,7 @@ class AutoMicrobatch(Callback):
     def around_batch(self, learn: Learner, run: Run) -> None:
         if not learn.training: return run()
         shapes = shapes_in(learn.inputs, learn.target)
-        if shapes != self.shapes: self.shapes, self.n = shapes, n_samples(learn)
+        if shapes != self.shapes: self.shapes, self.n = shapes, n_samples_here(learn)
         n = self.n
         part = n if self.size is None else min(self.size, n)
         batch = (shapes, part, learn.n_held > 0)
@@ -213,7 +213,7 @@ class State:
     """What a failed attempt may have changed: buffers, random numbers, and gradients of earlier batches, which wait aside."""
 
     def __init__(self, learn: Learner, *, gradients: bool = True) -> None:
-        from learnkit.resume import random_state
+        from learnkit.checkpoint.resume import random_state
         self.random, self.parameters = random_state(learn.device), list(learn.model.parameters())
         self.buffers = [(module._buffers, name, b, b.clone()) for module in learn.model.modules()
                         for name, b in module._buffers.items() if b is not None]
@@ -227,7 +227,7 @@ class State:
         free_cached(learn.device)
 
     def put_back_random(self, learn: Learner) -> None:
-        from learnkit.resume import put_random_state
+        from learnkit.checkpoint.resume import put_random_state
         put_random_state(self.random, learn.device)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ def covers(large: Shapes, small: Shapes) -> bool:
                                             for a, b in zip(large, small, strict=True))
 
 
-def n_samples(learn: Learner) -> int:
+def n_samples_here(learn: Learner) -> int:
     sizes = {len(t) for t in tensors_in(learn.inputs) if t.ndim}
     if len(sizes) != 1:
         raise ValueError(f"AutoMicrobatch splits inputs along their first dimension, which they must share; got {describe(learn.inputs)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learnkit.batch import map_tensors
+from learnkit.devices.nested import map_tensors
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 

@@ -13,14 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from learnkit import checkpoint, in_parts, resume, snapshots
 from learnkit.callbacks.distributed import NO_BATCH, Distributed
-from learnkit.data import n_batches
-from learnkit.files import as_path, clean, explained
+from learnkit.checkpoint.files import as_path, clean, explained_os_error
+from learnkit.checkpoint.resume import begin_at, check_fits, order_states, place_of, restore_training, training_state, with_own_copies
+from learnkit.checkpoint.sharded import begin_sharded, check_safetensors, filled_parts, is_apart, is_spread
+from learnkit.checkpoint.snapshot import copied_to_host, newest_snapshot, next_name, remove_snapshot, snapshots_of_run, write_snapshot
+from learnkit.checkpoint.weights import snapshot_from_main
+from learnkit.data.loaders import n_batches
+from learnkit.devices.transfer import Enqueued
 from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
-from learnkit.optim import has_modes
-from learnkit.transfer import Enqueued
+from learnkit.optim.groups import has_modes
 
 STOPPING = [s for s in (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT")) if s is not None]
 SAVING = getattr(signal, "SIGUSR1", None)
@@ -60,7 +63,7 @@ class Checkpoint(Callback):
         if sharded and async_write:
             raise ValueError("sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, which "
                              "training would disturb. Leave one of them out.")
-        if sharded: in_parts.check_safetensors()
+        if sharded: check_safetensors()
         self.async_write, self.sharded = async_write, sharded
         self.run = ""                               # names a fit, over all its interruptions
         self.written: list[Path] = []               # of this run, oldest first
@@ -99,30 +102,30 @@ class Checkpoint(Callback):
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir): pass
-        except OSError as error: raise explained(error, self.dir, 0) from error
+        except OSError as error: raise explained_os_error(error, self.dir, 0) from error
         clean(self.dir)
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from."""
-        found = checkpoint.from_main(learn, lambda: self.read(learn.n_fits))
+        found = snapshot_from_main(learn, lambda: self.read(learn.n_fits))
         if found is None: return
         name, parts, about, apart, is_over = found
-        if not resume.begin_at(learn, parts["run"]["place"], is_over=is_over): return
+        if not begin_at(learn, parts["run"]["place"], is_over=is_over): return
         self.parts, self.run, self.apart = parts, about["run"], self.dir / name if apart else None
-        self.written = snapshots.of_run(self.dir, self.run, name)
+        self.written = snapshots_of_run(self.dir, self.run, name)
 
     def read(self, n_fits: int) -> list[Any] | None:
         """The newest checkpoint; where that is of a later fit of the same script, the last one of the fit that begins now."""
-        found = snapshots.newest(self.dir)
+        found = newest_snapshot(self.dir)
         if found is None: return None
         place = found[1]["run"]["place"]
         if place["fit"] > n_fits and (run := place.get("runs", {}).get(n_fits)) is not None:
-            found = snapshots.newest(self.dir, run=run) or found
-        return [found[0].name, *found[1:], in_parts.is_apart(found[1]), place["fit"] > n_fits]
+            found = newest_snapshot(self.dir, run=run) or found
+        return [found[0].name, *found[1:], is_apart(found[1]), place["fit"] > n_fits]
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
-        self.order_states = resume.order_states(learn)
+        self.order_states = order_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
         self.put_back(learn)            # a finished fit has no epoch in which to do so
@@ -132,9 +135,9 @@ class Checkpoint(Callback):
         if self.parts is None: return
         parts, self.parts = self.parts, None
         if self.apart is not None:
-            resume.check_fits(learn, parts)
-            parts = in_parts.filled(learn, parts, self.apart)
-        resume.put_back(learn, self, parts)
+            check_fits(learn, parts)
+            parts = filled_parts(learn, parts, self.apart)
+        restore_training(learn, self, parts)
         self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
     # ------------------------------------------------------------------ when
@@ -172,16 +175,16 @@ class Checkpoint(Callback):
     # ------------------------------------------------------------------ saving
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
         """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
-        place = resume.place_of(learn, epoch_over=epoch_over, over=over)
+        place = place_of(learn, epoch_over=epoch_over, over=over)
         now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over: return
         self.saved_at = now
-        order = resume.order_states(learn) if epoch_over or over else self.order_states      # of the next epoch, or of the one under way
-        parts = resume.take(learn, self, place, order, gathered=not self.sharded)
-        if self.async_write: parts = resume.with_own_copies(learn, parts)
+        order = order_states(learn) if epoch_over or over else self.order_states      # of the next epoch, or of the one under way
+        parts = training_state(learn, self, place, order, gathered=not self.sharded)
+        if self.async_write: parts = with_own_copies(learn, parts)
         about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
                  "values": {name: str(value) for name, value in learn.values.items()}}
-        apart = in_parts.begin(learn, self.dir, parts, about) if self.sharded and in_parts.is_spread(parts) else None
+        apart = begin_sharded(learn, self.dir, parts, about) if self.sharded and is_spread(parts) else None
         learn.ranks.on_main(lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
                             f"write a checkpoint to {self.dir}")
         if over or may_change(learn): self.copied.wait()
@@ -196,7 +199,7 @@ class Checkpoint(Callback):
     def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any], steps: Enqueued) -> None:
         """In the thread: from a device on its copy stream, which waits for the `steps` that were enqueued before the save."""
         try:
-            with steps.awaited(): parts = self.copy = snapshots.in_memory(parts, self.copy)
+            with steps.awaited(): parts = self.copy = copied_to_host(parts, self.copy)
         finally: self.copied.set()
         self.write_now(parts, about)
 
@@ -207,13 +210,13 @@ class Checkpoint(Callback):
     def before_validate(self, learn: Learner) -> None: self.before_step(learn)      # and here, where somebody puts others in their place
 
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
-        self.keep_newest(snapshots.write(self.dir, snapshots.next_name(self.dir, about["step"]), parts, about))
+        self.keep_newest(write_snapshot(self.dir, next_name(self.dir, about["step"]), parts, about))
 
     def keep_newest(self, path: Path) -> None:
         self.written.append(path)
         try:
-            while len(self.written) > self.keep: snapshots.remove(self.written.pop(0))
-        except OSError as error: raise explained(error, self.dir, 0) from error
+            while len(self.written) > self.keep: remove_snapshot(self.written.pop(0))
+        except OSError as error: raise explained_os_error(error, self.dir, 0) from error
 
     def finish_writing(self) -> None:
         """What failed in the thread comes up here."""

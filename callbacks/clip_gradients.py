@@ -10,9 +10,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.callbacks.recorder import Trace
+from learnkit.devices.dtensor import is_shard, own_parts, whole
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.shards import is_shard, own_parts, whole
 
 
 class ClipGradients(Callback):

@@ -12,7 +12,7 @@ from learnkit.callbacks.reduce_afterwards import nothing
 from learnkit.distributed.algorithms import Algorithm, Communication, put_weights
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.optim import has_modes
+from learnkit.optim.groups import has_modes
 
 
 class Communicate(Callback):

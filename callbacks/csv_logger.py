@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loggers import Journal
-from learnkit.rows import Lines
+from learnkit.logs.journal import Journal
+from learnkit.logs.line_file import Lines
 
 
 class CSVLogger(Callback):
@@ -29,7 +29,7 @@ class CSVLogger(Callback):
 
     def __init__(self, path: str | Path = "history.csv", *, every_n_steps: int | None = None) -> None:
         self.columns: list[str] = []
-        self.lines, self.journal = Lines(as_path(path), step_of, lambda line: is_epochs(line, self.columns)), Journal(every_n_steps)
+        self.lines, self.journal = Lines(as_path(path), step_of_row, lambda line: is_epoch_row(line, self.columns)), Journal(every_n_steps)
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         with self.journal.of_fit(learn, self): run()
@@ -59,9 +59,9 @@ def as_row(cells: list[Any]) -> str:
     return text.getvalue()
 
 
-def step_of(line: str) -> int | None:
+def step_of_row(line: str) -> int | None:
     first = line.split(",", 1)[0]
     return None if first == "step" else int(first)
 
 
-def is_epochs(line: str, columns: list[str]) -> bool: return line.rstrip("\n").split(",")[columns.index("epoch")] != ""
+def is_epoch_row(line: str, columns: list[str]) -> bool: return line.rstrip("\n").split(",")[columns.index("epoch")] != ""

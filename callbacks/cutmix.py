@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.mixup import first_input, losses
+from learnkit.data.order import mix
+from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.order import mix
-from learnkit.transfer import sent
 
 
 class CutMix(Callback):

@@ -19,16 +19,19 @@ from torch.utils.data import DataLoader
 
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
-from learnkit.data import TensorLoader, in_order, n_batches
+from learnkit.data.loaders import TensorLoader, in_order, n_batches
+from learnkit.data.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
+from learnkit.devices.dtensor import is_shard
+from learnkit.devices.staging import packed
 from learnkit.distributed.algorithms import Algorithm
 from learnkit.distributed.batchnorm import restore_batchnorm
-from learnkit.distributed.compare import check_same, digest
+from learnkit.distributed.compare import check_same, digest_of_facts
 from learnkit.distributed.guard import Guard, guard
-from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, names_of, prepare_model
+from learnkit.distributed.prepare import ONE_REDUCTION, gradient_order_of, parameter_names, prepare_model
 from learnkit.distributed.reduce import agree, agree_all, all_sum, broadcast_from_main, gather_objects, gather_on_main, on_main
 from learnkit.distributed.shard import InStep, prepare_data_loader
 from learnkit.distributed.stop import StoppedAlone, StopTogether
-from learnkit.distributed.weights import average_gradients, means, model_in_words, share, share_weights
+from learnkit.distributed.weights import average_gradients, means, model_in_words, share_values, share_weights
 from learnkit.distributed.world import (
     as_local_rank,
     destroy_process_group,
@@ -39,14 +42,11 @@ from learnkit.distributed.world import (
     seed_everything,
     take_device,
 )
-from learnkit.evaluate import Measure
 from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, Stop, StopEpoch, StopFit, StopTrain, add_note, run_then
 from learnkit.learner import Learner
-from learnkit.optim import number
-from learnkit.order import PrivateGenerator, PrivateLoader, generator_of, mix, parts_of, private
-from learnkit.placement import place
-from learnkit.shards import is_shard
-from learnkit.staging import packed
+from learnkit.loop.evaluate import Measure
+from learnkit.loop.placement import place
+from learnkit.optim.groups import as_number
 
 NO_BATCH = 2**62        # further than any batch of an epoch
 TOO_EARLY = ("{name} was raised before the backward pass of this batch, by rank {rank} and not by all: the others wait in theirs. "
@@ -122,7 +122,7 @@ class Distributed(Callback):
         if self.watch is not None: self.watch.come_to(f"the end of epoch {learn.epoch}")
         settled, ends = settle(own, stops_fit, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})})
         if settled: self.stops.end()
-        if settled >= WANTED: learn.agreed, learn.wanted = name_of(settled - WANTED), None
+        if settled >= WANTED: learn.agreed, learn.wanted = request_name(settled - WANTED), None
         if ends and not is_own_stop(signal): raise StopFit
         if settled > WANTED and signal is None: raise Interrupted
         if signal is not None: raise signal
@@ -277,7 +277,7 @@ class Replicas:
                                                                   **{**self.ddp_options, **options})
         learn.gradient_order = partial(gradient_order_of, ddp)
         if not isinstance(ddp, DistributedDataParallel): return
-        learn.no_sync = refused if self.ddp_options.get("static_graph") else ddp.no_sync
+        learn.no_sync = refused_static_graph if self.ddp_options.get("static_graph") else ddp.no_sync
         waits = not (self.ddp_options.get("find_unused_parameters") or self.ddp_options.get("static_graph"))
         self.check = ddp.reducer._check_reducer_finalized if waits else None
 
@@ -292,34 +292,34 @@ class Replicas:
 
     def changed(self, advice: str) -> ValueError:
         names = [name for name, p, was in zip(self.names, self.parameters, self.trained, strict=True) if p.requires_grad is not was]
-        return ValueError(f"{len(names)} parameters were frozen or thawed during the fit: {listed(names)}. {advice}")
+        return ValueError(f"{len(names)} parameters were frozen or thawed during the fit: {listed_names(names)}. {advice}")
 
     def name_unused(self, error: RuntimeError) -> None:
         """DDP would wait for parameters that got no gradient, or complain one step later and without names."""
         match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
         if match is None or not isinstance(self.wrapper, DistributedDataParallel): return
-        names, in_order = names_of(self.wrapper.module), self.wrapper._build_params_for_reducer()[0]
+        names, in_order = parameter_names(self.wrapper.module), self.wrapper._build_params_for_reducer()[0]
         unused = [names[id(in_order[int(number)])] for number in match[1].split()]
-        raise ValueError(f"{len(unused)} parameters got no gradient: {listed(unused)}. DDP waits for every parameter in each step: take "
+        raise ValueError(f"{len(unused)} parameters got no gradient: {listed_names(unused)}. DDP waits for every parameter in each step: take "
                          "them out of the model, freeze them, or use learn.to_distributed(find_unused_parameters=True).") from error
 
 
 is_trained = attrgetter("requires_grad")
 
 
-def listed(names: list[str]) -> str: return ", ".join([*names[:8], *(["…"] if len(names) > 8 else [])])
+def listed_names(names: list[str]) -> str: return ", ".join([*names[:8], *(["…"] if len(names) > 8 else [])])
 
 
 STOP, WANTED = 2, 100       # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
 
 
 def number_of(wanted: str) -> int: return 0 if wanted == "save" else int(wanted.split()[1])
-def name_of(number: int) -> str: return f"signal {number}" if number else "save"
+def request_name(number: int) -> str: return f"signal {number}" if number else "save"
 
 
 def settle(own: int, ends: bool, facts: dict[str, int]) -> tuple[int, bool]:
     """The largest `own` of all ranks, and whether the fit ends for any; raises ValueError where facts differ. One collective."""
-    found = digest(facts)
+    found = digest_of_facts(facts)
     settled, end, largest, negative = agree_all([own, int(ends), found, -found])
     if largest != -negative: check_same(facts)
     return settled, bool(end)
@@ -337,7 +337,7 @@ class Group:
     def __init__(self, *, apart: bool = False) -> None: self.apart = apart
 
     def all_sum(self, tensors: Any) -> Any: return all_sum(tensors)
-    def share(self, tensors: Any) -> None: share(list(tensors))
+    def share(self, tensors: Any) -> None: share_values(list(tensors))
     def mean(self, tensors: Any) -> list[Tensor]: return means(list(tensors))
     def agree(self, flag: bool) -> bool: return bool(agree(flag))
     def gather(self, state: Any) -> list[Any]: return gather_objects(state)
@@ -361,7 +361,7 @@ class Group:
 
 
 # ---------------------------------------------------------------------- joining the others
-def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, algorithm: Algorithm, delay_allreduce: bool,
+def attach_distributed(learn: Learner, local_rank: int | str | None, *, timeout: float | None, algorithm: Algorithm, delay_allreduce: bool,
            **options: Any) -> Learner:
     """What `learn.to_distributed` does: join the group, take this rank's device, start from rank 0's weights."""
     if learn.is_running: raise RuntimeError("to_distributed was called while this Learner runs: call it before.")
@@ -373,7 +373,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     asked = {"algorithm": algorithm.name if algorithm.name != "allreduce" else None, "delay_allreduce": delay_allreduce or None,
              **{name: value for name, value in options.items() if name != "hang_timeout" and value is not False}}
     learn.asked_of_ddp = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-    if not join(learn, local_rank, timeout, apart=algorithm.averages): return alone(learn, algorithm)
+    if not join_ranks(learn, local_rank, timeout, apart=algorithm.averages): return alone(learn, algorithm)
     from learnkit.callbacks.communicate import Communicate
     from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
     beside: list[Callback] = [] if algorithm.name == "allreduce" else [Communicate(algorithm)]
@@ -390,7 +390,7 @@ def alone(learn: Learner, algorithm: Algorithm) -> Learner:
     return learn.add_callback(Communicate(algorithm)) if algorithm.keeps_own else learn
 
 
-def join(learn: Learner, local_rank: int | str | None, timeout: float | None, *, apart: bool = False) -> bool:
+def join_ranks(learn: Learner, local_rank: int | str | None, timeout: float | None, *, apart: bool = False) -> bool:
     """Make the Learner one of the ranks, on its device; returns whether there are others."""
     as_local_rank(local_rank)                   # a wrong one also where nobody asks for it: alone, without GPUs
     # A Learner on the CPU of a machine with devices: there may be more ranks than devices, and nothing is sent from one.
@@ -486,7 +486,7 @@ def sizes(loader: Any) -> tuple[Callable[[int], int], int]:
 def parts_in_step(loader: Any) -> list[Any]: return parts_of(loader.loader if isinstance(loader, InStep) else loader)
 
 
-def refused() -> AbstractContextManager[Any]:
+def refused_static_graph() -> AbstractContextManager[Any]:
     raise ValueError("static_graph=True, with which DDP reduces gradients in every backward pass, beside something that keeps them with "
                      "their rank for a while: Accumulate, AutoMicrobatch or delay_allreduce. Leave static_graph out.")
 
@@ -518,7 +518,7 @@ def facts(learn: Learner) -> dict[str, Any]:
 
 def settings(learn: Learner) -> str:
     """Every setting of the optimizer's groups; what is equal in all of them once."""
-    return "; ".join(", ".join(f"{name}={number(value)}" for name, value in group.items() if name != "params")
+    return "; ".join(", ".join(f"{name}={as_number(value)}" for name, value in group.items() if name != "params")
                      for group in learn.opt.param_groups)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
-from learnkit.monitor import Monitor
+from learnkit.logs.monitor import Monitor
 
 
 class EarlyStopping(Callback):

@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from learnkit.average import Average
 from learnkit.callbacks.communicate import mean
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
+from learnkit.optim.average import Average
 
 
 class EMA(Callback):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from learnkit import checkpoint
-from learnkit.batch import split_batch, to_device
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
-from learnkit.callbacks.distributed import Distributed, OneModel, install, join, listed
+from learnkit.callbacks.distributed import Distributed, OneModel, install, join_ranks, listed_names
 from learnkit.callbacks.mixed_precision import MixedPrecision
-from learnkit.data import n_batches
+from learnkit.data.batch import split_batch
+from learnkit.data.loaders import n_batches
+from learnkit.devices.dtensor import is_shard, like
+from learnkit.devices.nested import to_device
 from learnkit.distributed.fully_shard import (
     AsManyForwards,
     as_policy,
@@ -24,12 +25,12 @@ from learnkit.distributed.fully_shard import (
     shard_model,
 )
 from learnkit.distributed.guard import guard
-from learnkit.fitting import optimizer_of
 from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
-from learnkit.optim import can_fuse_shards
-from learnkit.shards import is_shard, like
-from learnkit.together import Together
+from learnkit.loop.fit import optimizer_of
+from learnkit.optim.combined import Together
+from learnkit.optim.groups import can_fuse_shards
+from learnkit.optim.state import load_optimizer
 
 REFUSED: dict[type[Callback], str] = {
     AutoMicrobatch: "where memory runs out on one rank, the others wait for its part of the weights. Take a smaller batch size and "
@@ -130,7 +131,7 @@ class Parts(Callback):
     def look(self) -> None:
         replaced = [name for name, p, storage in self.spread.storages if p.untyped_storage()._cdata != storage]
         if replaced:
-            raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {listed(replaced)}. After to_fsdp each rank has a "
+            raise RuntimeError(f"the data of {len(replaced)} parameters was replaced: {listed_names(replaced)}. After to_fsdp each rank has a "
                                "part of each, of which PyTorch ignores that. For p.data = value write p.copy_(value), in torch.no_grad().")
 
 
@@ -190,7 +191,7 @@ def check_optimizer(opt: Optimizer) -> None:
 
 
 # ---------------------------------------------------------------------- joining the others
-def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | None, hang_timeout: float | None, **options: Any) -> Learner:
+def attach_fully_sharded(learn: Learner, local_rank: int | str | None, *, timeout: float | None, hang_timeout: float | None, **options: Any) -> Learner:
     """What `learn.to_fsdp` does: join the group, start from rank 0's weights, and keep this rank's part of them."""
     if learn.is_running: raise RuntimeError("to_fsdp was called while this Learner runs: call it before.")
     if learn.asked_of_ddp:
@@ -201,7 +202,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     find_blocks(learn.model, options["blocks"])
     built = isinstance(learn.opt_func, Optimizer)
     if built: check_optimizer(learn.opt)
-    others = join(learn, local_rank, timeout)
+    others = join_ranks(learn, local_rank, timeout)
     opt = None if learn.opt is None else learn.opt.state_dict()
     names = {id(p): name for name, p in learn.model.named_parameters()}
     with guard(hang_timeout=hang_timeout, describe=lambda: "to_fsdp"): shard_model(learn.model, device=learn.device, **options)
@@ -210,7 +211,7 @@ def attach(learn: Learner, local_rank: int | str | None, *, timeout: float | Non
     if built: point_to(learn.opt, names, dict(learn.model.named_parameters()))
     elif opt is not None:
         learn.opt = None  # type: ignore[assignment]
-        checkpoint.load_optimizer(optimizer_of(learn), opt)
+        load_optimizer(optimizer_of(learn), opt)
     learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (FullyShard, Parts))]
     callback.watch(learn.model)
     return install(learn, Distributed(replicas=False, hang_timeout=hang_timeout), callback, Parts(callback))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.recorder import Recorder
+from learnkit.devices.dtensor import whole
+from learnkit.devices.transfer import stacked_on_host
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.shards import whole
-from learnkit.transfer import stacked_on_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ class GradientStats(Callback):
 
     def plot(self) -> Figure:
         """Norms of gradients, of weights, and of updates as a share of their weights, by step; one line a parameter, logarithmic."""
-        from learnkit.plots import plot_layer_lines
+        from learnkit.logs.plots import plot_layer_lines
         gradients, weights, updates = self.recorded.unbind(1)
         values = torch.stack([gradients, weights, (updates / weights).where(weights > 0, torch.nan)], -1)
         return plot_layer_lines(self.steps, values, self.names, ("gradient", "weight", "update / weight"), log=True)

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.optim import layer_groups
+from learnkit.optim.groups import layer_groups
 
 
 class GradualUnfreezing(Callback):

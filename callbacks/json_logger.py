@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loggers import Journal, finite
-from learnkit.rows import Lines
+from learnkit.logs.journal import Journal, as_json_numbers
+from learnkit.logs.line_file import Lines
 
 
 class JSONLogger(Callback):
@@ -28,7 +28,7 @@ class JSONLogger(Callback):
     per_rank = True
 
     def __init__(self, path: str | Path = "history.jsonl", *, every_n_steps: int | None = None) -> None:
-        self.lines, self.journal = Lines(as_path(path), step_of, is_epochs), Journal(every_n_steps)
+        self.lines, self.journal = Lines(as_path(path), step_of_record, is_epoch_record), Journal(every_n_steps)
         self.after: int | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -46,11 +46,11 @@ class JSONLogger(Callback):
         self.after = after
 
     def config(self, values: dict[str, Any]) -> None: self.lines.add(json.dumps({"step": self.after or 0, "config": values}))
-    def log(self, values: dict[str, float], step: int) -> None: self.lines.add(json.dumps({"step": step, **finite(values)}))
+    def log(self, values: dict[str, float], step: int) -> None: self.lines.add(json.dumps({"step": step, **as_json_numbers(values)}))
     def finish(self) -> None: self.lines.close()
 
 
-def step_of(line: str) -> int | None: return json.loads(line)["step"]
+def step_of_record(line: str) -> int | None: return json.loads(line)["step"]
 
 
-def is_epochs(line: str) -> bool: return "epoch" in json.loads(line)
+def is_epoch_record(line: str) -> bool: return "epoch" in json.loads(line)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loss import LossFunc, name_of
+from learnkit.loop.loss import LossFunc, loss_name
 
 
 class LabelSmoothing(Callback):
@@ -42,7 +42,7 @@ class LabelSmoothing(Callback):
         if plain is None or plain is F.cross_entropy: return Smoothed(label_smoothing=self.eps)
         if type(plain) is nn.CrossEntropyLoss and plain.label_smoothing == 0 and plain.reduction == "mean":
             return Smoothed(plain.weight, ignore_index=plain.ignore_index, label_smoothing=self.eps)
-        raise TypeError(f"LabelSmoothing works with cross-entropy; the Learner's loss is {name_of(plain)}. Leave loss_func out, or give "
+        raise TypeError(f"LabelSmoothing works with cross-entropy; the Learner's loss is {loss_name(plain)}. Leave loss_func out, or give "
                         "torch.nn.CrossEntropyLoss() without label_smoothing and with reduction='mean'.")
 
 

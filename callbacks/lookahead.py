@@ -8,9 +8,9 @@ from torch import Tensor
 
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.callbacks.communicate import mean
+from learnkit.devices.dtensor import like, own_parts
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.shards import like, own_parts
 
 
 class Lookahead(Callback):

@@ -12,9 +12,9 @@ from torch.amp.grad_scaler import OptState
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learnkit.accelerator import can_float64
-from learnkit.batch import as_float32, map_tensors
 from learnkit.callbacks.distributed import Distributed
+from learnkit.devices.accelerator import can_float64
+from learnkit.devices.nested import as_float32, map_tensors
 from learnkit.hooks import Callback, Run, SkipStep
 from learnkit.learner import Learner
 

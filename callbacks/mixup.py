@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.batch import describe
+from learnkit.data.order import mix
+from learnkit.devices.nested import describe
+from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.loss import default_loss, per_sample
-from learnkit.order import mix
-from learnkit.transfer import sent
+from learnkit.loop.loss import default_loss, loss_per_sample
 
 
 class MixUp(Callback):
@@ -50,7 +50,7 @@ class MixUp(Callback):
 
 def losses(learn: Learner, target: Tensor) -> Tensor:
     """The batch's losses with these targets: float (batch,)."""
-    return per_sample(learn.loss_func or default_loss(learn.pred, target))(learn.pred, target)
+    return loss_per_sample(learn.loss_func or default_loss(learn.pred, target))(learn.pred, target)
 
 
 def first_input(learn: Learner, name: str) -> Tensor:

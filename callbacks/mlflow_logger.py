@@ -7,7 +7,7 @@ from typing import Any
 from learnkit.callbacks.recorder import Recorder
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loggers import Journal
+from learnkit.logs.journal import Journal
 
 
 class MLflowLogger(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.optim import set_mode
+from learnkit.optim.groups import set_mode
 
 
 class OptimizerModes(Callback):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from learnkit import optim
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.optim.groups import check_hyper, scale_of, separate, set_hyper
 from learnkit.schedule import Schedule
 
 PerGroup = Schedule | Sequence[Schedule]
@@ -38,7 +38,7 @@ class ParamScheduler(Callback):
                              "Give fit(…, max_steps=…), or train at a constant rate with fit.")
         self.n_steps, self.tables = learn.n_steps + learn.steps_ahead, []
         for name, schedule in self.schedules.items():
-            optim.check_hyper(learn.opt, name)
+            check_hyper(learn.opt, name)
             if not all(isinstance(part, Schedule) for part in (schedule if isinstance(schedule, Sequence) else [schedule])):
                 raise TypeError(f"{name}: {schedule!r} is no Schedule, nor a list of one for each layer group: take one of "
                                 "learnkit.schedule, such as constant(0.1).")
@@ -48,9 +48,9 @@ class ParamScheduler(Callback):
             for i, group in enumerate(learn.opt.param_groups):
                 if name in ("wd", "weight_decay") and not group.get("decays", True): continue
                 own = schedule if isinstance(schedule, Schedule) else schedule[group.get("layer_group", i)]
-                values, scale = own.values(self.n_steps), optim.scale_of(group, name)
+                values, scale = own.values(self.n_steps), scale_of(group, name)
                 self.tables.append((group, name, values if scale == 1 else [scale * value for value in values]))
-            if len({tuple(values) for _, own_name, values in self.tables if own_name == name}) > 1: optim.separate(learn.opt, name)
+            if len({tuple(values) for _, own_name, values in self.tables if own_name == name}) > 1: separate(learn.opt, name)
 
     def before_step(self, learn: Learner) -> None:
         step = learn.step + learn.steps_ahead
@@ -58,7 +58,7 @@ class ParamScheduler(Callback):
             if step == self.n_steps: warnings.warn(late(learn), stacklevel=2)
             return
         for group, name, values in self.tables:
-            if name == "mom": optim.set_hyper(group, name, values[step])
+            if name == "mom": set_hyper(group, name, values[step])
             elif isinstance(held := group[name], Tensor): held.fill_(values[step])     # as set_hyper, without a call for each group
             else: group[name] = values[step]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.callbacks.timer import wait_for
-from learnkit.files import as_path
+from learnkit.callbacks.timer import wait_for_device
+from learnkit.checkpoint.files import as_path
 from learnkit.hooks import HOOKS, STAGES, Callback, Run, Stages, overridden
 from learnkit.learner import Learner
 
@@ -95,7 +95,7 @@ class Profile(Callback):
             if n: self.nested[-1] = before + time.perf_counter() - began
 
     def end(self, part: str, began: float, learn: Learner) -> None:
-        if self.wait: wait_for(learn.device)
+        if self.wait: wait_for_device(learn.device)
         elapsed, inner = time.perf_counter() - began, self.nested.pop()
         self.seconds[part] = self.seconds.get(part, 0.) + elapsed - inner
         self.n_calls[part] = self.n_calls.get(part, 0) + 1

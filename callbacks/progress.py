@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.accelerator import widest_float
 from learnkit.callbacks.recorder import Recorder
-from learnkit.data import n_batches
+from learnkit.data.loaders import n_batches
+from learnkit.devices.accelerator import widest_float
+from learnkit.devices.transfer import Reading
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.plots import moving_average
-from learnkit.transfer import Reading
+from learnkit.logs.plots import moving_average
 
 WIDE = 76           # columns of a terminal that has room for the loss; a longer line would wrap and not be overwritten
-SMOOTHING = 0.98    # of the training loss beside the bar: a debiased moving average, as in fastai v1
+BAR_SMOOTHING = 0.98    # of the training loss beside the bar: a debiased moving average, as in fastai v1
 
 
 class Progress(Callback):
@@ -133,8 +133,8 @@ class Progress(Callback):
         if not self.reading.has_arrived: return
         for loss in self.reading.tolist():
             self.n_seen += 1
-            self.smooth += (1 - SMOOTHING) * (loss - self.smooth)
-            self.debias += (1 - SMOOTHING) * (1 - self.debias)
+            self.smooth += (1 - BAR_SMOOTHING) * (loss - self.smooth)
+            self.debias += (1 - BAR_SMOOTHING) * (1 - self.debias)
         self.reading = None
 
     def show_loss_of_all(self, learn: Learner) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from learnkit.batch import count_samples
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
+from learnkit.data.batch import count_samples
+from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.optim import momentum_name
-from learnkit.transfer import sent
+from learnkit.optim.groups import momentum_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,12 +95,12 @@ class Recorder(Callback):
 
     @property
     def lrs(self) -> list[float]:
-        self.rates = read(self.rates)
+        self.rates = read_losses(self.rates)
         return self.rates
 
     @property
     def moms(self) -> list[float]:
-        self.momenta = read(self.momenta)
+        self.momenta = read_losses(self.momenta)
         return self.momenta
 
     def before_fit(self, learn: Learner) -> None:
@@ -122,7 +122,7 @@ class Recorder(Callback):
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
         own = self.trace.read()[start:].double()            # reads the device, once an epoch
-        counts = torch.tensor(read(self.counts[start:]), dtype=torch.float64)       # once more where a `count` gives tensors,
+        counts = torch.tensor(read_losses(self.counts[start:]), dtype=torch.float64)       # once more where a `count` gives tensors,
         self.rates, self.momenta = self.lrs, self.moms                              # and where the optimizer's rates are tensors there
         n_steps = learn.ranks.gather(len(counts))
         if len(set(n_steps)) > 1: raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
@@ -138,19 +138,19 @@ class Recorder(Callback):
 
     def plot_losses(self, ax: Axes | None = None, *, skip_start: int = 0) -> Axes:
         """Training loss of every step, thin, and its moving average, thick; validation loss at each epoch's end."""
-        from learnkit.plots import new_axes, plot_loss_curve
+        from learnkit.logs.plots import new_axes, plot_loss_curve
         column = self.metric_names.index("valid_loss") if "valid_loss" in self.metric_names else None
         valid = [] if column is None else [row[column] for row in self.values]
         return plot_loss_curve(ax or new_axes(), self.losses, valid, self.ends, skip_start)
 
     def plot_lr(self, ax: Axes | None = None) -> Axes:
         """The rate of every step, and the momentum on an axis of its own."""
-        from learnkit.plots import new_axes, plot_rates
+        from learnkit.logs.plots import new_axes, plot_rates
         return plot_rates(ax or new_axes(), self.lrs, self.moms)
 
     def plot_metrics(self, ax: Axes | None = None) -> Axes:
         """Every metric by epoch, without the losses."""
-        from learnkit.plots import new_axes, plot_columns
+        from learnkit.logs.plots import new_axes, plot_columns
         columns = {name: [row[i] for row in self.values] for i, name in enumerate(self.metric_names) if not name.endswith("_loss")}
         if not columns: raise ValueError("there are no metrics to plot: give Learner(…, metrics=…) and validation data.")
         return plot_columns(ax or new_axes(), columns)
@@ -167,7 +167,7 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         rows = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("lrs", "moms", "ends")}
-        rows["counts"] = torch.tensor(read(self.counts), dtype=torch.float64)
+        rows["counts"] = torch.tensor(read_losses(self.counts), dtype=torch.float64)
         return {"losses": self.trace.read(), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Recorder(Callback):
         self.ends = state["ends"].long().tolist()
 
 
-def read(values: list[Any]) -> list[float]:
+def read_losses(values: list[Any]) -> list[float]:
     """As numbers; the tensors among them, which are on one device, by one read."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if not tensors: return values

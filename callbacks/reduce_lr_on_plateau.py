@@ -8,8 +8,8 @@ from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.monitor import Monitor
-from learnkit.optim import number, set_each
+from learnkit.logs.monitor import Monitor
+from learnkit.optim.groups import as_number, set_each
 
 
 class ReduceLROnPlateau(Callback):
@@ -52,7 +52,7 @@ class ReduceLROnPlateau(Callback):
 
     def reduce(self, learn: Learner) -> None:
         self.n_worse, self.n_cooling = 0, self.cooldown
-        before = [number(group["lr"]) for group in learn.opt.param_groups]     # reads the device where a rate is a tensor there
+        before = [as_number(group["lr"]) for group in learn.opt.param_groups]     # reads the device where a rate is a tensor there
         rates = [max(lr * self.factor, min(lr, self.min_lr)) for lr in before]
         set_each(learn.opt, ["lr"] * len(rates), rates)
         if before[-1] != rates[-1]:

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch.nn.utils import get_total_norm
 
-from learnkit.batch import map_tensors
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch
 from learnkit.callbacks.clip_gradients import ClipGradients
 from learnkit.callbacks.mixed_precision import MixedPrecision
 from learnkit.callbacks.reduce_afterwards import ReduceAfterwards
+from learnkit.devices.dtensor import whole
+from learnkit.devices.nested import map_tensors
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.shards import whole
 
 
 class SAM(Callback):

@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from learnkit import checkpoint
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
+from learnkit.checkpoint.weights import write_weights
+from learnkit.devices.dtensor import whole_on_main
+from learnkit.devices.wrappers import plain_state
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.monitor import Monitor
-from learnkit.shards import on_main
+from learnkit.logs.monitor import Monitor
 
 
 class SaveBest(Callback):
@@ -39,13 +40,13 @@ class SaveBest(Callback):
         place = sum(kept <= value if self.monitor.mode == "min" else kept >= value for kept in self.values)
         if place >= self.keep or math.isnan(value): return
         with learn.saved_weights():
-            state = {"model": on_main(checkpoint.plain_state(learn.model), learn.rank)}
+            state = {"model": whole_on_main(plain_state(learn.model), learn.rank)}
             learn.ranks.on_main(lambda: self.write(learn.path / learn.model_dir, place, state), f"write {self.name}.pt")
         self.values = [*self.values[:place], value, *self.values[place:]][:self.keep]
 
     def write(self, folder: Path, place: int, state: dict[str, Any]) -> None:
         """The new one first, under another name, so that at no time a good one is lost."""
-        checkpoint.write(folder / as_path(f"{self.name}-new.pt"), state)
+        write_weights(folder / as_path(f"{self.name}-new.pt"), state)
         for i in reversed(range(place, min(len(self.values), self.keep - 1))): self.file(folder, i).replace(self.file(folder, i + 1))
         (folder / as_path(f"{self.name}-new.pt")).replace(self.file(folder, place))
 

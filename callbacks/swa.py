@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learnkit.average import Average
-from learnkit.batch import split_batch, to_device
 from learnkit.callbacks.ema import EMA
+from learnkit.data.batch import split_batch
+from learnkit.data.order import set_seed_and_epoch
+from learnkit.devices.nested import to_device
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.order import set_epoch
+from learnkit.optim.average import Average
 
 
 class SWA(Callback):
@@ -61,7 +62,7 @@ class SWA(Callback):
         """Batch norm's mean and variance over the training data, each batch alike."""
         layers = [module for module in learn.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
         momenta = [layer.momentum for layer in layers]
-        set_epoch(learn.data.train_dl, learn.order_seed, learn.epoch)
+        set_seed_and_epoch(learn.data.train_dl, learn.order_seed, learn.epoch)
         hooks = [layer.register_forward_pre_hook(Cumulative()) for layer in layers]
         try:
             for layer in layers:

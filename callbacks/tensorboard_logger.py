@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loggers import Journal
+from learnkit.logs.journal import Journal
 
 
 class TensorBoardLogger(Callback):

@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from learnkit.devices.dtensor import own_parts
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
-from learnkit.shards import own_parts
 
 
 class TerminateOnNaN(Callback):
@@ -26,10 +26,10 @@ class TerminateOnNaN(Callback):
         named = [(name, p.grad) for name, p in learn.model.named_parameters() if p.grad is not None]
         gradients = [gradient for _, gradient in named]
         parts = own_parts(gradients)
-        good = not named or bool(finite(parts))         # reads the device
+        good = not named or bool(all_finite(parts))         # reads the device
         if parts is not gradients and learn.world_size > 1: good = not learn.ranks.agree(not good)      # each rank has seen its own part
         if good: return
-        of_all = learn.ranks.gather([name for (name, _), part in zip(named, parts, strict=True) if not bool(finite([part]))])
+        of_all = learn.ranks.gather([name for (name, _), part in zip(named, parts, strict=True) if not bool(all_finite([part]))])
         bad = list(dict.fromkeys(name for names in of_all for name in names))
         losses = learn.ranks.gather(learn.loss.detach().cpu() if isinstance(learn.loss, Tensor) else None)
         of_ranks = "; losses by rank: " + ", ".join(f"{float(loss):.4g}" for loss in losses) if len(losses) > 1 else \
@@ -41,7 +41,7 @@ class TerminateOnNaN(Callback):
         raise StopFit
 
 
-def finite(gradients: list[Tensor]) -> Tensor:
+def all_finite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: whether all numbers in them are; a norm is not where one of its numbers is not."""
     parts = [g for g in gradients if g.numel()]     # a rank's part may be empty
     if not parts: return torch.tensor(True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from learnkit.batch import count_samples
 from learnkit.callbacks.recorder import Recorder
+from learnkit.data.batch import count_samples
+from learnkit.devices.nested import in_bytes
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.summary import in_bytes
 
 
 class Timer(Callback):
@@ -41,7 +41,7 @@ class Timer(Callback):
     def before_train(self, learn: Learner) -> None:
         self.n_samples = 0
         reset_memory(learn.device)
-        wait_for(learn.device)
+        wait_for_device(learn.device)
         self.times = [time.perf_counter()]
 
     def after_batch(self, learn: Learner) -> None:
@@ -50,7 +50,7 @@ class Timer(Callback):
         self.times.append(time.perf_counter())
 
     def after_train(self, learn: Learner) -> None:
-        wait_for(learn.device)
+        wait_for_device(learn.device)
         seconds = time.perf_counter() - self.times[0]
         n_samples = float(learn.ranks.all_sum(torch.tensor(float(self.n_samples), dtype=torch.float64)))
         batches = sorted(1000 * (b - a) for a, b in pairwise(self.times)) or [0.]
@@ -77,7 +77,7 @@ class Timer(Callback):
         return "\n".join(lines)
 
 
-def wait_for(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     if device.type != "cpu": torch.accelerator.synchronize(device)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 from typing import Any
 
 from learnkit.callbacks.recorder import Recorder
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
-from learnkit.loggers import Journal
+from learnkit.logs.journal import Journal
 
 
 class WandbLogger(Callback):

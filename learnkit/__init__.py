@@ -1,6 +1,7 @@
 """learnkit: a Learner that trains PyTorch models with one cycle, through a pipeline of callbacks."""
-from learnkit.data import DataBunch as DataBunch
-from learnkit.data import TensorLoader as TensorLoader
+from learnkit.data.loaders import DataBunch as DataBunch
+from learnkit.data.loaders import TensorLoader as TensorLoader
+from learnkit.export.predictor import load_learner as load_learner
 from learnkit.hooks import Callback as Callback
 from learnkit.hooks import SkipBackward as SkipBackward
 from learnkit.hooks import SkipBatch as SkipBatch
@@ -24,7 +25,6 @@ from learnkit.metrics import error_rate as error_rate
 from learnkit.metrics import mean_absolute_error as mean_absolute_error
 from learnkit.metrics import mean_squared_error as mean_squared_error
 from learnkit.metrics import top_k_accuracy as top_k_accuracy
-from learnkit.predictor import load_learner as load_learner
-from learnkit.together import Together as Together
+from learnkit.optim.combined import Together as Together
 
 __version__ = "0.1.0.dev0"

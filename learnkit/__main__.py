@@ -5,7 +5,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from learnkit.predictor import load_learner
+from learnkit.export.predictor import load_learner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -205,7 +205,7 @@ def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner
     run, befores, afters = body, [], []
     for callback in reversed(callbacks):
         if overridden(callback, f"around_{stage}"):
-            run = owned(stage, getattr(callback, f"around_{stage}"), layers.wrap(run, befores, afters), learn)
+            run = run_within(stage, getattr(callback, f"around_{stage}"), layers.wrap(run, befores, afters), learn)
             befores, afters = [], []
         if overridden(callback, f"before_{stage}"): befores.insert(0, getattr(callback, f"before_{stage}"))
         if overridden(callback, f"after_{stage}"): afters.append(getattr(callback, f"after_{stage}"))
@@ -282,7 +282,7 @@ def run_then(run: RunStage, action: Run) -> None:
     action()
 
 
-def owned(stage: str, around: Callable[[Learner, Run], None], run: RunStage, learn: Learner) -> Run:
+def run_within(stage: str, around: Callable[[Learner, Run], None], run: RunStage, learn: Learner) -> Run:
     """`run` in the hands of an around_ hook, whose own errors are blamed on it."""
     def run_owned() -> None:
         try: around(learn, run)  # type: ignore[arg-type]

@@ -12,29 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from learnkit import checkpoint, optim
-from learnkit.batch import Inputs, accepts, as_batch, count_samples, describe, split_batch, target_key, tensors_in
-from learnkit.data import DataBunch, first_batch
-from learnkit.evaluate import Collect, Measure, evaluate, evaluation_loader
-from learnkit.files import as_path
-from learnkit.fitting import check_count, optimizer_of, planned_steps, run_fit
-from learnkit.generators import inner
+from learnkit.checkpoint.files import as_path
+from learnkit.checkpoint.weights import has_same_dtypes, load_model, read_for, write_weights
+from learnkit.data.batch import Inputs, accepts, as_batch, count_samples, split_batch, target_key
+from learnkit.data.fork_rng import unmoved
+from learnkit.data.generators import inner
+from learnkit.data.loaders import DataBunch, first_batch
+from learnkit.data.order import items_per_batch, mix, private, rest_of, set_seed_and_epoch, with_seeded_workers
+from learnkit.devices.dtensor import whole_on_main
+from learnkit.devices.nested import describe, tensors_in
+from learnkit.devices.ranks import Alone, Ranks
+from learnkit.devices.transfer import mover
+from learnkit.devices.wrappers import plain_state
 from learnkit.hooks import Callback, HookTable, Stages, hook_table
-from learnkit.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
+from learnkit.loop.evaluate import Collect, Measure, evaluate, evaluation_loader
+from learnkit.loop.fit import check_count, optimizer_of, planned_steps, run_fit
+from learnkit.loop.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
+from learnkit.loop.placement import as_device, check_autocast, place
+from learnkit.loop.session import as_callbacks, check_callbacks
 from learnkit.metrics import as_metrics
-from learnkit.order import items_per_batch, mix, private, rest_of, set_epoch, with_seeded_workers
-from learnkit.placement import as_device, check_autocast, place
-from learnkit.ranks import Alone, Ranks
+from learnkit.optim.groups import OptFunc, Splitter, check_rate, layer_groups, spread
+from learnkit.optim.state import load_optimizer, optimizer_fits
 from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_momentum
-from learnkit.session import as_callbacks, check_callbacks
-from learnkit.shards import on_main
-from learnkit.transfer import mover
-from learnkit.unmoved import unmoved
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
-    from learnkit.finder import RateFinder
-    from learnkit.on import Handle
+    from learnkit.loop.decorator import Handle
+    from learnkit.trials.lr_find import RateFinder
     from learnkit.vision.interpretation import Interpretation
 
 Rate = float | slice
@@ -65,8 +69,8 @@ class Learner:
     """
 
     def __init__(self, data: DataBunch | Sequence[Any], model: nn.Module, *, loss_func: LossFunc | None = None,
-                 opt_func: optim.OptFunc | Optimizer = AdamW, lr: Rate = 3e-3, wd: float = 1e-2, bn_wd: bool = True,
-                 metrics: Any = (), callbacks: Callback | Iterable[Callback] = (), splitter: optim.Splitter | None = None,
+                 opt_func: OptFunc | Optimizer = AdamW, lr: Rate = 3e-3, wd: float = 1e-2, bn_wd: bool = True,
+                 metrics: Any = (), callbacks: Callback | Iterable[Callback] = (), splitter: Splitter | None = None,
                  path: str | Path = ".", model_dir: str = "models", seed: int | None = None,
                  device: torch.device | str | None = None) -> None:
         from learnkit.callbacks.progress import Progress
@@ -84,12 +88,12 @@ class Learner:
         self.loss_func = loss_func if loss_func is not None else self.data.loss_func
         self.opt_func, self.splitter = opt_func, splitter
         self.opt: Optimizer = opt_func if isinstance(opt_func, Optimizer) else None   # type: ignore[assignment]  # until the first fit
-        self.lr, self.wd, self.bn_wd = lr, optim.check_rate("wd", wd), bn_wd
+        self.lr, self.wd, self.bn_wd = lr, check_rate("wd", wd), bn_wd
         self.metrics = as_metrics(metrics, taken=("epoch", "train_loss", "valid_loss", "time"))
         self.path, self.model_dir, self.seed = as_path(path), str(as_path(model_dir)), seed
         self.callbacks: list[Callback] = []
         place(self, self.device)
-        optim.layer_groups(model, splitter)     # its errors belong here, not into the first fit
+        layer_groups(model, splitter)     # its errors belong here, not into the first fit
 
         # One device is a world of one: to_distributed says otherwise.
         self.rank, self.world_size = 0, 1
@@ -168,7 +172,7 @@ class Learner:
         if self.data.valid_dl is not None: evaluate(self, self.data.valid_dl, Measure(self.metrics, self.world_size))
 
     def _train(self) -> None:
-        set_epoch(self.dl, self.order_seed, self.epochs_trained)
+        set_seed_and_epoch(self.dl, self.order_seed, self.epochs_trained)
         self.epochs_trained += 1                # also if a hook stops it early: the next epoch has the next order
         n_before, per_batch = self.n_items_done, items_per_batch(self.data.train_dl)
         seeded = with_seeded_workers(self.dl, mix(self.order_seed or 0, self.epochs_trained - 1, self.rank), self.first_batch)
@@ -179,7 +183,7 @@ class Learner:
         if self.n_held: self.stages.step()      # the data ended earlier than was known
 
     def _validate(self) -> None:
-        set_epoch(self.dl, self.order_seed, 0)
+        set_seed_and_epoch(self.dl, self.order_seed, 0)
         with torch.no_grad(), closing(self._feed(self.dl)) as batches:
             for _ in batches: self.stages.batch()
         self.values.update(self.meter.results(self.ranks))
@@ -299,7 +303,7 @@ class Learner:
         layer groups from base_lr / lr_mult to base_lr; both as one cycle. `options` are those of fit_one_cycle."""
         check_count("epochs", epochs)
         if freeze_epochs < 0: raise ValueError(f"freeze_epochs={freeze_epochs}: expected 0 or more.")
-        rate = optim.spread(self.lr if base_lr is None else base_lr, 2)[-1]
+        rate = spread(self.lr if base_lr is None else base_lr, 2)[-1]
         one_cycle(rate, div_factor, pct_start=pct_start)        # its errors before anything is frozen
         if freeze_epochs:
             self.freeze()
@@ -311,25 +315,25 @@ class Learner:
                 stop_div: bool = True) -> RateFinder:
         """Train `num_it` optimizer steps with a rate that rises from start_lr to end_lr (sweep="exponential" or "linear"), until the
         loss diverges unless `stop_div=False`: what rates can be used. Afterwards all is bit for bit as it was."""
-        from learnkit.finder import find_rate
+        from learnkit.trials.lr_find import find_rate
         return find_rate(self, start_lr, end_lr, num_it, sweep=sweep, stop_div=stop_div)
 
     def fast_run(self) -> dict[str, float]:
         """One optimizer step and one batch of validation through everything, as a fit would: does it run? The values measured;
         afterwards all is bit for bit as it was. Callbacks that decide, write or draw do not take part."""
-        from learnkit.limits import fast_run
+        from learnkit.trials.fast_run import fast_run
         return fast_run(self)
 
     def overfit_batches(self, n: int = 1, steps: int = 100, lr: Rate | None = None) -> list[float]:
         """Train `steps` steps on the same `n` batches: can it learn at all? The loss of each step, which should end near 0;
         afterwards all is bit for bit as it was."""
-        from learnkit.limits import overfit
+        from learnkit.trials.fast_run import overfit
         return overfit(self, n, steps, lr)
 
     @staticmethod
     def deterministic(*, warn_only: bool = False) -> AbstractContextManager[None]:
         """For the length of a with block torch computes deterministically, on GPUs too, or raises where it cannot."""
-        from learnkit.determinism import deterministic
+        from learnkit.devices.determinism import deterministic
         return deterministic(warn_only=warn_only)
 
     # ------------------------------------------------------------------ evaluating
@@ -429,9 +433,9 @@ class Learner:
         every       call it at each so-manieth step of the fit, batch of the pass, or epoch, whichever the hook is of
         order, in_trials    as a Callback's: low is first; whether it takes part in lr_find and the like
         """
-        from learnkit.on import attach, check
-        check(hook, every)
-        return lambda function: attach(self, hook, function, every=every, order=order, in_trials=in_trials)
+        from learnkit.loop.decorator import attach_function, check_event
+        check_event(hook, every)
+        return lambda function: attach_function(self, hook, function, every=every, order=order, in_trials=in_trials)
 
     def hooks(self) -> HookTable:
         """Who runs when: print it."""
@@ -494,10 +498,10 @@ class Learner:
         per process. Fits, `validate` and `get_preds` have to be called by all ranks. Raises RuntimeError where the launcher's
         variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown option.
         """
-        from learnkit.callbacks.distributed import attach
+        from learnkit.callbacks.distributed import attach_distributed
         from learnkit.distributed.algorithms import as_algorithm
         chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
-        return attach(self, local_rank, timeout=timeout, algorithm=chosen, sync_bn=sync_bn, delay_allreduce=delay_allreduce,
+        return attach_distributed(self, local_rank, timeout=timeout, algorithm=chosen, sync_bn=sync_bn, delay_allreduce=delay_allreduce,
                       hang_timeout=hang_timeout, **ddp_options)
 
     def to_fsdp(self, local_rank: int | str | None = None, *, blocks: Any = (), activation_checkpointing: bool = False,
@@ -517,8 +521,8 @@ class Learner:
         drawn from rank 0's random state: see `init_process_group(seed=…)`. Files and checkpoints are those of a plain model. Besides
         fits, `validate` and `get_preds`, all ranks have to call `predict`, `save`, `load` and `summary`.
         """
-        from learnkit.callbacks.fully_shard import attach
-        return attach(self, local_rank, timeout=timeout, hang_timeout=hang_timeout, blocks=blocks,
+        from learnkit.callbacks.fully_shard import attach_fully_sharded
+        return attach_fully_sharded(self, local_rank, timeout=timeout, hang_timeout=hang_timeout, blocks=blocks,
                       activation_checkpointing=activation_checkpointing, cpu_offload=cpu_offload, mixed_precision=mixed_precision)
 
     # ------------------------------------------------------------------ precision and speed
@@ -581,7 +585,7 @@ class Learner:
     def batch_size_find(self, max_bs: int = 65536, *, n_steps: int = 2) -> int:
         """The largest batch size, a power of two, with which `n_steps` optimizer steps fit into memory; `max_bs` at most. On several
         ranks the largest that fits on all. Batches are copies of the first one's samples; the Learner is left bit-identical."""
-        from learnkit.batch_size import find
+        from learnkit.trials.batch_size import find
         return find(self, check_count("max_bs", max_bs), check_count("n_steps", n_steps))
 
     # ------------------------------------------------------------------ layer groups
@@ -596,7 +600,7 @@ class Learner:
     def freeze_to(self, n: int) -> Learner:
         """Freeze the first n layer groups (all but the last -n, if negative); train the others. Batch norm's running
         statistics still follow the data."""
-        groups = optim.layer_groups(self.model, self.splitter)
+        groups = layer_groups(self.model, self.splitter)
         if len(groups) == 1 and n != 0:
             raise ValueError("the model is one layer group, so there is nothing to freeze: give Learner(…, splitter=…), for example "
                              "splitter=lambda model: [model.body, model.head].")
@@ -616,22 +620,22 @@ class Learner:
         """
         path = self.path / self.model_dir / as_path(f"{name}.pt")
         with self.saved_weights():
-            state: dict[str, Any] = {"model": on_main(checkpoint.plain_state(self.model), self.rank)}
-            if with_opt and self.opt is not None: state["opt"] = on_main(self.opt.state_dict(), self.rank)
-            self.ranks.on_main(lambda: checkpoint.write(path, state), f"write {path}")
+            state: dict[str, Any] = {"model": whole_on_main(plain_state(self.model), self.rank)}
+            if with_opt and self.opt is not None: state["opt"] = whole_on_main(self.opt.state_dict(), self.rank)
+            self.ranks.on_main(lambda: write_weights(path, state), f"write {path}")
         return path
 
     def load(self, name: str, strict: bool = True) -> Learner:
         """Take back what `save` wrote. Refuses a file that does not fit, with all differences, before anything is changed;
         `strict=False` takes what fits. Nothing in the file is executed."""
-        state = checkpoint.read_for(self, self.path / self.model_dir / as_path(f"{name}.pt"))
-        fits = "opt" in state and checkpoint.optimizer_fits(optimizer_of(self), state["opt"])
+        state = read_for(self, self.path / self.model_dir / as_path(f"{name}.pt"))
+        fits = "opt" in state and optimizer_fits(optimizer_of(self), state["opt"])
         if strict and "opt" in state and not fits:
             raise ValueError(f"the file's optimizer state is not one of this {type(self.opt).__name__} and these parameters; nothing was "
                              "loaded. Use the same opt_func and splitter, or strict=False, which takes the model alone.")
         model = state.get("model", state)
-        checkpoint.load_model(self.model, model, strict=strict)
-        if fits: checkpoint.load_optimizer(self.opt, state["opt"], same_dtypes=checkpoint.has_same_dtypes(self.model, model))
+        load_model(self.model, model, strict=strict)
+        if fits: load_optimizer(self.opt, state["opt"], same_dtypes=has_same_dtypes(self.model, model))
         return self
 
     def export(self, path: str | Path, *, stats: Any = None) -> Path:
@@ -640,12 +644,12 @@ class Learner:
         `stats`: (means, standard deviations) by which pictures in [0, 1] are normalized; None: the data's. Rank 0 writes. The file
         is compared with the model before it gets its name; `load_learner(path)` reads it.
         """
-        from learnkit.export import export_model
+        from learnkit.export.write import export_model
         return export_model(self, path, stats)
 
     def summary(self) -> str:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
-        from learnkit.summary import summarize
+        from learnkit.trials.summary import summarize
         return summarize(self)
 
 

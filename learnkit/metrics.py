@@ -14,10 +14,10 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch import Tensor, nn
 
-from learnkit.accelerator import widest_float
-from learnkit.batch import describe
+from learnkit.devices.accelerator import widest_float
+from learnkit.devices.nested import describe
+from learnkit.devices.transfer import sent
 from learnkit.hooks import add_note
-from learnkit.transfer import sent
 
 MetricFunction = Callable[[Any, Any], Any]
 
@@ -364,7 +364,7 @@ def as_metrics(things: Any, *, taken: Iterable[str] = ()) -> list[Metric]:
     return metrics
 
 
-def read(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+def read_values(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     """All values as plain floats, with a single read for each device."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}

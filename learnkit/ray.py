@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from learnkit import checkpoint, resume, snapshots
 from learnkit.callbacks.checkpoint import Checkpoint
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
+from learnkit.checkpoint.resume import begin_at, order_states, place_of, restore_training, training_state
+from learnkit.checkpoint.snapshot import newest_snapshot, next_name, write_snapshot
+from learnkit.checkpoint.weights import snapshot_from_main
 from learnkit.hooks import Callback, Run, StopFit
 from learnkit.learner import Learner
 
@@ -32,9 +34,9 @@ class RayReport(Callback):
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_in_ray()
-        found = checkpoint.from_main(learn, read)
+        found = snapshot_from_main(learn, read_latest)
         self.parts = None
-        if found is not None and resume.begin_at(learn, found[1]["run"]["place"]): self.parts = found[1]
+        if found is not None and begin_at(learn, found[1]["run"]["place"]): self.parts = found[1]
         run()
 
     def before_epoch(self, learn: Learner) -> None:
@@ -45,7 +47,7 @@ class RayReport(Callback):
 
     def put_back(self, learn: Learner) -> None:
         parts, self.parts = self.parts, None
-        if parts is not None: resume.put_back(learn, self, parts)
+        if parts is not None: restore_training(learn, self, parts)
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         stop: StopFit | None = None
@@ -57,11 +59,11 @@ class RayReport(Callback):
     def report(self, learn: Learner, *, over: bool) -> None:
         """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
         from ray import train  # type: ignore[attr-defined]
-        parts = resume.take(learn, self, resume.place_of(learn, epoch_over=True, over=over), resume.order_states(learn))
+        parts = training_state(learn, self, place_of(learn, epoch_over=True, over=over), order_states(learn))
         metrics = {"epoch": learn.epoch, "step": learn.step, **learn.values}
         with tempfile.TemporaryDirectory() as folder:
             about = {"run": "ray", "epoch": learn.epoch, "step": learn.step, "values": {}}
-            learn.ranks.on_main(lambda: snapshots.write(Path(folder), snapshots.next_name(Path(folder), learn.step), parts, about),
+            learn.ranks.on_main(lambda: write_snapshot(Path(folder), next_name(Path(folder), learn.step), parts, about),
                                 "write a checkpoint for Ray")
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if learn.rank == 0 else None)
 
@@ -76,13 +78,13 @@ def check_in_ray() -> None:
                            "or a ray.train.torch.TorchTrainer, or take the callback away.") from error
 
 
-def read() -> list[Any] | None:
+def read_latest() -> list[Any] | None:
     """[name, parts] of the checkpoint that Ray gives to a run that goes on; None at a first start."""
     from ray import train  # type: ignore[attr-defined]
     found = train.get_checkpoint()
     if found is None: return None
-    with found.as_directory() as folder: newest = snapshots.newest(Path(folder))
-    return None if newest is None else [newest[0].name, newest[1]]
+    with found.as_directory() as folder: found_there = newest_snapshot(Path(folder))
+    return None if found_there is None else [found_there[0].name, found_there[1]]
 
 
 class RayLoader:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learnkit.accelerator import accelerator, can_float64, can_pin, has_streams, widest_float
+from learnkit.devices.accelerator import accelerator, can_float64, can_pin, has_streams, widest_float
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -18,8 +18,8 @@ FORKED_CHILD = """
 import os, torch, learnkit
 from torch import nn
 from torch.utils.data import TensorDataset
-from learnkit.accelerator import accelerator
-from learnkit.data import default_device
+from learnkit.devices.accelerator import accelerator
+from learnkit.data.loaders import default_device
 x, y = torch.randn(8, 2), torch.randn(8, 2)
 {ask}
 if os.fork() == 0: os._exit(torch.cuda._is_in_bad_fork())

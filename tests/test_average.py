@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit.average import Average
-from learnkit.ranks import Alone
+from learnkit.devices.ranks import Alone
+from learnkit.optim.average import Average
 
 
 def net() -> nn.Sequential:

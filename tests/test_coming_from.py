@@ -12,8 +12,8 @@ import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # so that forked ranks need not import it
 
+from learnkit.devices.dtensor import whole
 from learnkit.distributed import destroy_process_group, get_rank, launch, unwrap_model
-from learnkit.shards import whole
 from tests.pages import ROOT, Block, Page
 from tests.test_examples import small_pictures
 

@@ -26,11 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from learnkit import Callback, DataBunch, Learner, TensorLoader, accuracy, callbacks, load_learner, snapshots
-from learnkit.accelerator import accelerator
+from learnkit import Callback, DataBunch, Learner, TensorLoader, accuracy, callbacks, load_learner
 from learnkit.callbacks import EMA, Accumulate, AutoMicrobatch, Checkpoint, ClipGradients, MixedPrecision
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.devices.accelerator import accelerator
+from learnkit.devices.transfer import Reading
 from learnkit.distributed import RankFailed, all_sum, gather_for_metrics, get_rank, launch
-from learnkit.transfer import Reading
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda", 0)
@@ -522,7 +523,7 @@ def test_a_checkpoint_that_is_taken_while_kernels_run_is_of_its_step(async_write
     @learn.on("after_step")
     def keep(learn): taken[learn.step] = {name: value.clone() for name, value in learn.model.state_dict().items()}
     with learn.no_logging(): learn.fit_one_cycle(1, 1e-1)
-    found = [snapshots.read(path) for path in snapshots.all_in(Path("kept"))]
+    found = [snapshots.read_snapshot(path) for path in snapshots.all_in(Path("kept"))]
     steps = [about["step"] for _, about in found]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
     for parts, about in found:

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from learnkit.ahead import ahead
-from learnkit.data import TensorLoader
-from learnkit.draws import Draws, SampleTransform, scramble, transform_batch
+from learnkit.data.loaders import TensorLoader
+from learnkit.data.prefetch import ahead
+from learnkit.data.random import Draws, SampleTransform, scramble, transform_batch
 
 
 def draws(*index: int, seed: int = 0, epoch: int = 0, place: int = 0) -> Draws:

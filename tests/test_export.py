@@ -14,8 +14,8 @@ from torch import nn
 
 from learnkit import DataBunch, Learner, accuracy, load_learner
 from learnkit.__main__ import main
-from learnkit.files import Damaged
-from learnkit.pt2 import EXPRESSION, OPERATOR, sealed
+from learnkit.checkpoint.files import Damaged
+from learnkit.export.pt2 import EXPRESSION, OPERATOR, sealed_archive
 
 STATS = ([.5, .4, .3], [.2, .25, .3])
 
@@ -185,7 +185,7 @@ def rewritten(folder: Path, change: Any) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in inner.items(): archive.writestr(f"{top}/{name}", data)
-    Path("m.pt2").write_bytes(sealed(buffer.getvalue()))
+    Path("m.pt2").write_bytes(sealed_archive(buffer.getvalue()))
 
 
 def in_graph(change: Any) -> Any:

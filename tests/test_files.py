@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD
 
 from learnkit import Callback, DataBunch, Learner
-from learnkit.files import Growing, hash_file, writing
+from learnkit.checkpoint.files import Growing, hash_file, writing
 
 
 def make_model(n_out: int = 2) -> nn.Sequential: return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, n_out))

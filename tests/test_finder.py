@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import ParamScheduler
-from learnkit.finder import RateFinder, longest_fall, smoothed, steepest, valley
 from learnkit.schedule import constant
+from learnkit.trials.lr_find import RateFinder, longest_fall, smoothed, steepest, valley
 
 
 def learner(n=64, bs=8, **options) -> Learner:

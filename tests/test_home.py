@@ -11,7 +11,7 @@ from torch import nn
 
 from learnkit import DataBunch, Learner, accuracy
 from learnkit.callbacks import Checkpoint, CSVLogger, JSONLogger, Profile, SaveBest, TensorBoardLogger
-from learnkit.predictor import load_learner
+from learnkit.export.predictor import load_learner
 from learnkit.vision import ImageDataBunch, untar_data, vision_learner
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from learnkit import DataBunch, Learner
 from learnkit.callbacks import AutoMicrobatch
-from learnkit.memory import forget_tensors, is_out_of_memory
+from learnkit.loop.memory import forget_tensors, is_out_of_memory
 
 Accelerator = getattr(torch, "AcceleratorError", RuntimeError)
 NCCL = torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\nncclUnhandledCudaError: Call to "

@@ -32,7 +32,7 @@ from learnkit.metrics import (
     error_rate,
     mean_absolute_error,
     mean_squared_error,
-    read,
+    read_values,
     top_k_accuracy,
 )
 
@@ -55,7 +55,7 @@ def over_batches(thing: Any, pred: Tensor, target: Tensor) -> dict[str, float]:
     metric.reset()
     for pred_batch, target_batch in uneven(pred, target):
         metric.update(pred_batch, target_batch, len(pred_batch))
-    return read(metric.compute())
+    return read_values(metric.compute())
 
 
 def notes_of(error: BaseException) -> str:
@@ -307,7 +307,7 @@ def test_the_root_weighs_numbers_where_batches_differ_in_width():
     metric = as_metric(RootMeanSquaredError())
     metric.update(torch.ones(2, 3), torch.zeros(2, 3), 2)
     metric.update(torch.zeros(2, 1), torch.zeros(2, 1), 2)
-    assert read(metric.compute())["root_mean_squared_error"] == pytest.approx((6 / 8) ** 0.5)
+    assert read_values(metric.compute())["root_mean_squared_error"] == pytest.approx((6 / 8) ** 0.5)
 
 
 def test_a_collection_gives_a_column_each_known_in_advance():
@@ -344,11 +344,11 @@ def test_reset_forgets_all_batches(metric: Any):
     pred, target = scores() if not isinstance(metric, RootMeanSquaredError) else (torch.randn(23), torch.randn(23))
     adapted = as_metric(metric)
     adapted.update(pred, target, 23)
-    first = read(adapted.compute())
+    first = read_values(adapted.compute())
     adapted.update(pred.roll(1, 0), target, 23)
     adapted.reset()
     adapted.update(pred, target, 23)
-    assert read(adapted.compute()) == first
+    assert read_values(adapted.compute()) == first
 
 
 def test_torchmetrics_updated_in_inference_mode_starts_anew_outside():
@@ -356,10 +356,10 @@ def test_torchmetrics_updated_in_inference_mode_starts_anew_outside():
     metric = as_metric(MulticlassAccuracy(6))
     with torch.inference_mode():
         metric.update(pred, target, 23)
-    first = read(metric.compute())
+    first = read_values(metric.compute())
     metric.reset()
     metric.update(pred, target, 23)
-    assert read(metric.compute()) == first
+    assert read_values(metric.compute()) == first
 
 
 def test_an_object_is_moved_to_the_device_of_the_first_batch_after_each_reset():
@@ -463,7 +463,7 @@ def test_means_inside_metrics_are_found_and_become_the_whole_worlds():
             ranks[i % 2].update(pred_batch, target_batch, len(pred_batch))
         ranks[0].load_sums([own + other for own, other in zip(ranks[0].sums(), ranks[1].sums(), strict=True)])
         whole = over_batches(make(), pred, target)
-        assert read(ranks[0].compute()) == pytest.approx(whole, rel=1e-12)
+        assert read_values(ranks[0].compute()) == pytest.approx(whole, rel=1e-12)
     assert not as_metric(Counter()).summable
 
 
@@ -515,7 +515,7 @@ def test_equal_names_get_the_suffixes_2_and_3():
     pred, target = scores()
     for metric in metrics:
         metric.update(pred, target, 23)
-    values = read({name: value for metric in metrics for name, value in metric.compute().items()})
+    values = read_values({name: value for metric in metrics for name, value in metric.compute().items()})
     assert len(values) == 5
     assert values["accuracy_3"] == values["accuracy"] == pytest.approx(values["multiclass_accuracy_2"])
 
@@ -619,10 +619,10 @@ def test_read_keeps_names_order_and_values_of_mixed_types():
         "d": torch.tensor(0.1, dtype=torch.float64),
         "e": 1,
     }
-    floats = read(values)
+    floats = read_values(values)
     assert list(floats.items()) == [("a", 0.5), ("b", 2.0), ("c", 2.0**40 + 1), ("d", 0.1), ("e", 1.0)]
     assert all(type(value) is float for value in floats.values())
-    assert read({}) == {}
+    assert read_values({}) == {}
 
 
 class Reads(TorchFunctionMode):
@@ -647,7 +647,7 @@ def test_a_whole_validation_reads_the_device_once():
                 metric.update(pred_batch, target_batch, len(pred_batch))
         values = {name: value for metric in metrics for name, value in metric.compute().items()}
         assert reads.calls == []
-        read(values)
+        read_values(values)
     assert reads.calls == ["tolist"]
 
 

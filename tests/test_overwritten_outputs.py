@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from learnkit import DataBunch, Learner, accuracy
 from learnkit.callbacks import SAM, Accumulate, ActivationStats, ClipGradients, CSVLogger
-from learnkit.evaluate import Measure
+from learnkit.devices.ranks import Alone
+from learnkit.loop.evaluate import Measure
 from learnkit.metrics import as_metrics
-from learnkit.ranks import Alone
 
 N_CLASSES = 3
 

@@ -13,8 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Checkpoint, CSVLogger, JSONLogger, ParamScheduler, ReduceLROnPlateau
+from learnkit.optim.combined import Together
 from learnkit.schedule import linear
-from learnkit.together import Together
 
 Make = Callable[[nn.Module], Optimizer]
 

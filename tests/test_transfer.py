@@ -2,9 +2,10 @@
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from learnkit import snapshots, staging
-from learnkit.batch import to_device
-from learnkit.transfer import Enqueued, Reading, mover, sent
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.devices import staging
+from learnkit.devices.nested import to_device
+from learnkit.devices.transfer import Enqueued, Reading, mover, sent
 
 CPU = torch.device("cpu")
 
@@ -41,13 +42,13 @@ def test_what_is_enqueued_on_the_cpu_is_done():
 def test_a_copy_of_the_same_memory_is_one_and_a_later_copy_takes_its_place():
     x = torch.arange(6.).view(2, 3)
     state = {"a": x, "b": [x, x.T], "c": x[:, :0], "d": x[:, :0], "e": (1, "text")}
-    first = snapshots.in_memory(state)
+    first = snapshots.copied_to_host(state)
     assert first["a"].data_ptr() == first["b"][0].data_ptr() != x.data_ptr() and first["b"][1].data_ptr() != first["a"].data_ptr()
     assert torch.equal(first["b"][1], x.T) and first["e"] == (1, "text")
     x += 1
-    second = snapshots.in_memory(state, first)
+    second = snapshots.copied_to_host(state, first)
     assert second["a"].data_ptr() == first["a"].data_ptr() and torch.equal(second["b"][1], x.T)
-    apart = snapshots.in_memory({"a": x, "b": [x + 1, x.T]}, second)
+    apart = snapshots.copied_to_host({"a": x, "b": [x + 1, x.T]}, second)
     assert torch.equal(apart["a"], x) and torch.equal(apart["b"][0], x + 1)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import EMA, SWA, EarlyStopping, Lookahead
-from learnkit.trial import unchanged
+from learnkit.trials.trial import unchanged
 
 
 class Counts(Callback):

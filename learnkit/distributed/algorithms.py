@@ -12,9 +12,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from learnkit.checkpoint import load_optimizer
 from learnkit.distributed.weights import means
 from learnkit.distributed.world import get_local_world_size, get_world_size
+from learnkit.optim.state import load_optimizer
 
 Hook = Callable[[Any, Any], Any]
 NAMES = ("allreduce", "fp16", "bf16", "powersgd", "bytegrad", "local_sgd", "hierarchical", "decentralized")
@@ -75,7 +75,7 @@ class Communication:
     def __init__(self, algorithm: Algorithm, ddp: DistributedDataParallel, *, step: int = 0) -> None:
         """`step`: steps that were done before, as by one rank alone, count as its warm-up."""
         self.algorithm, self.parameters = algorithm, list(ddp.module.parameters())
-        self.state = state_of(algorithm)
+        self.state = algorithm_state(algorithm)
         self.averager = averager_of(algorithm) if algorithm.averages else None
         if self.averager is not None: self.averager.step = self.state.iter = step
         elif isinstance(self.state, PowerSGD): self.state.state.iter = step
@@ -134,7 +134,7 @@ def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
     if algorithm.name == "bf16": return default_hooks.bf16_compress_hook
     if algorithm.name == "bytegrad":
         from torch.distributed.algorithms.ddp_comm_hooks.quantization_hooks import quantization_pertensor_hook
-        return waited_for(quantization_pertensor_hook)
+        return each_waited_for(quantization_pertensor_hook)
     if algorithm.name == "powersgd": return state.hook
     if algorithm.averages:
         from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import post_localSGD_hook
@@ -142,7 +142,7 @@ def hook_of(algorithm: Algorithm, state: Any) -> Hook | None:
     return None
 
 
-def state_of(algorithm: Algorithm) -> Any:
+def algorithm_state(algorithm: Algorithm) -> Any:
     """What the hook keeps from step to step."""
     if algorithm.name in ("fp16", "bf16", "bytegrad"): return dist.group.WORLD
     if algorithm.name == "powersgd": return PowerSGD(algorithm)
@@ -171,7 +171,7 @@ def machine_group() -> Any:
     return dist.new_subgroups(group_size=n_local)[0]
 
 
-def waited_for(hook: Hook) -> Hook:
+def each_waited_for(hook: Hook) -> Hook:
     """Hooks of several collectives hang or abort on gloo with more than one bucket, unless each is waited for."""
     def waiting(state: Any, bucket: GradBucket) -> Any:
         future = hook(state, bucket)
@@ -192,7 +192,7 @@ class PowerSGD:
         # 0, the default, makes NaN of a layer whose gradient is 0.
         self.state = PowerSGDState(None, matrix_approximation_rank=algorithm.rank, start_powerSGD_iter=max(2, algorithm.warmup_steps),
                                    orthogonalization_epsilon=1e-8)  # type: ignore[arg-type]
-        self.compress = waited_for(powerSGD_hook)
+        self.compress = each_waited_for(powerSGD_hook)
         self.layouts: dict[int, Sequence[Tensor]] = {}         # bucket -> its parameters, in the memory as it is now
         self.errors: dict[int, Tensor] = {}                 # by id of the parameter, of layouts that are gone
         self.qs: dict[int, Tensor] = {}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learnkit.accelerator import widest_float
+from learnkit.devices.accelerator import widest_float
 from learnkit.distributed.reduce import needs_group
 
 M = TypeVar("M", bound=nn.Module)

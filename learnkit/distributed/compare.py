@@ -16,7 +16,7 @@ def check_same(facts: Mapping[str, Fact]) -> None:
     All ranks must call it. The value that most ranks have is taken for the right one; rank 0's, where none has a majority. Where all is
     equal two numbers travel; the facts themselves only where it is not.
     """
-    own = digest(facts)
+    own = digest_of_facts(facts)
     largest, negative = agree_all([own, -own])
     if largest == -negative: return
     differences = differing(gather_objects(dict(facts)))
@@ -25,7 +25,7 @@ def check_same(facts: Mapping[str, Fact]) -> None:
                          "\nStart every rank with the same script, arguments, seed and versions.")
 
 
-def digest(facts: Mapping[str, Fact]) -> int:
+def digest_of_facts(facts: Mapping[str, Fact]) -> int:
     """The same number where the facts are the same, in whatever order."""
     return hashed(sorted((name, repr(value)) for name, value in facts.items()))
 
@@ -41,10 +41,10 @@ def sentence(name: str, values: Sequence[str]) -> str:
     """`lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0 differ, nan equals nan."""
     usual = Counter(values).most_common(1)[0][0]  # of equally frequent ones the first that was met: rank 0's
     odd = {value: [rank for rank, v in enumerate(values) if v == value] for value in values if value != usual}
-    told = "; ".join(f"{listed(ranks)} {value}" for value, ranks in odd.items())
-    return f"{name}: {told}; {listed([rank for rank, v in enumerate(values) if v == usual])} {usual}"
+    told = "; ".join(f"{listed_ranks(ranks)} {value}" for value, ranks in odd.items())
+    return f"{name}: {told}; {listed_ranks([rank for rank, v in enumerate(values) if v == usual])} {usual}"
 
 
-def listed(ranks: Sequence[int]) -> str:
+def listed_ranks(ranks: Sequence[int]) -> str:
     if len(ranks) == 1: return f"rank {ranks[0]} has"
     return f"ranks {', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''} have"

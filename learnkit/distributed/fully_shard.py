@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from learnkit.accelerator import can_pin
+from learnkit.data.order import EpochOrder, set_seed_and_epoch
+from learnkit.devices.accelerator import can_pin
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
 from learnkit.distributed.weights import share_weights
 from learnkit.distributed.world import backends, get_device, get_world_size, take_device
-from learnkit.order import EpochOrder
-from learnkit.order import set_epoch as set_seed_and_epoch
 
 Blocks = Any        # a class, a name, or several of them
 

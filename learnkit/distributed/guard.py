@@ -46,7 +46,7 @@ from learnkit.distributed.process import (
     record_failure,
     stack_of,
 )
-from learnkit.distributed.reduce import wait_for
+from learnkit.distributed.reduce import wait_for_key
 from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.world import agent_serves, get_rank, get_world_size, has_group
 
@@ -57,7 +57,7 @@ MISSED = 4  # signs of life that a rank has left out when it is taken for gone, 
 SEEN = 0.7  # seconds that a failing rank waits until the others have seen why
 LINGER = 1.5  # seconds that the others stay, so that the launcher meets the culprit first (torchrun polls every 0.1 s)
 SHOWN = 1.0  # seconds after which a failed rank that is still there shows its traceback
-GRACE = 5.0  # seconds that a failed rank has for its clean-up
+CLEAN_UP_GRACE = 5.0  # seconds that a failed rank has for its clean-up
 SILENT = 4.0  # seconds in which another rank's death must be found to explain a lost connection: MISSED * LIFE, and two looks
 
 TORCH, HERE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
@@ -169,7 +169,7 @@ class Guard:
         if not wait: return
         if self.own_store.add(f"{key}/n", 1) == self.world_size: self.own_store.set(f"{key}/all", "")
         self.awaited = place
-        wait_for(self.own_store, f"{key}/all")
+        wait_for_key(self.own_store, f"{key}/all")
         self.awaited = ""
 
     def fail(self, error: BaseException) -> None:
@@ -226,7 +226,7 @@ class Guard:
         self.thread.join(2.0)
         if self.error is not None and sys.platform != "win32":  # what is left of the clean-up must end too: no thread can see to it any more  # noqa: E501
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, max(0.1, GRACE - (time.monotonic() - self.reported_at)))
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, CLEAN_UP_GRACE - (time.monotonic() - self.reported_at)))
 
     def stop_together(self) -> StopTogether:
         """For a loop that one rank may want to leave: see StopTogether. None other is answered any more."""
@@ -277,7 +277,7 @@ class Guard:
 
         def passed() -> float: return time.monotonic() - start
 
-        while pid and passed() < GRACE and is_alive(pid): time.sleep(0.05)
+        while pid and passed() < CLEAN_UP_GRACE and is_alive(pid): time.sleep(0.05)
         if culprit["show_stacks"] and pid: kill(pid)  # one that hung was to end itself; it is frozen now
         while passed() < LINGER and self.error is None: time.sleep(0.05)
 
@@ -290,7 +290,7 @@ class Guard:
             if waited > SHOWN and not shown:
                 shown = True
                 self.say(f"rank {self.rank} failed, and still cleans up\n{full_traceback(self.error)}")
-            if waited > GRACE:
+            if waited > CLEAN_UP_GRACE:
                 self.show_stacks()
                 self.say(f"rank {self.rank} failed, and its clean-up did not end\n{full_traceback(self.error)}")
                 os._exit(1)
@@ -331,7 +331,7 @@ class Guard:
     def look_for_death(self, rank: int, peer: Peer) -> None:
         pid = peer.life["pid"]
         if is_alive(pid) or self.store.check(["all_done"]): return
-        self.accuse(rank, f"rank {rank} is gone: its process {pid} was killed, or left by os._exit{told(peer.life)}")
+        self.accuse(rank, f"rank {rank} is gone: its process {pid} was killed, or left by os._exit{in_stage(peer.life)}")
 
     def look_for_life(self, rank: int, peer: Peer, life: dict[str, Any]) -> None:
         now = self.clock.now
@@ -344,7 +344,7 @@ class Guard:
 
     def accuse_frozen(self, rank: int, peer: Peer) -> None:
         state, seconds = "frozen" if peer.is_local else "gone, frozen or out of reach", self.clock.now - peer.seen_at
-        reason = f"rank {rank} is {state}{told(peer.life)}: no sign of life for {seconds:.1f} s"
+        reason = f"rank {rank} is {state}{in_stage(peer.life)}: no sign of life for {seconds:.1f} s"
         self.accuse(rank, reason, frozen=True, show_stacks=True)
 
     def look_for_progress(self) -> None:
@@ -357,7 +357,7 @@ class Guard:
         absent = [rank for rank, peer in everyone.items() if not peer.life["in_collective"]]
         rank = min(absent or everyone, key=lambda r: everyone[r].progress_at)
         others = f"; all others wait for rank {rank}" if absent == [rank] else ""
-        places = "".join(f"\n  rank {r}{told(peer.life)}: {peer.life['at']}" for r, peer in sorted(everyone.items()))
+        places = "".join(f"\n  rank {r}{in_stage(peer.life)}: {peer.life['at']}" for r, peer in sorted(everyone.items()))
         self.accuse(rank, f"no rank has got on for {self.hang_timeout:g} s{others}{places}", show_stacks=True)
 
     def too_long(self, since: float) -> bool:
@@ -420,7 +420,7 @@ class Guard:
         if self.stopping.wait(0.4): return  # all ranks are through, and the first one has left already
         holder, reason = self.peers.get(0), f"the store that the ranks share is gone, and the launcher with it ({one_line(error)})"
         if not agent_serves(): reason = "rank 0 is gone, and with it the store that the ranks share"
-        if holder is not None and not agent_serves(): reason += told(holder.life)
+        if holder is not None and not agent_serves(): reason += in_stage(holder.life)
         self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.note(reason)
         time.sleep(LINGER)
@@ -435,7 +435,7 @@ class Guard:
             elif clock.now - since > self.hang_timeout + 2 * LIFE: self.silent_store()
 
     def silent_store(self) -> None:
-        holder = "the launcher" if agent_serves() else f"rank 0{told(self.peers[0].life) if 0 in self.peers else ''}"
+        holder = "the launcher" if agent_serves() else f"rank 0{in_stage(self.peers[0].life) if 0 in self.peers else ''}"
         reason = f"the store that the ranks share has not answered for {self.hang_timeout:g} s; it is held by {holder}"
         self.say(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.show_stacks()
@@ -488,7 +488,7 @@ def where_main_is() -> tuple[str, bool]:
     return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
 
 
-def told(life: dict[str, Any]) -> str: return f" ({life['stage']})" if life["stage"] else ""
+def in_stage(life: dict[str, Any]) -> str: return f" ({life['stage']})" if life["stage"] else ""
 
 
 def kill(pid: int) -> None:

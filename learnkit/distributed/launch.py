@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from learnkit.accelerator import has_driver
+from learnkit.devices.accelerator import has_driver
 from learnkit.distributed.process import (
     ERROR_FILE,
     die_with_parent,
@@ -37,8 +37,8 @@ from learnkit.distributed.process import (
 )
 from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
 
-GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
-PATIENCE = 2.0  # seconds from SIGTERM to SIGKILL
+END_GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
+KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
 IN_USE = "{} is in use in this process already, or was asked for in a way that starts it, such as torch.cuda.is_available()"
 
 
@@ -72,7 +72,7 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
     method = start_method or choose_start_method(fn)
     with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
         store = open_store()
-        try: results = Ranks(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
+        try: results = RankProcesses(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
         finally: del store  # an error's traceback would keep its server running
     return results if every_rank else results[0]
 
@@ -143,7 +143,7 @@ def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str | None) ->
                            "inside the function.")
 
 
-class Ranks:
+class RankProcesses:
     """The processes of one `launch`: started, watched and ended by one thread.
 
     A thread of its own, for OpenMP's sake: a forked copy of a thread that has run an OpenMP loop hangs in its next one
@@ -250,9 +250,9 @@ class Ranks:
                             "where they were stands on standard error.")
 
     def end(self) -> None:
-        if isinstance(self.error, RankFailed): wait_for(self.processes, GRACE)
+        if isinstance(self.error, RankFailed): wait_for_processes(self.processes, END_GRACE)
         for process in self.processes: process.terminate()
-        wait_for(self.processes, PATIENCE)
+        wait_for_processes(self.processes, KILL_AFTER)
         for process in self.processes: process.kill()
         for process in self.processes: process.join()
         for receiver in self.receivers: receiver.close()
@@ -321,7 +321,7 @@ class Answer(pickle.Pickler):
         return here.requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-def wait_for(processes: list[Any], seconds: float) -> None:
+def wait_for_processes(processes: list[Any], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline: time.sleep(0.01)
 

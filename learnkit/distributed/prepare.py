@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from learnkit.batch import as_float32, map_tensors
+from learnkit.devices.nested import as_float32, map_tensors
 from learnkit.distributed.algorithms import Communication, Hook, as_algorithm
 from learnkit.distributed.batchnorm import sync_batchnorm
 from learnkit.distributed.reduce import needs_group
@@ -78,7 +78,7 @@ class InOrder(DistributedDataParallel):
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
         parameters, sparse = super()._build_params_for_reducer()
-        names, place = names_of(self.module), {name: k for k, name in enumerate(self.gradient_order)}
+        names, place = parameter_names(self.module), {name: k for k, name in enumerate(self.gradient_order)}
         order = sorted(range(len(parameters)), key=lambda i: place.get(names[id(parameters[i])], len(place)))
         return [parameters[i] for i in order], [sparse[i] for i in order]
 
@@ -92,13 +92,13 @@ def gradient_order_of(model: nn.Module) -> list[str]:
     if model.reducer._rebuild_buckets(): model._has_rebuilt_buckets = True      # else at the next forward pass
     model.logger.set_runtime_stats_and_log()
     told = model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")
-    names, parameters = names_of(model.module), model._build_params_for_reducer()[0]
+    names, parameters = parameter_names(model.module), model._build_params_for_reducer()[0]
     order = [names[id(parameters[int(k)])] for k in re.findall(r"\d+", told)]
     object.__setattr__(model, "gradient_order", order)
     return order
 
 
-def names_of(model: nn.Module) -> dict[int, str]: return {id(p): name for name, p in model.named_parameters()}
+def parameter_names(model: nn.Module) -> dict[int, str]: return {id(p): name for name, p in model.named_parameters()}
 
 
 ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, which algorithm={name!r} has none of: take one."

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learnkit.accelerator import widest_float
+from learnkit.devices.accelerator import widest_float
+from learnkit.devices.staging import is_dense, packed
 from learnkit.distributed.process import is_alive, machine_id
 from learnkit.distributed.world import COMMAND, backends, get_rank, get_store, get_world_size, has_group, own_device
-from learnkit.staging import is_plain, packed
 
 HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
 BUCKET = 64 * 2**20  # bytes of tensors that are sent as one: a model is not held twice while it is shared
@@ -52,7 +52,7 @@ def agree_all(numbers: Sequence[int]) -> list[int]:
     """Of each number the largest that a rank gave, in one collective; all give equally many."""
     if not needs_group(): return list(numbers)
     values = torch.tensor(numbers, dtype=torch.int64, device=host())
-    finish(dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True), values.device)
+    finish_collective(dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True), values.device)
     return values.tolist()
 
 
@@ -78,7 +78,7 @@ def all_sum(tensors: Any) -> Any:
     parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else widest_float(device or t.device)) for t in given]
     if device is not None:
         packed = torch.cat(parts)
-        finish(dist.all_reduce(packed, async_op=True), device)
+        finish_collective(dist.all_reduce(packed, async_op=True), device)
         parts = list(packed.split([t.numel() for t in given]))
     summed = (as_given(total, t, leaf) for total, t, leaf in zip(parts, given, leaves, strict=True))
     return rebuilt(tensors, summed)
@@ -150,7 +150,7 @@ def gather_on_main(obj: Any) -> list[Any]:
     """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where the group has it."""
     if not needs_group(): return [obj]
     description, tensors = described(obj)
-    text, error = as_bytes(description.encode()), json.loads(description).get("error", "")
+    text, error = byte_tensor(description.encode()), json.loads(description).get("error", "")
     payload = as_payload(tensors, text.device)
     told = [n.tolist() for n in all_gather(torch.tensor([len(text), len(payload), bool(error)], device=text.device))]
     failed = [rank for rank, (_, _, fails) in enumerate(told) if fails]
@@ -158,7 +158,7 @@ def gather_on_main(obj: Any) -> list[Any]:
     longest = max(n + m for n, m, _ in told)
     own = torch.cat([text, payload, text.new_zeros(longest - len(text) - len(payload))])
     shares = [torch.empty_like(own) for _ in told] if get_rank() == 0 else []
-    finish(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
+    finish_collective(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
     sizes = [n for n, _, _ in told][:len(shares)]
     return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device) for share, n in zip(shares, sizes, strict=True)]
 
@@ -171,7 +171,7 @@ def broadcast_from_main(obj: Any = None) -> Any:
     raise_for([received])
     device = device_for([received], tensors)
     content = as_payload(tensors, device) if get_rank() == 0 else torch.empty(received["bytes"], dtype=torch.uint8, device=device)
-    if received["bytes"]: finish(dist.broadcast(content, 0, async_op=True), device)
+    if received["bytes"]: finish_collective(dist.broadcast(content, 0, async_op=True), device)
     return obj if get_rank() == 0 else unpacked(received, content)
 
 
@@ -222,14 +222,14 @@ def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator
 
 
 def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
-    if len(tensors) == 1 and tensors[0].device == device and is_plain(tensors[0]):      # perhaps a large one: in place
-        finish(dist.broadcast(packed(tensors[0]), 0, async_op=True), device)
+    if len(tensors) == 1 and tensors[0].device == device and is_dense(tensors[0]):      # perhaps a large one: in place
+        finish_collective(dist.broadcast(packed(tensors[0]), 0, async_op=True), device)
         return
     payload = as_payload(tensors, device)
-    finish(dist.broadcast(payload, 0, async_op=True), device)
+    finish_collective(dist.broadcast(payload, 0, async_op=True), device)
     if get_rank() == 0: return
     parts = payload.split([t.nbytes for t in tensors])
-    for own, part in zip(tensors, parts, strict=True): own.copy_(as_tensor(part, own.dtype, own.shape))
+    for own, part in zip(tensors, parts, strict=True): own.copy_(tensor_of_bytes(part, own.dtype, own.shape))
 
 
 def hashed(value: Any) -> int:
@@ -249,13 +249,13 @@ def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
 def described(obj: Any) -> tuple[str, list[Tensor]]:
     """A structure as JSON, and its tensors in the order in which it names them."""
     tensors: list[Tensor] = []
-    try: description: dict[str, Any] = {"is": outlined(obj, tensors), "bytes": sum(t.nbytes for t in tensors)}
+    try: description: dict[str, Any] = {"is": encoded(obj, tensors), "bytes": sum(t.nbytes for t in tensors)}
     except TypeError as error: description, tensors = {"error": str(error), "bytes": 0}, []
     description["on_device"] = any(map(on_device, tensors))
     return json.dumps(description), tensors
 
 
-def outlined(obj: Any, tensors: list[Tensor]) -> Any:
+def encoded(obj: Any, tensors: list[Tensor]) -> Any:
     """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
     if isinstance(obj, Tensor) and obj.is_meta: return ["meta", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
@@ -264,9 +264,9 @@ def outlined(obj: Any, tensors: list[Tensor]) -> Any:
         kind = "tensor" if obj.device.type == "cpu" else "device"
         return [kind, str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Mapping):
-        return ["dict", [[outlined(key, tensors), outlined(value, tensors)] for key, value in obj.items()]]
-    if isinstance(obj, list): return ["list", [outlined(v, tensors) for v in obj]]
-    if isinstance(obj, tuple): return ["tuple", [outlined(v, tensors) for v in obj]]
+        return ["dict", [[encoded(key, tensors), encoded(value, tensors)] for key, value in obj.items()]]
+    if isinstance(obj, list): return ["list", [encoded(v, tensors) for v in obj]]
+    if isinstance(obj, tuple): return ["tuple", [encoded(v, tensors) for v in obj]]
     raise TypeError(f"cannot send a {type(obj).__name__} between ranks: expected None, a bool, number, string or dense "
                     "tensor, or a list, tuple or dict of them.")
 
@@ -295,13 +295,13 @@ def unpacked(description: Mapping[str, Any], payload: Tensor, land: torch.device
         if kind == "meta": return torch.empty(shape, dtype=dtype, device="meta")
         n_bytes = shape.numel() * dtype.itemsize
         offset += n_bytes
-        tensor = as_tensor(payload[offset - n_bytes:offset], dtype, shape)
+        tensor = tensor_of_bytes(payload[offset - n_bytes:offset], dtype, shape)
         return tensor.to(land or (torch.device("cpu") if kind == "tensor" else payload.device if on_device(payload) else own_device()))
 
     return build(description["is"])
 
 
-def as_tensor(part: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+def tensor_of_bytes(part: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return part.clone().view(dtype).reshape(shape)  # clone: a view as another dtype must start at a multiple of its size
 
 
@@ -314,17 +314,17 @@ def gather_texts(text: str) -> list[str]:
     heads = [bytes(head.tolist()) for head in all_gather(as_header(data))]
     lengths = [int.from_bytes(head[:8], "big") for head in heads]
     if max(lengths) <= HEADER - 8: return [head[8:8 + n].decode() for head, n in zip(heads, lengths, strict=True)]
-    return [bytes(whole.tolist()).decode() for whole in gather_bytes(as_bytes(data), lengths)]
+    return [bytes(whole.tolist()).decode() for whole in gather_bytes(byte_tensor(data), lengths)]
 
 
 def broadcast_text(text: str) -> str:
     data = text.encode()
     head = as_header(data)
-    finish(dist.broadcast(head, 0, async_op=True), head.device)
+    finish_collective(dist.broadcast(head, 0, async_op=True), head.device)
     n = int.from_bytes(bytes(head[:8].tolist()), "big")
     if n <= HEADER - 8: return bytes(head[8:8 + n].tolist()).decode()
-    whole = as_bytes(data if get_rank() == 0 else bytes(n))
-    finish(dist.broadcast(whole, 0, async_op=True), whole.device)
+    whole = byte_tensor(data if get_rank() == 0 else bytes(n))
+    finish_collective(dist.broadcast(whole, 0, async_op=True), whole.device)
     return bytes(whole.tolist()).decode()
 
 
@@ -338,15 +338,15 @@ def gather_bytes(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 def all_gather(own: Tensor) -> list[Tensor]:
     shares = [torch.empty_like(own) for _ in range(get_world_size())]
-    finish(dist.all_gather(shares, own, async_op=True), own.device)
+    finish_collective(dist.all_gather(shares, own, async_op=True), own.device)
     return shares
 
 
 def as_header(data: bytes) -> Tensor:
-    return as_bytes((len(data).to_bytes(8, "big") + data)[:HEADER].ljust(HEADER, b"\0"))
+    return byte_tensor((len(data).to_bytes(8, "big") + data)[:HEADER].ljust(HEADER, b"\0"))
 
 
-def as_bytes(data: bytes) -> Tensor:
+def byte_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(host())
 
 
@@ -386,7 +386,7 @@ def on_device(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" and tensor.device.type in backends()
 
 
-def wait_for(store: dist.Store, key: str) -> None:
+def wait_for_key(store: dist.Store, key: str) -> None:
     """Until some rank has set it; signal handlers run meanwhile."""
     pause = 1e-4
     while not store.check([key]):
@@ -394,7 +394,7 @@ def wait_for(store: dist.Store, key: str) -> None:
         pause = min(pause * 1.5, 0.05)
 
 
-def finish(work: Any, device: torch.device) -> None:
+def finish_collective(work: Any, device: torch.device) -> None:
     """Waits for a collective; on the CPU by looking again and again: signal handlers do not run in a blocking one."""
     global _n_collectives
     n_looks, _n_collectives = 0, _n_collectives + 1

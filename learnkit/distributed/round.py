@@ -24,7 +24,7 @@ def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timede
     if rank != 0: return heard_name(store, rank, own, timeout)
     answers = [f"{own}/{other}" for other in range(1, world_size)]
     store.set("name", own)
-    if not waited_for(lambda: store.check(answers), timeout):
+    if not wait_until(lambda: store.check(answers), timeout):
         absent = [other for other, answer in enumerate(answers, 1) if not store.check([answer])]
         raise TimeoutError(f"Not there: ranks {', '.join(map(str, absent))}")
     store.set(f"{own}/meant", b" ".join(store.multi_get(answers)).decode())
@@ -42,11 +42,11 @@ def heard_name(store: dist.Store, rank: int, own: str, timeout: timedelta) -> st
         answered = name
         return store.check([f"{name}/meant"]) and own in store.get(f"{name}/meant").decode().split()
 
-    if not waited_for(is_meant, timeout): raise TimeoutError("Not there: rank 0, or one that it waits for")
+    if not wait_until(is_meant, timeout): raise TimeoutError("Not there: rank 0, or one that it waits for")
     return answered
 
 
-def waited_for(condition: Callable[[], bool], timeout: timedelta) -> bool:
+def wait_until(condition: Callable[[], bool], timeout: timedelta) -> bool:
     """Asked seldom after a while: a thousand ranks may ask one store."""
     deadline, pause = time.monotonic() + timeout.total_seconds(), 1e-3
     while not condition():

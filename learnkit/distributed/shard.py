@@ -28,11 +28,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from learnkit.batch import count_samples, split_batch
-from learnkit.distributed.reduce import agree, broadcast_from_main
-from learnkit.distributed.world import get_rank, get_world_size
-from learnkit.generators import order_generators, put_states, state_of
-from learnkit.order import (
+from learnkit.data.batch import count_samples, split_batch
+from learnkit.data.generators import generator_state, order_generators, put_states
+from learnkit.data.order import (
     Around,
     EpochOrder,
     PrivateGenerator,
@@ -45,9 +43,11 @@ from learnkit.order import (
     parts_of,
     privately,
     rest_of,
+    set_seed_and_epoch,
 )
-from learnkit.order import set_epoch as set_seed_and_epoch
-from learnkit.transfer import Moved
+from learnkit.devices.transfer import Moved
+from learnkit.distributed.reduce import agree, broadcast_from_main
+from learnkit.distributed.world import get_rank, get_world_size
 
 T = TypeVar("T")
 
@@ -254,10 +254,10 @@ class ShardedLoader(Around):
         return n_rank_batches(length_of(self.loader), 1, self.rank, self.world_size, even=self.even)
 
     def __iter__(self) -> Iterator[Any]:
-        return dealt_out(self.loader, self.rank, self.world_size, even=self.even, sizes=self.sizes, size=n_samples)
+        return dealt_out(self.loader, self.rank, self.world_size, even=self.even, sizes=self.sizes, size=n_samples_in)
 
 
-def n_samples(batch: Any) -> int: return count_samples(*split_batch(batch))
+def n_samples_in(batch: Any) -> int: return count_samples(*split_batch(batch))
 
 
 class InStep(Around, EpochOrder):
@@ -389,7 +389,7 @@ def told_divided(loader: DataLoader[Any], name: str, training: bool) -> DataLoad
 def share_states(loader: Any) -> None:
     """The generators that a user gave to a loader or its samplers go on from rank 0's states, on every rank."""
     own = order_generators(loader)
-    if own: put_states(own, broadcast_from_main([state_of(generator) for generator in own]), "the order of samples")
+    if own: put_states(own, broadcast_from_main([generator_state(generator) for generator in own]), "the order of samples")
 
 
 def as_sharded(loader: Any, training: bool | None, keep_generator: bool) -> Any:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 _numbers = itertools.count()  # of all that there were, the same on every rank
 LOOK = 0.005  # seconds between two looks into the store, while this rank waits for the others' answers
-PATIENCE = 4.0  # seconds that a rank waits for the others to stop where it did
+STOP_PATIENCE = 4.0  # seconds that a rank waits for the others to stop where it did
 
 
 class StoppedAlone(Exception):
@@ -73,7 +73,7 @@ class StopTogether:
         store.set(self.key(f"promise/{self.rank}"), str(step))
 
     def wait_for_all_wishes(self) -> None:
-        keys, deadline = [self.key(f"wished/{rank}") for rank in range(self.world_size)], time.monotonic() + PATIENCE
+        keys, deadline = [self.key(f"wished/{rank}") for rank in range(self.world_size)], time.monotonic() + STOP_PATIENCE
         while not self.store.check(keys):
             if time.monotonic() > deadline: raise StoppedAlone
             time.sleep(LOOK)

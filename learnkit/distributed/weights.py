@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from learnkit.distributed.compare import check_same
-from learnkit.distributed.reduce import broadcast_into, finish, needs_group
+from learnkit.distributed.reduce import broadcast_into, finish_collective, needs_group
 from learnkit.distributed.world import get_world_size
 
 
 def share_weights(model: nn.Module) -> None:
     """Rank 0's weights and buffers on every rank; raises ValueError where the ranks have different models."""
     check_same({"the torch version": torch.__version__, "the model": type(model).__name__, "the model's parameters": model_in_words(model)})
-    share([t for t in model.state_dict().values() if isinstance(t, Tensor) and not t.is_meta])
+    share_values([t for t in model.state_dict().values() if isinstance(t, Tensor) and not t.is_meta])
 
 
-def share(values: Iterable[Any]) -> None:
+def share_values(values: Iterable[Any]) -> None:
     """Put rank 0's tensors in the place of this rank's."""
     broadcast_into([value for value in values if isinstance(value, Tensor)])
 
@@ -45,7 +45,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         has = given[0].new_ones(len(own))
         for k in lacking: has[k] = 0.
         flat = torch.cat([*(g.reshape(-1) for g in given), has]).div_(get_world_size())
-        finish(dist.all_reduce(flat, async_op=True), flat.device)
+        finish_collective(dist.all_reduce(flat, async_op=True), flat.device)
         *parts, has = flat.split([*(g.numel() for g in given), len(own)])
         torch._foreach_copy_(given, [part.view_as(g) for g, part in zip(given, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
         anywhere = has.tolist() if lacking else []
@@ -63,9 +63,9 @@ def means(tensors: Sequence[Tensor]) -> list[Tensor]:
         group = list(alike)
         own = torch.cat([t.reshape(-1) for t in group])
         flat = own.clone()
-        finish(dist.broadcast(flat, 0, async_op=True), flat.device)
+        finish_collective(dist.broadcast(flat, 0, async_op=True), flat.device)
         own.sub_(flat).div_(get_world_size())
-        finish(dist.all_reduce(own, async_op=True), own.device)
+        finish_collective(dist.all_reduce(own, async_op=True), own.device)
         for t, part in zip(group, flat.add_(own).split([t.numel() for t in group]), strict=True): t.copy_(part.view_as(t))
     return found
 

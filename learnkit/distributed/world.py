@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from learnkit.accelerator import accelerator
+from learnkit.devices.accelerator import accelerator
 from learnkit.distributed.nodes import warn_where_no_node_can_join
 from learnkit.distributed.round import name_of_round
 
 COMMAND = "torchrun --nproc-per-node=2 train.py"
-N_ATTEMPTS, AT_ONCE = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
+N_ATTEMPTS, RETRY_WITHIN = 3, 10.0  # times that ranks try to connect, where they fail within so many seconds
 SPELLINGS = ("--local_rank", "--local-rank")
 OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): whatever leads there is the way out of this machine
 SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
 
 # Whether the group is ours (and may be destroyed), the stores opened, and how many groups were made over them.
 _owns_group = False
@@ -372,7 +372,7 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
         store, start, error = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout)), time.monotonic(), None
         try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
         except (dist.DistError, RuntimeError) as raised: error = raised
-        may_try = error is not None and "connectFullMesh" in str(error) and time.monotonic() - start < AT_ONCE and attempt < N_ATTEMPTS - 1
+        may_try = error is not None and "connectFullMesh" in str(error) and time.monotonic() - start < RETRY_WITHIN and attempt < N_ATTEMPTS - 1
         store.set(f"joined/{get_rank()}", "yes" if error is None else "again" if may_try else "no")
         if error is not None and not may_try: raise _cannot_join(error, timeout) from error
         outcomes = store.multi_get([f"joined/{rank}" for rank in range(get_world_size())])  # waits for each
@@ -489,6 +489,6 @@ def seed_by_rank(seed: int) -> int:
 
     For after the model is built: the same seed everywhere would drop the same units on every rank.
     """
-    own = (seed + get_rank() * GOLDEN) % 2**63
+    own = (seed + get_rank() * GOLDEN_RATIO) % 2**63
     seed_everything(own)
     return own

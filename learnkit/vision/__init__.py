@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from learnkit.callbacks.cutmix import CutMix as CutMix
 from learnkit.callbacks.label_smoothing import LabelSmoothing as LabelSmoothing
 from learnkit.callbacks.mixup import MixUp as MixUp
-from learnkit.data import DataBunch as DataBunch
-from learnkit.draws import Draws as Draws
-from learnkit.draws import SampleTransform as SampleTransform
+from learnkit.data.loaders import DataBunch as DataBunch
+from learnkit.data.random import Draws as Draws
+from learnkit.data.random import SampleTransform as SampleTransform
 from learnkit.hooks import Callback as Callback
 from learnkit.learner import Learner as Learner
 from learnkit.metrics import accuracy as accuracy

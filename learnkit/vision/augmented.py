@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkit.data import TensorLoader, in_order
-from learnkit.draws import Draws, SampleTransform
+from learnkit.data.loaders import TensorLoader, in_order
+from learnkit.data.random import Draws, SampleTransform
 from learnkit.learner import Learner
 from learnkit.vision.samples import SampleLoader
 from learnkit.vision.transform import accepted

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from learnkit.files import Damaged, explained, sync_folder
+from learnkit.checkpoint.files import Damaged, explained_os_error, sync_folder
 from learnkit.vision.decode import Shape
 
 MAGIC = b"learnkit pixels 1\n"
 PAGE = 1 << 16          # mapped memory begins at a multiple of the page size: of no system that is known is it larger
-PIECE = 1 << 24         # bytes of one checksum: pieces are hashed by all cores at once
+CHECKSUM_PIECE = 1 << 24         # bytes of one checksum: pieces are hashed by all cores at once
 
 
 def write_pixels(path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], facts: dict[str, Any]) -> dict[int, str]:
@@ -46,7 +46,7 @@ def write_pixels(path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[in
         sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError): raise explained(error, path, PAGE + n * shape.n_bytes) from None
+        if isinstance(error, OSError): raise explained_os_error(error, path, PAGE + n * shape.n_bytes) from None
         raise
     return damaged
 
@@ -78,7 +78,7 @@ def close_up(pixels: memoryview, size: int, n: int, damaged: dict[int, str]) -> 
 
 def checksums(pixels: memoryview) -> list[str]:
     """sha256 of each piece, by all cores."""
-    pieces = [pixels[first:first + PIECE] for first in range(0, len(pixels), PIECE)]
+    pieces = [pixels[first:first + CHECKSUM_PIECE] for first in range(0, len(pixels), CHECKSUM_PIECE)]
     with ThreadPoolExecutor() as pool: sums = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
     for piece in pieces: piece.release()
     return sums

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from learnkit.data import DataBunch, TensorLoader, check_batch_size, check_dataset, default_device, default_workers, first_batch
-from learnkit.draws import BatchTransform
-from learnkit.files import as_path
+from learnkit.checkpoint.files import as_path
+from learnkit.data.loaders import DataBunch, TensorLoader, check_batch_size, check_dataset, default_device, default_workers, first_batch
+from learnkit.data.random import BatchTransform
 from learnkit.vision.folder import read_folder
 from learnkit.vision.pictures import Pictures, free_memory, load_pictures
 from learnkit.vision.samples import Numbered, SampleLoader
@@ -102,7 +102,7 @@ class ImageDataBunch(DataBunch):
         """
         datasets = {name: ds for name, ds in (("train", train_ds), ("valid", valid_ds), ("test", test_ds)) if ds is not None}
         for dataset in datasets.values(): check_dataset(dataset)
-        if all(is_plain(dataset) for dataset in datasets.values()):
+        if all(is_plain_dataset(dataset) for dataset in datasets.values()):
             pictures = {name: read_dataset(dataset, num_workers) for name, dataset in datasets.items()}
             return cls.from_pictures(pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device)
         place, tfms = default_device() if device is None else torch.device(device), transforms_of(ds_tfms)
@@ -179,7 +179,7 @@ def transforms_of(ds_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[Batch
     return first, second
 
 
-def is_plain(dataset: Any) -> bool:
+def is_plain_dataset(dataset: Any) -> bool:
     """Whether a dataset's samples are the same each time they are asked for, as far as is known."""
     known = type(dataset).__module__.startswith("torchvision.datasets.")
     return known and all(getattr(dataset, name, None) is None for name in ("transform", "target_transform", "transforms"))

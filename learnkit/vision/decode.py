@@ -11,7 +11,7 @@ from typing import Any
 from warnings import catch_warnings, simplefilter
 
 FEW = 256       # pictures that are decoded sooner than worker processes start
-AT_ONCE = 64    # pictures of one task
+PICTURES_A_TASK = 64    # pictures of one task
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def picture_size(file: str) -> tuple[int, int]:
 def decode(file: str, shape: Shape, *, resize: bool) -> bytes:
     """The pixels in the order channel, row, column. `resize`: the shorter side is brought to the shape, and the middle cut out."""
     picture = read_picture(file, shape.channels)
-    if resize: picture = fitted(picture, shape.height, shape.width)
+    if resize: picture = fitted_picture(picture, shape.height, shape.width)
     elif picture.size != (shape.width, shape.height):
         raise OtherSize(f"{file} is {picture.height}×{picture.width}, others are {shape.height}×{shape.width} (height × width)")
     pixels = picture.tobytes()
     return pixels if shape.channels == 1 else b"".join([pixels[channel::3] for channel in range(3)])
 
 
-def fitted(picture: Any, height: int, width: int) -> Any:
+def fitted_picture(picture: Any, height: int, width: int) -> Any:
     """Resized so that it covers height × width, bilinear with antialiasing, and its middle: torchvision's Resize and CenterCrop."""
     from PIL import Image
     if picture.size == (width, height): return picture
@@ -74,12 +74,12 @@ def fitted(picture: Any, height: int, width: int) -> Any:
 def decode_all(files: Sequence[str], into: Any, shape: Shape, *, resize: bool,
                progress: Callable[[int], None] | None = None) -> dict[int, str]:
     """Decode all files with all cores into a writable buffer that processes share; {number: what is wrong} of the damaged ones."""
-    tasks = [(first, files[first:first + AT_ONCE]) for first in range(0, len(files), AT_ONCE)]
+    tasks = [(first, files[first:first + PICTURES_A_TASK]) for first in range(0, len(files), PICTURES_A_TASK)]
     damaged: dict[int, str] = {}
     with workers(len(files), into, shape, resize) as run:
         for k, found in enumerate(run(tasks), 1):
             damaged.update(found)
-            if progress is not None: progress(min(k * AT_ONCE, len(files)))
+            if progress is not None: progress(min(k * PICTURES_A_TASK, len(files)))
     return damaged
 
 

@@ -9,11 +9,11 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from learnkit.files import Damaged, explained
+from learnkit.checkpoint.files import Damaged, explained_os_error
 from learnkit.vision.archives import Remote
 from learnkit.vision.pictures import bar
 
-PIECE = 1 << 18
+DOWNLOAD_PIECE = 1 << 18
 TIMEOUT = 30        # seconds without a byte
 N_TRIES = 5         # of one address, each where the last one ended
 
@@ -31,11 +31,11 @@ def download(remote: Remote, path: Path) -> Path:
     if remote.checksum is None: part.unlink(missing_ok=True)
     reasons = []
     for address in remote.addresses:
-        try: fetch(address, part)
+        try: fetch_whole(address, part)
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reasons.append(f"{address}: {getattr(error, 'reason', None) or error or type(error).__name__}")
             continue
-        try: verify(part, remote.checksum, address)
+        try: verify_checksum(part, remote.checksum, address)
         except Damaged as error:
             part.unlink()
             reasons.append(str(error))
@@ -45,7 +45,7 @@ def download(remote: Remote, path: Path) -> Path:
     raise NotFound("; ".join(reasons))
 
 
-def fetch(address: str, part: Path) -> None:
+def fetch_whole(address: str, part: Path) -> None:
     """Bring `part` up to the whole file; what was fetched before an error stays."""
     if not address.startswith(("http://", "https://")): raise ValueError(f"{address} is no http or https address. A file: give archive=….")
     for k in range(N_TRIES):
@@ -75,21 +75,21 @@ def fetch_rest(address: str, part: Path, n_before: int) -> bool:
             with part.open("ab" if goes_on else "wb") as file: n = copy(response, file, n_before, n_whole, address)
         except OSError as error:
             if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None: raise
-            raise explained(error, part, n_whole or 0) from None
+            raise explained_os_error(error, part, n_whole or 0) from None
     return n_whole is None or n >= n_whole
 
 
 def copy(response: http.client.HTTPResponse, file: BinaryIO, n: int, n_whole: int | None, address: str) -> int:
     """Returns how many bytes the file has."""
     with bar(n_whole or 0, address.rpartition("/")[2]) as progress:
-        while piece := response.read(PIECE):
+        while piece := response.read(DOWNLOAD_PIECE):
             file.write(piece)
             n += len(piece)
             if progress is not None and n_whole: progress(n)
     return n
 
 
-def verify(path: Path, checksum: str | None, source: object) -> None:
+def verify_checksum(path: Path, checksum: str | None, source: object) -> None:
     """Raise Damaged where the file is not the one that "md5:…" or "sha256:…" was pinned for."""
     if checksum is None: return
     kind, _, wanted = checksum.partition(":")
@@ -97,6 +97,6 @@ def verify(path: Path, checksum: str | None, source: object) -> None:
     if digest is None: raise ValueError(f"checksum={checksum!r}: expected 'sha256:…' or 'md5:…'.")
     found = digest()
     with path.open("rb") as file:
-        while piece := file.read(PIECE): found.update(piece)
+        while piece := file.read(DOWNLOAD_PIECE): found.update(piece)
     if found.hexdigest() != wanted.lower():
         raise Damaged(f"{source}: the {kind} of {os.path.getsize(path):,} bytes is {found.hexdigest()}, expected {wanted}")

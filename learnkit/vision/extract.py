@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from learnkit.files import Damaged
+from learnkit.checkpoint.files import Damaged
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".zip")
 
@@ -41,7 +41,7 @@ def extract_tar(archive: Path, folder: Path) -> None:
             place = checked(member.name, archive, folder)
             if member.isdir(): place.mkdir(parents=True, exist_ok=True)
             elif member.isfile():
-                with opened(file.extractfile(member)) as source: write(source, place)
+                with opened(file.extractfile(member)) as source: write_entry(source, place)
             else:
                 kind = f"a link to {member.linkname}" if member.issym() or member.islnk() else "a device"
                 raise Damaged(f"{archive} holds {member.name}, {kind}: only folders and files are unpacked, and nothing was.")
@@ -55,7 +55,7 @@ def extract_zip(archive: Path, folder: Path) -> None:
                 raise Damaged(f"{archive} holds {member.filename}, a link: only folders and files are unpacked, and nothing was.")
             if member.is_dir(): place.mkdir(parents=True, exist_ok=True)
             else:
-                with file.open(member) as source: write(source, place)
+                with file.open(member) as source: write_entry(source, place)
 
 
 def checked(name: str, archive: Path, folder: Path) -> Path:
@@ -72,6 +72,6 @@ def opened(file: IO[bytes] | None) -> Iterator[IO[bytes]]:
     with file: yield file
 
 
-def write(source: Any, place: Path) -> None:
+def write_entry(source: Any, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("wb") as target: shutil.copyfileobj(source, target)

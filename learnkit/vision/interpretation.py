@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnkit.data import TensorLoader, in_order
-from learnkit.draws import transform_batch
+from learnkit.data.fork_rng import unmoved
+from learnkit.data.loaders import TensorLoader, in_order
+from learnkit.data.random import transform_batch
 from learnkit.learner import Learner
-from learnkit.plots import import_pyplot
-from learnkit.unmoved import unmoved
+from learnkit.logs.plots import import_pyplot
 from learnkit.vision.data import ImageDataBunch
 from learnkit.vision.show import show_grid
 

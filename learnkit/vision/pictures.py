@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkit.checkpoint.files import Damaged, as_path
 from learnkit.distributed.reduce import rank0_first
-from learnkit.files import Damaged, as_path
 from learnkit.vision.cache import close_up, read_pixels, write_pixels
 from learnkit.vision.decode import OtherSize, Shape, decode_all, picture_size, read_picture
 from learnkit.vision.folder import Folder
@@ -60,7 +60,7 @@ def decoded(folder: Folder, shape: Shape, resize: bool, cache: str | Path | None
         except OtherSize as error:
             raise ValueError(f"{error}. Give size=…, and all are resized to it: from_folder(path, size=({shape.height}, {shape.width})).") \
                 from None
-    if cache is None: return in_memory(shape, len(folder), fill)
+    if cache is None: return decoded_in_memory(shape, len(folder), fill)
     path = cache_file(folder, shape, resize, cache)
     facts = {"fingerprint": folder.fingerprint, "resized": resize}
     with rank0_first():
@@ -69,7 +69,7 @@ def decoded(folder: Folder, shape: Shape, resize: bool, cache: str | Path | None
                 found = known(path, facts, folder, shape)
                 if found is None: write_pixels(path, shape, len(folder), fill, facts)
         except OSError as error:
-            found = in_memory(shape, len(folder), fill, error)
+            found = decoded_in_memory(shape, len(folder), fill, error)
     if found is None: found = read_pixels(path, facts)
     if found is None: raise RuntimeError(f"{path} was replaced while it was to be read: another process decodes {folder.path} differently.")
     return found
@@ -92,7 +92,7 @@ def is_readable(file: str, shape: Shape) -> bool:
     return True
 
 
-def in_memory(shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], error: OSError | None = None) -> tuple[Tensor, dict[int, str]]:
+def decoded_in_memory(shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], error: OSError | None = None) -> tuple[Tensor, dict[int, str]]:
     """Decoded without a file, into at most half of the memory that is free; `error`: why there is none."""
     n_bytes, n_free = n * shape.n_bytes, free_memory()
     need = f"{n:,} pictures of {shape.channels}×{shape.height}×{shape.width} take {n_bytes / 1e6:,.0f} MB"

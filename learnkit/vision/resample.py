@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learnkit.accelerator import can_float64
+from learnkit.devices.accelerator import can_float64
 
 
 def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:

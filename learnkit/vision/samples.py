@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from learnkit.accelerator import can_pin
-from learnkit.data import default_workers
-from learnkit.draws import BatchTransform, transform_batch
-from learnkit.order import EpochOrder, EpochSampler, PrivateGenerator, mix, parts_of, private_state, seed_process, swapped
-from learnkit.transfer import mover
+from learnkit.data.loaders import default_workers
+from learnkit.data.order import EpochOrder, EpochSampler, PrivateGenerator, mix, parts_of, private_state, seed_process, swapped
+from learnkit.data.random import BatchTransform, transform_batch
+from learnkit.devices.accelerator import can_pin
+from learnkit.devices.transfer import mover
 
 
 class SampleLoader(DataLoader[Any]):
@@ -59,10 +59,10 @@ class Numbered:
             sample = self.dataset[index]
         else:
             with swapped(private_state(seed)): sample = self.dataset[index]
-        return (as_tensor(sample[0]), *sample[1:], index)
+        return (picture_tensor(sample[0]), *sample[1:], index)
 
 
-def as_tensor(picture: Any) -> Tensor:
+def picture_tensor(picture: Any) -> Tensor:
     """A picture of Pillow's as uint8 (channels, height, width); a tensor as it is."""
     if isinstance(picture, Tensor): return picture
     from torchvision.transforms.v2.functional import pil_to_tensor

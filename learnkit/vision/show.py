@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from learnkit.plots import import_pyplot
+from learnkit.logs.plots import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from learnkit.data import DataBunch
-from learnkit.files import Damaged, as_path, read_state
+from learnkit.checkpoint.files import Damaged, as_path, read_state
+from learnkit.data.loaders import DataBunch
 from learnkit.hooks import Callback
 from learnkit.learner import Learner, Rate
 from learnkit.vision.data import ImageDataBunch

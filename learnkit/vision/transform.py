@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from learnkit.draws import Draws, SampleTransform
-from learnkit.transfer import sent
+from learnkit.data.random import Draws, SampleTransform
+from learnkit.devices.transfer import sent
 from learnkit.vision.resample import affine_batch, crop_weights, resize_batch
 
 Range = float | tuple[float, float]

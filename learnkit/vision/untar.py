@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from learnkit.checkpoint.files import Damaged, as_path
 from learnkit.distributed.reduce import rank0_first
-from learnkit.files import Damaged, as_path
 from learnkit.vision.archives import Archive, Remote, URLs
-from learnkit.vision.download import NotFound, download, verify
+from learnkit.vision.download import NotFound, download, verify_checksum
 from learnkit.vision.extract import ENDINGS, extract
 from learnkit.vision.lock import one_at_a_time
 
@@ -29,7 +29,8 @@ def untar_data(source: Archive | str, dest: str | Path | None = None, *, archive
     checksum    "sha256:…" or "md5:…", for an address or a local archive
 
     $LEARNKIT_DATA may also be the data set itself, or a local archive of it. An interrupted download goes on where it was. Raises
-    OSError where there is no network, with what to do; learnkit.files.Damaged, a ValueError, for what is not the file that it should be.
+    OSError where there is no network, with what to do; Damaged (of learnkit.checkpoint.files), a ValueError, for
+    what is not the file that it should be.
     """
     if isinstance(source, str): source = from_address(source, checksum)
     elif checksum is not None and archive is None: raise ValueError(f"checksum=… is for addresses; that of {source.name} is known.")
@@ -91,7 +92,7 @@ def unpack(source: Archive, local: Path | None, checksum: str | None, root: Path
     """The data set as a folder of pictures, below `place`."""
     raw = place / "raw"
     if local is not None:
-        verify(local, checksum, local)
+        verify_checksum(local, checksum, local)
         extract(local, raw)
     else:
         files = [fetched(source, remote, root) for remote in source.remotes]
@@ -108,13 +109,13 @@ def unpack(source: Archive, local: Path | None, checksum: str | None, root: Path
 def fetched(source: Archive, remote: Remote, root: Path) -> Path:
     """A file of the data set: from the folder of data sets, where somebody put it, else downloaded."""
     if (root / remote.file).is_file():
-        verify(root / remote.file, remote.checksum, root / remote.file)
+        verify_checksum(root / remote.file, remote.checksum, root / remote.file)
         return root / remote.file
     (root / ".downloads").mkdir(parents=True, exist_ok=True)
     path = root / ".downloads" / remote.file
     try:
         if path.is_file() and remote.checksum is not None:
-            verify(path, remote.checksum, path)
+            verify_checksum(path, remote.checksum, path)
             return path
     except Damaged: path.unlink()
     try: return download(remote, path)

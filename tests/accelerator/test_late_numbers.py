@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from learnkit import Callback, DataBunch, Learner, accelerator, accuracy, evaluate
+from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import Accumulate, Checkpoint, CSVLogger, JSONLogger, MixedPrecision, Progress
+from learnkit.devices import accelerator
 from learnkit.hooks import StopFit
+from learnkit.loop import evaluate
 from learnkit.vision.resample import crop_weights
 from tests.accelerator import twin
 
@@ -83,7 +85,7 @@ def test_the_bar_shows_the_losses_so_far_without_waiting():
     learn.fit(1)                # what is asked once a process
     with redirect_stdout(Terminal()) as screen, twin.waits() as seen: learn.fit(2)
     assert "train_loss" in screen.getvalue() and {wait.place.split(":")[0] for wait in seen} <= {
-        "callbacks/recorder.py", "learnkit/callbacks/recorder.py", "learnkit/metrics.py", "learnkit/loss.py"}
+        "callbacks/recorder.py", "learnkit/callbacks/recorder.py", "learnkit/metrics.py", "learnkit/loop/loss.py"}
 
 
 def losses_shown(rank_device: bool) -> list[float]:

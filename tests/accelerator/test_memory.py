@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from learnkit import Callback, DataBunch, Learner
-from learnkit.accelerator import _computes_float64, accelerator, can_float64, can_pin, has_streams, widest_float
 from learnkit.callbacks import EMA, Accumulate, AutoMicrobatch
+from learnkit.devices.accelerator import _computes_float64, accelerator, can_float64, can_pin, has_streams, widest_float
 from learnkit.distributed import RankFailed, get_rank
 from learnkit.distributed.launch import choose_start_method, lost_by_fork
 from tests.accelerator import twin

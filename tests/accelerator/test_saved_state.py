@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from learnkit import Callback, DataBunch, Learner, load_learner, snapshots, staging
-from learnkit.batch import tensors_in
+from learnkit import Callback, DataBunch, Learner, load_learner
 from learnkit.callbacks import EMA, Checkpoint, Recorder
-from learnkit.files import read_state
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.files import read_state
+from learnkit.devices import staging
+from learnkit.devices.nested import tensors_in
 from tests.accelerator import twin
 
 DEVICES = ("twin:0", "twin:1")      # the current one, and another
@@ -100,14 +102,14 @@ def test_weights_that_are_one_are_one_in_the_file_and_in_a_copy():
     learn = fitted("twin:0")
     state = read_state(learn.save("m", with_opt=False))["model"]
     assert state["norm.bias"].data_ptr() == state["body.0.bias"].data_ptr()
-    copied = snapshots.in_memory(learn.model.state_dict())
+    copied = snapshots.copied_to_host(learn.model.state_dict())
     assert copied["norm.bias"].data_ptr() == copied["body.0.bias"].data_ptr() and copied["norm.bias"].is_cpu
 
 
 def test_a_copy_in_the_memory_of_an_earlier_one_keeps_apart_what_is_no_longer_one():
     x = torch.ones(3, device="twin:0")
-    earlier = snapshots.in_memory({"a": x, "b": x})
-    found = snapshots.in_memory({"a": x + 1, "b": x + 2}, earlier)
+    earlier = snapshots.copied_to_host({"a": x, "b": x})
+    found = snapshots.copied_to_host({"a": x + 1, "b": x + 2}, earlier)
     assert found["a"] is earlier["a"] and found["a"].tolist() == [2] * 3 and found["b"].tolist() == [3] * 3
 
 
@@ -120,12 +122,12 @@ def test_a_copy_in_the_memory_of_an_earlier_one_keeps_apart_what_is_no_longer_on
 def test_any_tensor_comes_to_the_host_as_it_is(tensor):
     for where in DEVICES:
         own, expected = tensor(where), tensor("cpu")
-        for found in (snapshots.in_memory([own])[0], staging.on_host({"x": [own]})["x"][0]):
+        for found in (snapshots.copied_to_host([own])[0], staging.on_host({"x": [own]})["x"][0]):
             assert torch.equal(found.cpu(), expected) and found.dtype == expected.dtype
 
 
 def test_a_sparse_tensor_is_copied_as_one():
-    assert torch.equal(snapshots.in_memory(torch.eye(3, device="twin:0").to_sparse()).to_dense(), torch.eye(3))
+    assert torch.equal(snapshots.copied_to_host(torch.eye(3, device="twin:0").to_sparse()).to_dense(), torch.eye(3))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -168,7 +170,7 @@ def test_a_large_state_comes_through_small_buffers_with_a_wait_for_each_load(mon
     monkeypatch.setattr(staging, "ROOM", 64)
     tensors = [torch.randn(n) for n in (1, 3, 16, 17, 100, 0, 15)]
     on_device, n_bytes = [t.to("twin:0") for t in tensors], sum(t.nbytes for t in tensors)
-    for bring in (snapshots.in_memory, staging.on_host):
+    for bring in (snapshots.copied_to_host, staging.on_host):
         found: list[list[Tensor]] = []
         assert n_waits(lambda bring=bring, found=found: found.append(bring(on_device))) == math.ceil(n_bytes / 64)
         assert all(map(torch.equal, found[0], tensors))
@@ -187,7 +189,7 @@ def test_saving_loading_and_exporting_take_no_memory_of_the_device_for_a_second_
     learn = fitted("twin:0", depth=200)
     n_bytes = sum(t.nbytes for t in tensors_in(learn.model.state_dict()))
     assert peak(lambda: learn.save("m")) == 0
-    assert peak(lambda: snapshots.in_memory({"model": learn.model.state_dict(), "opt": learn.opt.state_dict()})) == 0
+    assert peak(lambda: snapshots.copied_to_host({"model": learn.model.state_dict(), "opt": learn.opt.state_dict()})) == 0
     assert peak(lambda: learn.export("m.safetensors")) < n_bytes / 2
     learn.save("m", with_opt=False)
     assert peak(lambda: learn.load("m")) == 0

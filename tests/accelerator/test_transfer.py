@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from learnkit import Callback, DataBunch, Learner, accuracy, data
-from learnkit.accelerator import has_streams
-from learnkit.batch import tensors_in, to_device
-from learnkit.data import TensorLoader
+from learnkit import Callback, DataBunch, Learner, accuracy
+from learnkit.data import loaders as data
+from learnkit.data.loaders import TensorLoader
+from learnkit.data.random import Draws, SampleTransform
+from learnkit.devices.accelerator import has_streams
+from learnkit.devices.nested import tensors_in, to_device
+from learnkit.devices.transfer import Reading, copy_stream, mover, pinned, sent
 from learnkit.distributed import prepare_data_loader
-from learnkit.draws import Draws, SampleTransform
-from learnkit.transfer import Reading, copy_stream, mover, pinned, sent
 from learnkit.vision.data import ImageDataBunch
 from learnkit.vision.pictures import Pictures
 from learnkit.vision.transform import flip_lr, rand_pad

@@ -327,10 +327,10 @@ def test_a_wait_names_its_place_and_can_be_refused():
 
 
 def test_a_wait_inside_the_library_is_put_down_to_its_line():
-    from learnkit.batch import to_device
+    from learnkit.devices.nested import to_device
 
     with twin.waits() as seen: to_device(torch.ones(2), torch.device("twin"))
-    for wait in seen: assert wait.place.startswith("learnkit/batch.py:")
+    for wait in seen: assert wait.place.startswith("learnkit/data/batch.py:")
 
 
 # Streams: what nobody has waited for has not arrived

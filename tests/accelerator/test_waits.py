@@ -18,7 +18,6 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from learnkit import Callback, DataBunch, Learner, accuracy, callbacks
-from learnkit.accelerator import can_float64
 from learnkit.callbacks import (
     EMA,
     SAM,
@@ -54,9 +53,10 @@ from learnkit.callbacks import (
     Timer,
     WandbLogger,
 )
+from learnkit.devices.accelerator import can_float64
 from learnkit.metrics import Mean
+from learnkit.optim.combined import Together
 from learnkit.schedule import linear
-from learnkit.together import Together
 from learnkit.vision import brightness, contrast, cutout, flip_lr, normalize, rand_pad, rand_resize_crop, rotate, zoom
 from learnkit.vision.transform import per_sample
 from tests.accelerator import twin

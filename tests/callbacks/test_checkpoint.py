@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from learnkit import Callback, DataBunch, Learner, StopFit, accuracy
 from learnkit.callbacks import Checkpoint, EarlyStopping
-from learnkit.snapshots import all_in, newest, read_manifest
+from learnkit.checkpoint.snapshot import all_in, newest_snapshot, read_manifest
 
 N, BS, EPOCHS = 30, 4, 3
 
@@ -293,14 +293,14 @@ def test_a_write_in_a_thread_has_the_bytes_of_one_that_is_waited_for_also_of_wei
 
 
 def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypatch):
-    from learnkit import snapshots
-    real, held = snapshots.write, threading.Event()
+    from learnkit.checkpoint import snapshot as snapshots
+    real, held = snapshots.write_snapshot, threading.Event()
 
     def slow(*args: Any) -> Path:
         held.wait(5)
         return real(*args)
 
-    monkeypatch.setattr(snapshots, "write", slow)
+    monkeypatch.setattr("learnkit.callbacks.checkpoint.write_snapshot", slow)
     seen: dict[int, Any] = {}
 
     class Watch(Callback):
@@ -319,7 +319,7 @@ def test_a_write_in_a_thread_is_of_the_moment_at_which_it_was_asked_for(monkeypa
 # ---------------------------------------------------------------------- what goes wrong
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_error_of_the_writer_comes_up_and_the_one_before_is_intact(asynchronous, monkeypatch):
-    from learnkit import snapshots
+    from learnkit.checkpoint import snapshot as snapshots
     real = snapshots.writing
 
     def fails(states: dict[Path, Any]) -> Any:
@@ -330,7 +330,7 @@ def test_an_error_of_the_writer_comes_up_and_the_one_before_is_intact(asynchrono
     learn = make(DATA["tensors"], every_n_steps=3, async_write=asynchronous)
     with pytest.raises(OSError, match=r"could not write kept/000002-step-6: No space.*needs about .* MB; .* MB are free"):
         learn.fit(EPOCHS)
-    assert steps_kept() == [3] and newest(Path("kept")) is not None
+    assert steps_kept() == [3] and newest_snapshot(Path("kept")) is not None
     assert not list(Path("kept").glob(".*"))
 
 

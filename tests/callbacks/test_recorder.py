@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 from learnkit import Callback, Learner, SkipBatch, StopFit, accuracy
 from learnkit.callbacks import Checkpoint, JSONLogger, Recorder
-from learnkit.snapshots import newest
+from learnkit.checkpoint.snapshot import newest_snapshot
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -62,7 +62,7 @@ def test_a_float64_models_losses_are_float64_wherever_they_go(tmp_path: Path):
     assert learn.recorder.losses == losses and losses != torch.tensor(losses).float().tolist()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-15)
-    snapshot = newest(tmp_path / "kept")
+    snapshot = newest_snapshot(tmp_path / "kept")
     assert snapshot is not None and snapshot[1]["run"]["ranks"][0]["callbacks"]["Recorder"]["losses"].tolist() == losses
     again = learner(callbacks=[JSONLogger(tmp_path / "log.jsonl", every_n_steps=1), Checkpoint(tmp_path / "kept")])
     assert again.fit(3, resume=True).recorder.losses == losses

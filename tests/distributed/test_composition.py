@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import EMA, Accumulate, Checkpoint, ClipGradients, MixedPrecision
-from learnkit.order import permutation
+from learnkit.data.order import permutation
 
 N, BATCH, EPOCHS, SEED, LR, NORM, DECAY = 31, 12, 2, 5, .3, .1, .8      # steps of 12, 12 and 7 samples
 FULL = os.environ.get("RELIABILITY") == "full"      # without, half of the compiled cells

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from learnkit import Learner
+from learnkit.devices.dtensor import whole
 from learnkit.distributed import get_world_size
-from learnkit.shards import whole
 from tests.pages import Block, Page, form
 
 PAGE = Page("docs/callbacks.md")

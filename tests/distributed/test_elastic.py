@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Accumulate, Checkpoint, CSVLogger
 from learnkit.callbacks.communicate import Communicate
+from learnkit.devices.dtensor import is_shard
 from learnkit.distributed import all_sum, get_rank, guard, init_process_group, launch
-from learnkit.shards import is_shard
 from tests.distributed.hosts import two_hosts
 from tests.distributed.processes import ROOT, TORCHRUN, Processes, Started, free_port
 from tests.reliability import conftest as children

@@ -32,9 +32,9 @@ from learnkit.callbacks import (
     SaveBest,
     TerminateOnNaN,
 )
+from learnkit.devices.dtensor import is_shard, own_part, whole
 from learnkit.distributed import RankFailed, ShardedStream, get_rank, get_world_size, init_process_group, shard_model
-from learnkit.shards import is_shard, own_part, whole
-from learnkit.trial import unchanged
+from learnkit.trials.trial import unchanged
 
 N, N_VALID, GLOBAL = 41, 13, 12         # three whole global batches and one of 5 samples
 

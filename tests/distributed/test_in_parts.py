@@ -12,8 +12,8 @@ import torch.distributed.fsdp  # imported here, so that forked ranks need not
 from safetensors import safe_open
 from torch import nn
 
-from learnkit import snapshots
 from learnkit.callbacks import EMA, Checkpoint, Lookahead
+from learnkit.checkpoint import snapshot as snapshots
 from learnkit.distributed import get_rank
 from tests.distributed.test_fully_shard import KINDS, Kill, Killed, Net, close, fitted, history, learner, net
 
@@ -82,7 +82,7 @@ def test_each_rank_writes_its_own_rows_and_nobody_the_whole(ranks, tmp_path: Pat
             n_rows.append(sum(file.get_tensor(key).numel() for key in file.keys()))     # noqa: SIM118
     n = sum(p.numel() for p in net().parameters())
     assert sum(n_rows) == 3 * n and max(n_rows) < .6 * 3 * n              # weights and two moments, in halves
-    [parts] = [snapshots.read(folder)[0]]
+    [parts] = [snapshots.read_snapshot(folder)[0]]
     assert all(value.is_meta for value in parts["model"].values())
     assert not any(type(torch.load(path, weights_only=True)) is not dict for path in folder.glob("*.pt"))
 
@@ -94,7 +94,7 @@ def test_a_part_that_was_changed_is_found_and_the_checkpoint_before_is_taken(ran
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    with pytest.raises(snapshots.Damaged, match=r"shard-00002.*was changed after it was written"): snapshots.read(part.parent)
+    with pytest.raises(snapshots.Damaged, match=r"shard-00002.*was changed after it was written"): snapshots.read_snapshot(part.parent)
 
     def run() -> Any:
         learn = fitted(resumable("fsdp", tmp_path / "begun", net()), 2, resume=True)

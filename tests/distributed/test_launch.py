@@ -231,7 +231,7 @@ def test_after_somebody_has_asked_torch_for_a_gpu_ranks_are_spawned_and_can_use_
 
 
 @with_cuda
-@pytest.mark.parametrize("ask", ["pass", "torch.cuda.device_count()", "learnkit.DataBunch.create(data, data, bs=4); learnkit.accelerator.accelerator()"],
+@pytest.mark.parametrize("ask", ["pass", "torch.cuda.device_count()", "learnkit.DataBunch.create(data, data, bs=4); learnkit.devices.accelerator.accelerator()"],
                          ids=["nothing", "device_count", "create"])
 def test_what_learnkit_asks_itself_leaves_ranks_forked_and_able_to_use_the_gpu(ask, two_gpus):
     assert asked(ask, two_gpus) == ["fork [False, False] 5"]

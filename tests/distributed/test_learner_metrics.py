@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torchmetrics.classification import MulticlassF1Score
 
 from learnkit import Callback, DataBunch, Learner, accuracy
-from learnkit.data import TensorLoader
+from learnkit.data.loaders import TensorLoader
 from learnkit.distributed import ShardedStream, get_world_size, guard
 from learnkit.metrics import Mean
 

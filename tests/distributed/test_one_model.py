@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from learnkit import Callback, DataBunch, Learner, StopBatch, StopEpoch, StopFit, StopTrain
 from learnkit.callbacks import EMA, SAM, SWA, Accumulate, Checkpoint, Lookahead
+from learnkit.devices.dtensor import whole
 from learnkit.distributed import gather_objects, get_world_size
-from learnkit.shards import whole
 
 N, GLOBAL = 72, 12          # 6 steps an epoch
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from learnkit.devices.dtensor import whole
 from learnkit.distributed import (
     communication_of,
     get_rank,
@@ -20,7 +21,6 @@ from learnkit.distributed import (
     unwrap_model,
 )
 from learnkit.distributed.fully_shard import is_fully_sharded
-from learnkit.shards import whole
 from tests.distributed.test_algorithms import ALL, batches_of, fitted, learner, net, weights
 
 

@@ -24,8 +24,8 @@ from torch.utils.data import (
 
 from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint.snapshot import all_in, read_manifest
 from learnkit.distributed import ShardedStream, barrier, get_rank, get_world_size
-from learnkit.snapshots import all_in, read_manifest
 
 N, BS, EPOCHS = 24, 4, 3
 

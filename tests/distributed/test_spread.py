@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from learnkit import Callback, DataBunch, Learner, Together
 from learnkit.callbacks import EMA, SWA, Checkpoint, ClipGradients, Lookahead
+from learnkit.devices.dtensor import whole
 from learnkit.distributed import get_world_size
-from learnkit.shards import whole
 from tests.pages import Page
 
 N, GLOBAL = 72, 12          # 6 steps an epoch
@@ -138,8 +138,8 @@ def test_averages_resume_as_if_the_fit_had_never_stopped(beside, async_write, ra
 
 def test_a_validation_that_copies_into_the_weights_waits_until_a_checkpoint_has_copied_them(tmp_path):
     """Of the last batch before the validation, in a thread that is late."""
-    from learnkit import snapshots
-    in_memory = snapshots.in_memory
+    from learnkit.checkpoint import snapshot as snapshots
+    in_memory = snapshots.copied_to_host
     import time
     def late(*args: Any) -> Any:
         time.sleep(.2)
@@ -147,10 +147,10 @@ def test_a_validation_that_copies_into_the_weights_waits_until_a_checkpoint_has_
     plain = fit(learner("alone"), 1)
     learn = learner("alone", from_readme(), Checkpoint(tmp_path, every_n_steps=6, every_n_epochs=None, async_write=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshots, "in_memory", late)
+        patch.setattr("learnkit.callbacks.checkpoint.copied_to_host", late)
         fit(learn, 1)
     for path in snapshots.all_in(tmp_path):
-        model = snapshots.read(path)[0]["model"]
+        model = snapshots.read_snapshot(path)[0]["model"]
         assert all(torch.equal(value, plain.model.state_dict()[name]) for name, value in model.items())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from learnkit.order import mix
+from learnkit.data.order import mix
 from tests.fuzz.configuration import Configuration
 from tests.fuzz.learner_source import Script, namespace
 from tests.fuzz.optimizers import OPTIMIZERS

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from learnkit import Callback, Learner
+from learnkit.checkpoint.resume import keys_of, random_state
+from learnkit.checkpoint.snapshot import all_in, newest_snapshot
+from learnkit.devices.dtensor import is_shard
 from learnkit.distributed import RankFailed, destroy_process_group, get_rank, init_process_group, launch
-from learnkit.resume import keys_of, random_state
-from learnkit.shards import is_shard
-from learnkit.snapshots import all_in, newest
 from tests.fuzz.configuration import Configuration, Interruption
 from tests.fuzz.interruptions import INTERRUPTIONS, Broken, interrupt, signal_of
 from tests.fuzz.isolate import Crashed, isolated
@@ -261,6 +261,6 @@ def what_is_wrong(folder: Path, keep: int) -> list[str]:
     found = all_in(folder)
     if len(found) > keep:
         wrong.append(f"{len(found)} checkpoints are kept, expected {keep} at most: {[path.name for path in found]}")
-    if found and newest(folder) is None:
+    if found and newest_snapshot(folder) is None:
         wrong.append("no checkpoint can be read")
     return wrong

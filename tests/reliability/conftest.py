@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit import DataBunch, Learner, accuracy, snapshots
+from learnkit import DataBunch, Learner, accuracy
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot as snapshots
 from learnkit.distributed import destroy_process_group
 from learnkit.distributed.process import die_with_parent
 
@@ -49,7 +50,7 @@ def outcome(learn: Learner) -> tuple[Any, ...]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    found = snapshots.newest(folder)
+    found = snapshots.newest_snapshot(folder)
     assert found is not None
     return found
 

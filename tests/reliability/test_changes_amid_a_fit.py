@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from learnkit import Callback, Learner, snapshots
+from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
-from learnkit.files import clean, partial, started
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.files import clean, partial, started
 from tests.reliability.conftest import litter, make_learner, newest, outcome
 from tests.reliability.test_io_faults import small_disk
 from tests.reliability.test_processes import full, outcome_of, start_ranks
@@ -100,18 +101,18 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_also_where_a_signal_ends_the
 
 # ---------------------------------------------------------------------- names, links and what lies about
 def test_two_writers_that_take_the_same_number_both_keep_their_checkpoint():
-    for run in ("a", "b", "c"): path = snapshots.write(Path("kept"), "000001-step-7", {"model": {}}, {"run": run})
+    for run in ("a", "b", "c"): path = snapshots.write_snapshot(Path("kept"), "000001-step-7", {"model": {}}, {"run": run})
     assert path.name == "000003-step-7"
-    assert [snapshots.read(path)[1]["run"] for path in snapshots.all_in(Path("kept"))] == ["a", "b", "c"] and litter(Path("kept")) == []
+    assert [snapshots.read_snapshot(path)[1]["run"] for path in snapshots.all_in(Path("kept"))] == ["a", "b", "c"] and litter(Path("kept")) == []
 
 
 def test_of_a_checkpoint_that_is_a_link_only_the_link_is_removed():
-    path = snapshots.write(Path("archive"), "000001-step-1", {"model": {}}, {"run": "a"})
+    path = snapshots.write_snapshot(Path("archive"), "000001-step-1", {"model": {}}, {"run": "a"})
     Path("kept").mkdir()
     (link := Path("kept") / path.name).symlink_to(path.absolute())
-    assert snapshots.read(link) == snapshots.read(path)
-    snapshots.remove(link)
-    assert os.listdir("kept") == [] and snapshots.read(path)[1] == {"run": "a"}
+    assert snapshots.read_snapshot(link) == snapshots.read_snapshot(path)
+    snapshots.remove_snapshot(link)
+    assert os.listdir("kept") == [] and snapshots.read_snapshot(path)[1] == {"run": "a"}
 
 
 def test_litter_of_a_process_whose_number_another_one_has_now_is_removed():
@@ -242,7 +243,7 @@ class Signals(Callback):
 def test_a_signal_to_one_of_two_ranks_in_validation_is_heard_by_both(start, rank, number, codes, epoch):
     children = start_ranks(start, 2, Path("signalled"), every_n_steps=None, every_n_epochs=None, callbacks=(Signals(rank, number, epoch),))
     assert [child.end() for child in children] == codes, [child.said() for child in children]
-    steps = [snapshots.read(path)[1]["step"] for path in snapshots.all_in(Path("signalled/kept"))]
+    steps = [snapshots.read_snapshot(path)[1]["step"] for path in snapshots.all_in(Path("signalled/kept"))]
     assert steps == ([6 * (epoch + 1)] if codes[0] else [12, 24])
     if codes[0]:
         for child in start_ranks(start, 2, Path("signalled")): assert child.end() == 0, child.said()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from learnkit import Callback, snapshots
+from learnkit import Callback
 from learnkit.callbacks import Checkpoint
-from learnkit.snapshots import Damaged
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.snapshot import Damaged
 from tests.reliability.conftest import fit_and_keep, make_learner, outcome, times
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345\n"
@@ -25,12 +26,12 @@ def whole() -> Path:
     fit_and_keep(Path("kept"))
     path = snapshots.all_in(Path("kept"))[-1]
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
-    snapshots.read(path)
+    snapshots.read_snapshot(path)
     return path
 
 
 def assert_refused(path: Path, file: str) -> None:
-    with pytest.raises(Damaged) as refused: snapshots.read(path)
+    with pytest.raises(Damaged) as refused: snapshots.read_snapshot(path)
     assert str(path) in str(refused.value) and file in str(refused.value)
 
 
@@ -49,12 +50,12 @@ def test_every_flipped_bit_in_any_file_is_found_and_the_file_named(whole):
         file.write_bytes(before)
         n_refused += 1
     assert n_refused == n
-    snapshots.read(whole)
+    snapshots.read_snapshot(whole)
 
 
 def test_each_bit_of_a_manifest_matters():
     """Also where both mean the same in JSON: the e of 1e-05, the digits of an escaped letter, white space."""
-    path = snapshots.write(Path("kept"), "000001-step-1", {"a": {}}, {"run": "é", "rate": 1e-05, "values": {"größe ±": "1"}})
+    path = snapshots.write_snapshot(Path("kept"), "000001-step-1", {"a": {}}, {"run": "é", "rate": 1e-05, "values": {"größe ±": "1"}})
     manifest = path / "manifest.json"
     before = manifest.read_bytes()
     for bit in range(len(before) * 8):
@@ -97,7 +98,7 @@ DAMAGE = (cut, cut_by_one, lengthened, empty, zeroed, html, lfs, missing, a_fold
 def test_a_file_that_is_not_what_was_written_is_refused(whole, file, damage):
     damage(whole / file)
     assert_refused(whole, file)
-    with pytest.warns(UserWarning, match=f"passed over a damaged checkpoint: .*{file}"): assert snapshots.newest(whole.parent) is None
+    with pytest.warns(UserWarning, match=f"passed over a damaged checkpoint: .*{file}"): assert snapshots.newest_snapshot(whole.parent) is None
 
 
 def test_truncation_anywhere_is_found(whole):
@@ -115,9 +116,9 @@ def test_files_of_another_checkpoint_are_refused(whole):
     for file in FILES:
         before = (whole / file).read_bytes()
         shutil.copy(snapshots.all_in(Path("other"))[-1] / file, whole / file)
-        with pytest.raises(Damaged): snapshots.read(whole)
+        with pytest.raises(Damaged): snapshots.read_snapshot(whole)
         (whole / file).write_bytes(before)
-    snapshots.read(whole)
+    snapshots.read_snapshot(whole)
 
 
 def test_a_file_too_many_is_refused(whole):
@@ -138,7 +139,7 @@ def test_a_manifest_that_names_what_is_not_in_the_folder_is_refused(whole, name)
     told = {"sha256": snapshots.hashlib.sha256(outside).hexdigest(), "bytes": len(outside)}
     (whole.parent / "x.pt").write_bytes(outside)
     with_manifest(whole, lambda manifest: manifest["files"].update({name: told}))
-    with pytest.raises(Damaged) as refused: snapshots.read(whole)
+    with pytest.raises(Damaged) as refused: snapshots.read_snapshot(whole)
     assert str(whole) in str(refused.value) and repr(name)[1:-1] in str(refused.value)
 
 
@@ -149,12 +150,12 @@ def test_a_manifest_that_names_what_is_not_in_the_folder_is_refused(whole, name)
 def test_a_manifest_of_another_shape_is_refused(whole, change):
     with_manifest(whole, change)
     assert_refused(whole, "manifest.json")
-    assert snapshots.of_run(whole.parent, "x") == []
+    assert snapshots.snapshots_of_run(whole.parent, "x") == []
 
 
 def test_a_newer_format_is_refused_with_what_to_do(whole):
-    with_manifest(whole, lambda manifest: manifest.update(format=snapshots.FORMAT + 1))
-    with pytest.raises(Damaged, match="has format 3, this version of learnkit reads up to 2: install a newer one"): snapshots.read(whole)
+    with_manifest(whole, lambda manifest: manifest.update(format=snapshots.SNAPSHOT_FORMAT + 1))
+    with pytest.raises(Damaged, match="has format 3, this version of learnkit reads up to 2: install a newer one"): snapshots.read_snapshot(whole)
 
 
 @pytest.mark.parametrize("n", [0, -1, 10**30, 1e300, "12", None, [1]])

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit import snapshots
 from learnkit.callbacks import Checkpoint
-from learnkit.snapshots import Damaged
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.snapshot import Damaged
 from tests.reliability.conftest import fit_and_keep, make_learner
 
 CANARY = Path("canary")
@@ -167,7 +167,7 @@ def hashed(path: Path, **exchanged: bytes) -> Path:
         (path / f"{part}.pt").write_bytes(data)
         manifest["files"][f"{part}.pt"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     (path / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": snapshots.hash_of(manifest)}, indent=1))
-    snapshots.verify(path)
+    snapshots.verify_snapshot(path)
     return path
 
 
@@ -193,7 +193,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Detected pickle protocol"), pyt
 def test_no_file_of_a_checkpoint_runs_code_and_an_error_names_it(kind, part):
     fit_and_keep(Path("kept"))
     path = hashed(snapshots.all_in(Path("kept"))[-1], **{part: (RUNS | REFUSED)[kind]()})
-    with pytest.raises(Damaged, match=rf"{part}\.pt cannot be read safely as a state of plain tensors") as refused: snapshots.read(path)
+    with pytest.raises(Damaged, match=rf"{part}\.pt cannot be read safely as a state of plain tensors") as refused: snapshots.read_snapshot(path)
     assert refused.value.__cause__ is None and (refused.value.__context__ is None or refused.value.__suppress_context__)
     assert not CANARY.exists()
 
@@ -214,7 +214,7 @@ def test_a_resume_runs_no_code_and_goes_on_from_the_one_before(kind):
 def test_the_message_names_what_the_file_would_have_called_and_advises_nothing_unsafe(kind, named):
     fit_and_keep(Path("kept"))
     path = hashed(snapshots.all_in(Path("kept"))[-1], model=(RUNS | REFUSED)[kind]())
-    with pytest.raises(Damaged, match=rf"model\.pt .*{named}") as refused: snapshots.read(path)
+    with pytest.raises(Damaged, match=rf"model\.pt .*{named}") as refused: snapshots.read_snapshot(path)
     assert_no_advice(str(refused.value))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from learnkit import snapshots
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot as snapshots
 from tests.reliability.conftest import fit_and_keep, litter, make_learner, newest, outcome, times
 
 TOLD = r"could not write .*kept.*: .*It needs about [\d.]+ MB; [\d.]+ MB are free there\..*intact"
@@ -87,11 +87,11 @@ def parts() -> dict[str, Any]: return {"model": {"w": torch.ones(50_000)}, "run"
 @pytest.mark.parametrize("call", CALLS)
 def test_whichever_call_fails_a_write_raises_and_the_checkpoint_before_is_intact(call, number):
     folder = Path("kept")
-    before = snapshots.write(folder, "000001-step-1", parts(), {"run": "a"})
+    before = snapshots.write_snapshot(folder, "000001-step-1", parts(), {"run": "a"})
     bytes_before = {file.name: file.read_bytes() for file in before.iterdir()}
     for n in range(1, 200):
         with Faults(call, n, number).injected() as faults:
-            try: path = snapshots.write(folder, "000002-step-2", parts(), {"run": "a"})
+            try: path = snapshots.write_snapshot(folder, "000002-step-2", parts(), {"run": "a"})
             except OSError as error:
                 assert faults.hit and error.errno == number
                 with pytest.raises(OSError, match=TOLD): raise
@@ -100,7 +100,7 @@ def test_whichever_call_fails_a_write_raises_and_the_checkpoint_before_is_intact
                 break
         assert {file.name: file.read_bytes() for file in before.iterdir()} == bytes_before
         assert litter(folder) == []
-        for path in snapshots.all_in(folder): snapshots.read(path)      # the new one may be there, if only its rename was not made durable
+        for path in snapshots.all_in(folder): snapshots.read_snapshot(path)      # the new one may be there, if only its rename was not made durable
         shutil.rmtree(folder / "000002-step-2", ignore_errors=True)
     assert n > 1 and newest(folder)[0] == path
 
@@ -124,8 +124,8 @@ def test_whichever_call_fails_the_fit_raises_and_a_resume_is_exact(call, asynchr
             else:
                 assert not faults.hit, f"silent: {call} {n}"
                 break
-        whole = snapshots.newest(Path("kept")) if Path("kept").exists() else None
-        for path in snapshots.all_in(Path("kept")): snapshots.read(path)
+        whole = snapshots.newest_snapshot(Path("kept")) if Path("kept").exists() else None
+        for path in snapshots.all_in(Path("kept")): snapshots.read_snapshot(path)
         learn = make_learner(Checkpoint("kept", every_n_steps=5))
         torch.manual_seed(99 if whole else 3)
         if whole is None: learn = make_learner(Checkpoint("kept", every_n_steps=5))
@@ -136,8 +136,8 @@ def test_whichever_call_fails_the_fit_raises_and_a_resume_is_exact(call, asynchr
 
 
 def test_what_is_not_an_error_of_the_disk_stays_what_it_is():
-    with pytest.raises(TypeError, match="cannot keep"): snapshots.write(Path("kept"), "000001-step-1", {"model": {"x": object()}}, {})
-    with pytest.raises(TypeError, match="not JSON serializable"): snapshots.write(Path("kept"), "000001-step-1", {}, {"x": object()})
+    with pytest.raises(TypeError, match="cannot keep"): snapshots.write_snapshot(Path("kept"), "000001-step-1", {"model": {"x": object()}}, {})
+    with pytest.raises(TypeError, match="not JSON serializable"): snapshots.write_snapshot(Path("kept"), "000001-step-1", {}, {"x": object()})
     assert list(Path("kept").iterdir()) == []
 
 
@@ -175,7 +175,7 @@ def test_on_a_full_disk_the_fit_says_so_and_goes_on_when_there_is_room(asynchron
         assert str(kept) in str(full.value) and litter(kept) == []
         saved = snapshots.all_in(kept)
         assert 0 < len(saved) < 8
-        for path in saved: snapshots.read(path)
+        for path in saved: snapshots.read_snapshot(path)
         ballast.unlink()
         learn = make_learner(Checkpoint(kept, every_n_steps=3))
         torch.manual_seed(99)
@@ -187,19 +187,19 @@ def test_a_write_is_whole_or_raises_however_little_room_there_is():
     with small_disk() as folder:
         n_raised = n_whole = 0
         for room in range(0, 700_000, 16_384):
-            for path in snapshots.all_in(folder): snapshots.remove(path)
+            for path in snapshots.all_in(folder): snapshots.remove_snapshot(path)
             ballast = folder / "ballast"
             ballast.write_bytes(b"")
             free = shutil.disk_usage(folder).free
             ballast.write_bytes(bytes(max(0, free - room)))
-            try: path = snapshots.write(folder, "000001-step-1", {"model": {"w": torch.ones(100_000)}, "run": {}}, {})
+            try: path = snapshots.write_snapshot(folder, "000001-step-1", {"model": {"w": torch.ones(100_000)}, "run": {}}, {})
             except OSError as error:
                 n_raised += 1
                 assert error.errno == errno.ENOSPC and "needs about 0.4 MB" in str(error) and str(folder) in str(error)
                 assert snapshots.all_in(folder) == [] and litter(folder) == []
             else:
                 n_whole += 1
-                snapshots.read(path)
+                snapshots.read_snapshot(path)
         assert n_raised > 10 and n_whole > 10
 
 
@@ -231,7 +231,7 @@ def test_everything_is_flushed_before_the_rename_and_the_folder_after_it(monkeyp
     monkeypatch.setattr(os, "rename", rename)
     for i in range(1, 20):
         done.clear()
-        path = snapshots.write(Path("kept"), f"{i:06d}-step-{i}", parts(), {"run": "a"})
+        path = snapshots.write_snapshot(Path("kept"), f"{i:06d}-step-{i}", parts(), {"run": "a"})
         before, after = done[:done.index("rename")], done[done.index("rename") + 1:]
         hidden = next(name for name in before if name.startswith("."))
         assert sorted(before) == sorted(["model.pt", "run.pt", "manifest.json", hidden]) and before.index("manifest.json") < before.index(hidden)

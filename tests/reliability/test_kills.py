@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from learnkit import Callback, Learner, snapshots
+from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
-from learnkit.files import clean
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.files import clean
 from tests.reliability.conftest import litter, make_learner, newest, times
 
 
@@ -53,7 +54,7 @@ def test_a_killed_process_loses_no_acknowledged_checkpoint(start, asynchronous, 
         acknowledged, n_saves = steps[-1], n_saves + len(steps)
         path, parts, _ = newest(folder)
         assert parts["run"]["place"]["step"] >= acknowledged, f"kill {kill}: {path}, but {acknowledged} was acknowledged"
-        for path in snapshots.all_in(folder): snapshots.read(path)
+        for path in snapshots.all_in(folder): snapshots.read_snapshot(path)
         n_amid_a_save += bool(litter(folder))
     print(f"{n_kills} kills, {n_amid_a_save} amid a save, {n_saves} saves acknowledged, 0 lost")
     assert n_amid_a_save > n_kills / 10     # else the kills came when nothing was at stake
@@ -63,8 +64,8 @@ def writes_again_and_again(folder: Path, first: int) -> None:
     state = {"model": {"w": torch.ones(50_000)}, "run": {}}
     old: list[Path] = []
     for step in range(first, 10**6):
-        old.append(snapshots.write(folder, snapshots.next_name(folder, step), state, {"run": str(os.getpid())}))
-        if len(old) > 1: snapshots.remove(old.pop(0))
+        old.append(snapshots.write_snapshot(folder, snapshots.next_name(folder, step), state, {"run": str(os.getpid())}))
+        if len(old) > 1: snapshots.remove_snapshot(old.pop(0))
         print("saved", step)
 
 
@@ -76,7 +77,7 @@ def test_two_processes_that_write_into_one_folder_do_not_harm_each_other(start):
         for child in children: child.wait_for(lambda child=child: len(child.said()) > 2)
         time.sleep(draw.uniform(0, .1))
         for child in children: child.kill()
-        for path in snapshots.all_in(folder): snapshots.read(path)
+        for path in snapshots.all_in(folder): snapshots.read_snapshot(path)
         runs = {snapshots.read_manifest(path)["about"]["run"] for path in snapshots.all_in(folder)}
         assert {str(child.pid) for child in children} <= runs
         clean(folder)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from learnkit import Callback, Learner, snapshots
+from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot as snapshots
 from tests.reliability.conftest import litter, make_learner, times
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -53,7 +54,7 @@ def test_saves_and_resumes_that_fail_leave_nothing_behind():
     Path("kept").mkdir()
     (Path("kept") / "000007-step-3").mkdir()
     patch = pytest.MonkeyPatch()
-    patch.setattr(snapshots, "next_name", lambda folder, step: "no/such/folder")
+    patch.setattr("learnkit.callbacks.checkpoint.next_name", lambda folder, step: "no/such/folder")
     try:
         for asynchronous in (False, True): fails(async_write=asynchronous)
         before = len(os.listdir("/proc/self/fd")), threading.active_count()

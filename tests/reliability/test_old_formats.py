@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit import DataBunch, Learner, snapshots
+from learnkit import DataBunch, Learner
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot as snapshots
 
 KEPT = sorted((Path(__file__).parents[1] / "fixtures").glob("checkpoint-format-*"))
 
@@ -28,4 +29,4 @@ def test_a_fit_goes_on_from_a_checkpoint_of_a_former_version(kept):
 
 
 def test_there_is_one_of_each_format():
-    assert [path.name for path in KEPT] == [f"checkpoint-format-{i + 1}" for i in range(snapshots.FORMAT)]
+    assert [path.name for path in KEPT] == [f"checkpoint-format-{i + 1}" for i in range(snapshots.SNAPSHOT_FORMAT)]

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit import Callback, Learner, snapshots
+from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
+from learnkit.checkpoint import snapshot as snapshots
+from learnkit.checkpoint.files import clean
 from learnkit.distributed import launch
-from learnkit.files import clean
 from tests.reliability.conftest import FULL, Child, litter, make_learner, newest, outcome, times
 
 EPOCHS = 4
@@ -223,7 +224,7 @@ def test_sigusr1_saves_and_goes_on(start, ranks, to):
     children[0].wait_for(lambda: trained(folder, ranks, 5))
     children[to].send(signal.SIGUSR1)
     for child in children: assert child.end() == 0, child.said()
-    steps = [snapshots.read(path)[0]["run"]["place"]["step"] for path in snapshots.all_in(folder / "kept")]
+    steps = [snapshots.read_snapshot(path)[0]["run"]["place"]["step"] for path in snapshots.all_in(folder / "kept")]
     assert len(steps) == 2 and 5 <= steps[0] < steps[1]
     assert outcome_of(folder) == outcome_of(Path("alone"))
 
@@ -241,8 +242,8 @@ def test_a_second_signal_ends_at_once_and_leaves_no_half_written_checkpoint(star
         child.send(signal.SIGTERM)
         n_at_once += (code := child.end(5)) == -signal.SIGTERM
         assert code in (-signal.SIGTERM, 143)
-        for path in snapshots.all_in(folder / "kept"): snapshots.read(path)
-        assert snapshots.newest(folder / "kept") is not None
+        for path in snapshots.all_in(folder / "kept"): snapshots.read_snapshot(path)
+        assert snapshots.newest_snapshot(folder / "kept") is not None
         clean(folder / "kept")
         assert litter(folder / "kept") == []
     print(f"{n_at_once} ended by the second signal")

@@ -66,7 +66,7 @@ def test_every_damage_is_noticed_and_the_pictures_are_decoded_again(folder, own_
 
 
 def test_several_pieces_are_verified(folder, own_cache, monkeypatch):
-    monkeypatch.setattr(cache, "PIECE", 500)
+    monkeypatch.setattr(cache, "CHECKSUM_PIECE", 500)
     path = folder()
     whole = load(path).clone()
     [file] = files(own_cache)

@@ -10,7 +10,7 @@ from torchvision.datasets import FakeData, ImageFolder
 
 from learnkit import Callback, Learner
 from learnkit.callbacks import Checkpoint
-from learnkit.data import TensorLoader
+from learnkit.data.loaders import TensorLoader
 from learnkit.distributed import launch
 from learnkit.vision import ImageDataBunch, cifar_stats, cutout, flip_lr, imagenet_stats, mnist_stats, rand_pad, rotate
 from learnkit.vision import data as data_module

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from learnkit.draws import Draws
+from learnkit.data.random import Draws
 
-MODULES = ["learnkit.draws", "learnkit.data", "learnkit.vision.augmented", "learnkit.vision.models.resnet",
+MODULES = ["learnkit.data.random", "learnkit.data.loaders", "learnkit.vision.augmented", "learnkit.vision.models.resnet",
            "learnkit.vision.models.wrn", "learnkit.vision.transform"]
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from learnkit import Learner
-from learnkit.optim import layer_groups
+from learnkit.optim.groups import layer_groups
 from learnkit.vision import ImageDataBunch, imagenet_stats, resnet9, resnet18_cifar, vision_learner, wrn_22
 from learnkit.vision.models.resnet import BasicBlock
 from learnkit.vision.models.wrn import WideBlock, WideResNet

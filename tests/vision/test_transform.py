@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as TF
 
-from learnkit.draws import Draws
+from learnkit.data.random import Draws
 from learnkit.vision import brightness, contrast, cutout, flip_lr, normalize, rand_pad, rand_resize_crop, rotate, to_float, zoom
 from learnkit.vision.transform import accepted, per_sample
 

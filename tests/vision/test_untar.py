@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from learnkit.files import Damaged
+from learnkit.checkpoint.files import Damaged
 from learnkit.vision import ImageDataBunch, URLs, download, untar_data
 from learnkit.vision.archives import Archive, Remote
 from learnkit.vision.extract import extract

@@ -1,0 +1,1 @@
+"""Trained models as files for inference, and the predictor that loads them."""

@@ -1,0 +1,1 @@
+"""The parts of a fit: its arguments, its session, evaluation, the loss, and functions as callbacks."""
