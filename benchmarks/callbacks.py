@@ -1,9 +1,11 @@
-"""One epoch of epoch.py's small convolutional net with ten callbacks more, against the same fit without them and the loop by hand.
+"""One epoch of epoch.py's small convolutional net with ten callbacks more, against the same fit without them and the
+loop by hand.
 
     python benchmarks/callbacks.py [--rounds 11] [--images 12800]
 
 Printed: ratios round by round, as median and middle half, of CPU time and of time. Goal: 1.03 × the loop by hand.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,20 +38,43 @@ from learnkit.callbacks import (
 
 
 def ten() -> list[Any]:
-    return [EarlyStopping(), SaveBest(), StopAfter(steps=10**6), TerminateOnNaN(), Timer(), ClipGradients(10.), CSVLogger(),
-            JSONLogger(every_n_steps=50), GradientStats(every=50), ActivationStats(every=50)]
+    return [
+        EarlyStopping(),
+        SaveBest(),
+        StopAfter(steps=10**6),
+        TerminateOnNaN(),
+        Timer(),
+        ClipGradients(10.0),
+        CSVLogger(),
+        JSONLogger(every_n_steps=50),
+        GradientStats(every=50),
+        ActivationStats(every=50),
+    ]
 
 
 def ours(n: int, *, callbacks: Callable[[], list[Any]]) -> Callable[[], None]:
-    learn = Learner(DataBunch(*loaders(n)), cnn(), loss_func=F.cross_entropy, opt_func=sgd, wd=0., metrics=accuracy, callbacks=callbacks())
+    learn = Learner(
+        DataBunch(*loaders(n)),
+        cnn(),
+        loss_func=F.cross_entropy,
+        opt_func=sgd,
+        wd=0.0,
+        metrics=accuracy,
+        callbacks=callbacks(),
+    )
 
     def fit() -> None:
-        with redirect_stdout(Terminal()), redirect_stderr(Terminal()): learn.fit_one_cycle(1, LR)
+        with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
+            learn.fit_one_cycle(1, LR)
+
     return fit
 
 
 WAYS: dict[str, Callable[[int], Callable[[], None]]] = {
-    "hand": hand, "learnkit": partial(ours, callbacks=list), "learnkit, ten callbacks": partial(ours, callbacks=ten)}
+    "hand": hand,
+    "learnkit": partial(ours, callbacks=list),
+    "learnkit, ten callbacks": partial(ours, callbacks=ten),
+}
 
 
 def main() -> None:
@@ -57,7 +82,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--images", type=int, default=12_800)
     args = parser.parse_args()
-    print(machine(), f"n = {args.rounds} rounds of {args.images:,} training and {args.images // 5:,} validation images", sep="\n")
+    print(
+        machine(),
+        f"n = {args.rounds} rounds of {args.images:,} training and {args.images // 5:,} validation images",
+        sep="\n",
+    )
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         ways = {name: way(args.images) for name, way in WAYS.items()}

@@ -1,12 +1,14 @@
 # pyright: reportPrivateImportUsage=false
-"""What checkpoints cost: writing one, against torch.save of the same state; training beside one that is written; going on from one.
+"""What checkpoints cost: writing one, against torch.save of the same state; training beside one that is written; going
+on from one.
 
     python benchmarks/checkpoint.py [--rounds 11] [--megabytes 10 100] [--dir FOLDER]
 
-Goals: a checkpoint (hashed, on the disk, in place by a rename) takes at most 1.3 × torch.save of the same state that is also
-flushed to the disk; with async_write training waits at most 5 % of that; going on at step 10,000 of an epoch takes as long as
-at step 1; what a step costs to be stopped by another rank is at most 1 % of a step of the small CNN.
+Goals: a checkpoint (hashed, on the disk, in place by a rename) takes at most 1.3 × torch.save of the same state that is
+also flushed to the disk; with async_write training waits at most 5 % of that; going on at step 10,000 of an epoch takes
+as long as at step 1; what a step costs to be stopped by another rank is at most 1 % of a step of the small CNN.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,31 +38,43 @@ from learnkit.distributed.stop import StopTogether
 def state_of(megabytes: int) -> dict[str, Any]:
     """As many float32 in layers of 4 MB, and two moments for each, as AdamW keeps them."""
     layers = {f"layers.{i}.weight": torch.randn(1024, 1024) for i in range(max(1, megabytes // 12))}
-    moments = {i: {"step": torch.tensor(10.), "exp_avg": torch.randn(1024, 1024), "exp_avg_sq": torch.rand(1024, 1024)}
-               for i in range(len(layers))}
-    return {"model": layers, "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(range(len(layers)))}]}}
+    moments = {
+        i: {"step": torch.tensor(10.0), "exp_avg": torch.randn(1024, 1024), "exp_avg_sq": torch.rand(1024, 1024)}
+        for i in range(len(layers))
+    }
+    return {
+        "model": layers,
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(range(len(layers)))}]},
+    }
 
 
 def plain(state: dict[str, Any], path: Path, *, durable: bool, remove: bool = True) -> None:
     with path.open("wb") as file:
         torch.save(state, file)
         file.flush()
-        if durable: os.fsync(file.fileno())
-    if remove: path.unlink()
+        if durable:
+            os.fsync(file.fileno())
+    if remove:
+        path.unlink()
 
 
 def writing(folder: Path, megabytes: int, rounds: int) -> None:
     """Each writes new files and removes them, as a fit removes its oldest checkpoint: both are in the time."""
-    state, serial = state_of(megabytes), iter(range(10 ** 6))
+    state, serial = state_of(megabytes), iter(range(10**6))
 
-    def ours() -> None: shutil.rmtree(snapshot.write_snapshot(folder / "ours", f"{next(serial):06d}-step-1", state, {"run": "x"}))
+    def ours() -> None:
+        shutil.rmtree(snapshot.write_snapshot(folder / "ours", f"{next(serial):06d}-step-1", state, {"run": "x"}))
 
-    bases = {"torch.save, flushed": lambda: plain(state, folder / "a.pt", durable=True),
-             "torch.save": lambda: plain(state, folder / "a.pt", durable=False),
-             # frees the memory of the file before just before it needs it again, which a machine that gives free memory back rewards
-             "torch.save, flushed, over the last": lambda: plain(state, folder / "b.pt", durable=True, remove=False)}
+    bases = {
+        "torch.save, flushed": lambda: plain(state, folder / "a.pt", durable=True),
+        "torch.save": lambda: plain(state, folder / "a.pt", durable=False),
+        # frees the memory of the file before just before it needs it again, which a machine that gives free memory back
+        # rewards
+        "torch.save, flushed, over the last": lambda: plain(state, folder / "b.pt", durable=True, remove=False),
+    }
     seconds = interleave({"ours": ours, **bases}, rounds, time.perf_counter)
-    for base in bases: print(f"writing / {base:34} {spread(ratios(seconds, 'ours', base))}")
+    for base in bases:
+        print(f"writing / {base:34} {spread(ratios(seconds, 'ours', base))}")
     print("  " + ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in seconds.items()))
 
 
@@ -70,8 +84,11 @@ def beside(folder: Path, rounds: int) -> None:
     waited: dict[str, list[float]] = {"at once": [], "async_write": []}
 
     class Timed(Checkpoint):
-        def after_batch(self, learn: Learner) -> None: self.timed(super().after_batch, learn)
-        def before_step(self, learn: Learner) -> None: self.timed(super().before_step, learn)
+        def after_batch(self, learn: Learner) -> None:
+            self.timed(super().after_batch, learn)
+
+        def before_step(self, learn: Learner) -> None:
+            self.timed(super().before_step, learn)
 
         def timed(self, hook: Any, learn: Learner) -> None:
             start = time.perf_counter()
@@ -80,59 +97,80 @@ def beside(folder: Path, rounds: int) -> None:
 
     for _ in range(rounds):
         for name, values in waited.items():
-            values.append(0.)
-            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))     # with AdamW's moments 141 MB
-            keeper = Timed(folder / name, every_n_steps=8, every_n_epochs=None, async_write=name == "async_write", keep=1)
-            learn = Learner(([(x, y)] * 42, None), model, callbacks=[keeper])      # five saves; the fit's last one is not counted
-            with learn.no_logging(): learn.fit(1)
+            values.append(0.0)
+            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))  # with AdamW's moments 141 MB
+            keeper = Timed(
+                folder / name, every_n_steps=8, every_n_epochs=None, async_write=name == "async_write", keep=1
+            )
+            learn = Learner(
+                ([(x, y)] * 42, None), model, callbacks=[keeper]
+            )  # five saves; the fit's last one is not counted
+            with learn.no_logging():
+                learn.fit(1)
     print(f"waiting with async_write / without  {spread(ratios(waited, 'async_write', 'at once'))}")
     print("  " + ", ".join(f"{name} {statistics.median(values):.4f} s" for name, values in waited.items()))
 
 
 class Span(Callback):
     """Seconds of a training pass, whose steps each last `pace` seconds longer than the work of the device."""
+
     order = 10_000
 
-    def __init__(self, device: torch.device, pace: float) -> None: self.clock, self.pace, self.seconds = clock_of(device), pace, 0.
+    def __init__(self, device: torch.device, pace: float) -> None:
+        self.clock, self.pace, self.seconds = clock_of(device), pace, 0.0
 
     def around_train(self, learn: Learner, run: Callable[[], None]) -> None:
         start = self.clock()
         run()
         self.seconds = self.clock() - start
 
-    def before_batch(self, learn: Learner) -> None: time.sleep(self.pace)
+    def before_batch(self, learn: Learner) -> None:
+        time.sleep(self.pace)
 
 
 class SaveByHand(Callback):
     """What a loop by hand does: torch.save of both states, flushed to the disk."""
+
     order = Checkpoint.order
 
-    def __init__(self, folder: Path, every: int) -> None: self.path, self.every = folder / "by hand.pt", every
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path, self.every = folder / "by hand.pt", every
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.step % self.every: return
+        if learn.step % self.every:
+            return
         plain({"model": learn.model.state_dict(), "optimizer": learn.opt.state_dict()}, self.path, durable=True)
 
 
-def stalls(folder: Path, megabytes: int, rounds: int, device: torch.device, *, every: int = 8, n_saves: int = 2) -> dict[str, list[float]]:
-    """Seconds that a training pass on a device waits for one save of so many megabytes: a pass with saves, less one without. The steps
-    between two saves last twice as long as writing by hand does, so that a save in the background is over when the next one is due."""
-    layers, x = max(1, megabytes // 12), torch.randn(8, 1024, device=device)       # 4 MB each, and two moments for each
-    data = [(x, x)] * (every * n_saves + every // 2)        # what waits for the last copy is in it, too
+def stalls(
+    folder: Path, megabytes: int, rounds: int, device: torch.device, *, every: int = 8, n_saves: int = 2
+) -> dict[str, list[float]]:
+    """Seconds that a training pass on a device waits for one save of so many megabytes: a pass with saves, less one
+    without. The steps between two saves last twice as long as writing by hand does, so that a save in the background is
+    over when the next one is due.
+    """
+    layers, x = max(1, megabytes // 12), torch.randn(8, 1024, device=device)  # 4 MB each, and two moments for each
+    data = [(x, x)] * (every * n_saves + every // 2)  # what waits for the last copy is in it, too
 
     def train(pace: float, *keepers: Callback) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
         span = Span(device, pace)
-        learn = Learner((data, None), model, loss_func=nn.functional.mse_loss, callbacks=[span, *keepers], device=device)
-        with learn.no_logging(): learn.fit(1, 1e-6)
+        learn = Learner(
+            (data, None), model, loss_func=nn.functional.mse_loss, callbacks=[span, *keepers], device=device
+        )
+        with learn.no_logging():
+            learn.fit(1, 1e-6)
         return span.seconds
 
-    train(0.)
-    pace = 2 * (train(0., SaveByHand(folder, every)) - train(0.)) / n_saves / every
+    train(0.0)
+    pace = 2 * (train(0.0, SaveByHand(folder, every)) - train(0.0)) / n_saves / every
     keep: Any = partial(Checkpoint, every_n_steps=every, every_n_epochs=None, keep=1)
-    keepers = {"torch.save by hand": lambda own: SaveByHand(folder, every), "Checkpoint": keep,
-               "Checkpoint(async_write=True)": partial(keep, async_write=True)}
+    keepers = {
+        "torch.save by hand": lambda own: SaveByHand(folder, every),
+        "Checkpoint": keep,
+        "Checkpoint(async_write=True)": partial(keep, async_write=True),
+    }
     found: dict[str, list[float]] = {name: [] for name in keepers}
     for i in range(rounds):
         base = train(pace)
@@ -145,16 +183,20 @@ def stalls(folder: Path, megabytes: int, rounds: int, device: torch.device, *, e
 
 class Leave(Callback):
     """Leaves a fit after the batch that did a step, or before the first one, as if the process had been killed."""
+
     order = Checkpoint.order - 10
 
-    def __init__(self, step: int | None = None) -> None: self.step, self.at = step, 0.
+    def __init__(self, step: int | None = None) -> None:
+        self.step, self.at = step, 0.0
 
     def before_forward(self, learn: Learner) -> None:
         self.at = time.perf_counter()
-        if self.step is None: raise ConnectionAbortedError
+        if self.step is None:
+            raise ConnectionAbortedError
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.step == self.step: raise ConnectionAbortedError
+        if learn.step == self.step:
+            raise ConnectionAbortedError
 
 
 def going_on(folder: Path, rounds: int) -> None:
@@ -164,12 +206,15 @@ def going_on(folder: Path, rounds: int) -> None:
         data = DataBunch.create(torch.utils.data.TensorDataset(x, y), bs=2)
         keeper = Checkpoint(folder / name, every_n_steps=options.pop("every", None))
         learn = Learner(data, nn.Linear(4, 1), callbacks=[keeper, leave], seed=1)
-        with learn.no_logging(), suppress(ConnectionAbortedError): learn.fit(1, **options)
+        with learn.no_logging(), suppress(ConnectionAbortedError):
+            learn.fit(1, **options)
 
     places = {"step 1": 1, "step 10,000": 10_000}
-    for name, step in places.items(): fit(name, Leave(step), every=step)
+    for name, step in places.items():
+        fit(name, Leave(step), every=step)
 
-    def resume(name: str) -> None: fit(name, Leave(), resume=True)
+    def resume(name: str) -> None:
+        fit(name, Leave(), resume=True)
 
     seconds = interleave({name: partial(resume, name) for name in places}, rounds, time.perf_counter)
     print(f"going on at step 10,000 / at step 1 {spread(ratios(seconds, 'step 10,000', 'step 1'))}")
@@ -177,9 +222,16 @@ def going_on(folder: Path, rounds: int) -> None:
 
 
 def flag(rounds: int) -> None:
-    """What each step costs so that a rank can stop all: StopTogether.passed, beside a step of the small CNN of epoch.py."""
-    stops, model, x, y = StopTogether(dist.HashStore(), 0, 2), cnn(), torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    opt = torch.optim.SGD(model.parameters(), .01)
+    """What each step costs so that a rank can stop all: StopTogether.passed, beside a step of the small CNN of
+    epoch.py.
+    """
+    stops, model, x, y = (
+        StopTogether(dist.HashStore(), 0, 2),
+        cnn(),
+        torch.randn(128, 1, 28, 28),
+        torch.randint(10, (128,)),
+    )
+    opt = torch.optim.SGD(model.parameters(), 0.01)
 
     def steps() -> None:
         for _ in range(20):
@@ -188,7 +240,8 @@ def flag(rounds: int) -> None:
             opt.zero_grad()
 
     def flags() -> None:
-        for _ in range(20): stops.passed(None)
+        for _ in range(20):
+            stops.passed(None)
 
     seconds = interleave({"flags": flags, "steps": steps}, rounds)
     print(f"the flag of a step / a step         {spread(ratios(seconds, 'flags', 'steps'))}")

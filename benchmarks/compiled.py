@@ -1,11 +1,12 @@
-"""A convolutional net with batch norm on 3×32×32 images, batch 64, plain and with `compile()`, `to_channels_last()` and `to_bf16()`,
-against the eager loop by hand.
+"""A convolutional net with batch norm on 3×32×32 images, batch 64, plain and with `compile()`, `to_channels_last()` and
+`to_bf16()`, against the eager loop by hand.
 
     python benchmarks/compiled.py [--rounds 9] [--steps 20] [--clock cpu] [--device cuda]
 
-Printed: ratios round by round, as median and middle half; compiling itself is done before the first round. Goal: compiled and channels last
-below 1 × the eager bare loop. The batches are on the device from the start.
+Printed: ratios round by round, as median and middle half; compiling itself is done before the first round. Goal:
+compiled and channels last below 1 × the eager bare loop. The batches are on the device from the start.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,24 +35,36 @@ def block(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*block(3, 32), *block(32, 64, 2), *block(64, 64), *block(64, 128, 2), *block(128, 128), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(
+        *block(3, 32),
+        *block(32, 64, 2),
+        *block(64, 64),
+        *block(64, 128, 2),
+        *block(128, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
 
 
 def batches(n: int, size: int = BATCH) -> Batches:
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator)) for _ in range(n)]
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(n)
+    ]
 
 
 def on_device(data: Batches, device: torch.device) -> Batches:
     return [(x.to(device), y.to(device)) for x, y in data]
 
 
-def hand(data: Batches, device: torch.device = CPU, *, make: Callable[[], nn.Module] = net,
-         half: torch.dtype | None = None) -> Callable[[], None]:
+def hand(
+    data: Batches, device: torch.device = CPU, *, make: Callable[[], nn.Module] = net, half: torch.dtype | None = None
+) -> Callable[[], None]:
     """One epoch of the loop by hand. `half`: by autocast, float16 with a scaled loss."""
     model, data = make().to(device).train(), on_device(data, device)
-    opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=.9, fused=True)
+    opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, fused=True)
     autocast: Any = nullcontext() if half is None else torch.autocast(device.type, half)  # type: ignore[reportPrivateImportUsage]
 
     def fit() -> None:
@@ -72,23 +85,36 @@ def hand(data: Batches, device: torch.device = CPU, *, make: Callable[[], nn.Mod
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()
+
     return fit_scaled if half == torch.float16 else fit
 
 
-def ours(data: Batches, *words: str, device: torch.device = CPU, make: Callable[[], nn.Module] = net, **options: Any) -> Callable[[], None]:
+def ours(
+    data: Batches, *words: str, device: torch.device = CPU, make: Callable[[], nn.Module] = net, **options: Any
+) -> Callable[[], None]:
     """One epoch of a bare Learner; `options` are those of `compile()`."""
-    opt_func = partial(torch.optim.SGD, momentum=.9)
-    learn = Learner(DataBunch(on_device(data, device)), make(), loss_func=F.cross_entropy, opt_func=opt_func, wd=0., device=device)
-    for word in words: getattr(learn, word)(**(options if word == "compile" else {}))
+    opt_func = partial(torch.optim.SGD, momentum=0.9)
+    learn = Learner(
+        DataBunch(on_device(data, device)), make(), loss_func=F.cross_entropy, opt_func=opt_func, wd=0.0, device=device
+    )
+    for word in words:
+        getattr(learn, word)(**(options if word == "compile" else {}))
     learn.remove_callback(Progress).remove_callback(Recorder)
 
-    def fit() -> None: learn.fit(1, LR)
+    def fit() -> None:
+        learn.fit(1, LR)
+
     return fit
 
 
-WAYS = {"hand": (), "learnkit": (), "compile": ("compile",), "channels last": ("to_channels_last",),
-        "compile, channels last": ("to_channels_last", "compile"),
-        "compile, channels last, bf16": ("to_channels_last", "compile", "to_bf16")}
+WAYS = {
+    "hand": (),
+    "learnkit": (),
+    "compile": ("compile",),
+    "channels last": ("to_channels_last",),
+    "compile, channels last": ("to_channels_last", "compile"),
+    "compile, channels last, bf16": ("to_channels_last", "compile", "to_bf16"),
+}
 
 
 def main() -> None:
@@ -100,9 +126,15 @@ def main() -> None:
     args = parser.parse_args()
     print(machine(), f"n = {args.rounds} rounds of {args.steps} steps, {args.clock} time, on {args.device}", sep="\n")
     data = batches(args.steps)
-    ways = {name: hand(data, args.device) if name == "hand" else ours(data, *words, device=args.device) for name, words in WAYS.items()}
+    ways = {
+        name: hand(data, args.device) if name == "hand" else ours(data, *words, device=args.device)
+        for name, words in WAYS.items()
+    }
     seconds = interleave(ways, args.rounds, clock_of(args.device) if args.clock == "wall" else time.process_time)
-    for name in WAYS: print(f"{name:30} {min(seconds[name]) / args.steps * 1e3:7.1f} ms a step  {spread(ratios(seconds, name, 'hand'))}")
+    for name in WAYS:
+        print(
+            f"{name:30} {min(seconds[name]) / args.steps * 1e3:7.1f} ms a step  {spread(ratios(seconds, name, 'hand'))}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What this process has sent and received over each of its TCP connections, as Linux counts it (TCP_INFO): payloads, without headers."""
+"""What this process has sent and received over each of its TCP connections, as Linux counts it (TCP_INFO): payloads,
+without headers.
+"""
+
 from __future__ import annotations
 
 import os
@@ -7,25 +10,31 @@ import stat
 import struct
 from typing import NamedTuple
 
-RECEIVED, SEGMENTS = 128, 156       # where TCP_INFO has tcpi_bytes_received and tcpi_data_segs_out, linux/tcp.h
+RECEIVED, SEGMENTS = 128, 156  # where TCP_INFO has tcpi_bytes_received and tcpi_data_segs_out, linux/tcp.h
 
 
 class Counts(NamedTuple):
-    received: int           # bytes
-    segments: int           # sent, with a payload: a small request is one
+    received: int  # bytes
+    segments: int  # sent, with a payload: a small request is one
 
 
 def connections() -> dict[str, Counts]:
-    """"own port peer's port" -> counts."""
+    """ "own port peer's port" -> counts."""
     found = {}
     for fd in map(int, os.listdir("/proc/self/fd")):
-        try: is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-        except OSError: continue                    # the folder's own, which is closed by now
-        if not is_socket: continue
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        except OSError:
+            continue  # the folder's own, which is closed by now
+        if not is_socket:
+            continue
         with socket.socket(fileno=os.dup(fd)) as one:
-            if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM: continue
-            try: ends = f"{one.getsockname()[1]} {one.getpeername()[1]}"
-            except OSError: continue                # it listens
+            if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
+                continue
+            try:
+                ends = f"{one.getsockname()[1]} {one.getpeername()[1]}"
+            except OSError:
+                continue  # it listens
             info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             found[ends] = Counts(struct.unpack_from("Q", info, RECEIVED)[0], struct.unpack_from("I", info, SEGMENTS)[0])
     return found

@@ -1,22 +1,25 @@
 """Two ranks of one thread each, or of a device each where there are accelerators: `learn.to_distributed()` against a
 DistributedDataParallel loop written by hand.
 
-    python benchmarks/ddp.py [--rounds 11] [--images 12800] [--epochs 2] [--clock wall] [--cases "no extras" default sync_bn]
+    python benchmarks/ddp.py [--rounds 11] [--images 12800] [--epochs 2] [--clock wall] [--cases "no extras" default
+    sync_bn]
 
 no extras   the loop alone, with one cycle
 default     a bar, the losses kept, accuracy, validation on shards; also with `from_tensors` in the place of DataLoaders
-sync_bn     the same, of a net with batch normalization over both ranks; by hand with `learnkit.distributed.sync_batchnorm`. When asked
-            for: its time is that of the normalization
+sync_bn     the same, of a net with batch normalization over both ranks; by hand with
+            `learnkit.distributed.sync_batchnorm`. When asked for: its time is that of the normalization
 
-The small net and the images of epoch.py, 64 a rank and a batch. Both sides see the same batches: losses, accuracy and, in the end, all
-weights must agree to 1e-6 (on devices, whose sums have no fixed order, to 1e-2), or this fails. By hand the model is wrapped once for all
-fits, by learnkit at each: what that and all else costs that is done once a fit is shown by fits of 5 steps, in milliseconds.
+The small net and the images of epoch.py, 64 a rank and a batch. Both sides see the same batches: losses, accuracy and,
+in the end, all weights must agree to 1e-6 (on devices, whose sums have no fixed order, to 1e-2), or this fails. By hand
+the model is wrapped once for all fits, by learnkit at each: what that and all else costs that is done once a fit is
+shown by fits of 5 steps, in milliseconds.
 
-Printed: the ratio of times round by round, from all ranks ready to all ranks done, as median and middle half (`--clock cpu`: rank 0's
-CPU time, steadier on a busy machine, but blind to waiting). And counted: the collectives of either side, DDP's own among them, and the
-reads of numbers from the device: by one training step more, by the bar in such a step, and by the rest of a fit.
-Goals: 1.03 × the time, as many collectives a step, no read.
+Printed: the ratio of times round by round, from all ranks ready to all ranks done, as median and middle half (`--clock
+cpu`: rank 0's CPU time, steadier on a busy machine, but blind to waiting). And counted: the collectives of either side,
+DDP's own among them, and the reads of numbers from the device: by one training step more, by the bar in such a step,
+and by the rest of a fit. Goals: 1.03 × the time, as many collectives a step, no read.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,30 +51,43 @@ from learnkit.distributed import get_device, get_rank, init_process_group, launc
 
 BATCH, N_RANKS, SEED = 64, 2, 0
 GLOBAL_BATCH = BATCH * N_RANKS
-N_SHORT = 5     # steps of a short fit
-Fit = Callable[[], list[float]]     # goes on where the last one ended; returns its last train_loss, valid_loss and accuracy, over all ranks
-Way = Callable[[int, int, int], tuple[nn.Module, Fit]]     # of (training images, validation images, epochs)
+N_SHORT = 5  # steps of a short fit
+Fit = Callable[
+    [], list[float]
+]  # goes on where the last one ended; returns its last train_loss, valid_loss and accuracy, over all ranks
+Way = Callable[[int, int, int], tuple[nn.Module, Fit]]  # of (training images, validation images, epochs)
 
 
 def net(*, norm: bool) -> nn.Module:
     """That of epoch.py; with `norm`, batch normalization after each of its convolutions."""
     plain = cnn()
-    if not norm: return plain
-    return nn.Sequential(*(part for layer in plain.children() for part in
-                           ((layer, nn.BatchNorm2d(layer.out_channels)) if isinstance(layer, nn.Conv2d) else (layer,))))
+    if not norm:
+        return plain
+    return nn.Sequential(
+        *(
+            part
+            for layer in plain.children()
+            for part in ((layer, nn.BatchNorm2d(layer.out_channels)) if isinstance(layer, nn.Conv2d) else (layer,))
+        )
+    )
 
 
 class Share(Sampler[int]):
-    """What torch's DistributedSampler does, by learnkit's rule, so that both sides see the same batches: an epoch's order from a
-    seed, and of each global batch this rank's contiguous part."""
+    """What torch's DistributedSampler does, by learnkit's rule, so that both sides see the same batches: an epoch's
+    order from a seed, and of each global batch this rank's contiguous part.
+    """
 
-    def __init__(self, n: int, *, shuffle: bool) -> None: self.n, self.shuffle, self.epoch = n, shuffle, -1
-    def __len__(self) -> int: return self.n // N_RANKS
+    def __init__(self, n: int, *, shuffle: bool) -> None:
+        self.n, self.shuffle, self.epoch = n, shuffle, -1
+
+    def __len__(self) -> int:
+        return self.n // N_RANKS
 
     def __iter__(self) -> Iterator[int]:
         self.epoch += 1
         order = torch.arange(self.n)
-        if self.shuffle: order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(SEED, self.epoch)))
+        if self.shuffle:
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(SEED, self.epoch)))
         return iter(order.view(-1, N_RANKS, BATCH)[:, get_rank()].flatten().tolist())
 
 
@@ -81,7 +97,9 @@ def shard(n: int, *, shuffle: bool) -> DataLoader[Any]:
 
 def one_cycle(opt: torch.optim.Optimizer, n_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """torch's, with its peak at the same step as learnkit's."""
-    return torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=n_steps, pct_start=(int(n_steps * .3) + 1) / n_steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        opt, LR, total_steps=n_steps, pct_start=(int(n_steps * 0.3) + 1) / n_steps
+    )
 
 
 def hand_bare(n: int, n_valid: int, n_epochs: int) -> tuple[nn.Module, Fit]:
@@ -102,13 +120,16 @@ def hand_bare(n: int, n_valid: int, n_epochs: int) -> tuple[nn.Module, Fit]:
                 opt.zero_grad()
                 scheduler.step()
         return []
+
     return model, fit
 
 
 def hand(n: int, n_valid: int, n_epochs: int, *, sync_bn: bool = False) -> tuple[nn.Module, Fit]:
     from tqdm import tqdm
+
     train_dl, valid_dl, model = shard(n, shuffle=True), shard(n_valid, shuffle=False), net(norm=sync_bn)
-    if sync_bn: model = sync_batchnorm(model)
+    if sync_bn:
+        model = sync_batchnorm(model)
     device = get_device()
     ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, fused=True)
@@ -139,23 +160,42 @@ def hand(n: int, n_valid: int, n_epochs: int, *, sync_bn: bool = False) -> tuple
             dist.all_reduce(totals)
             train_loss, valid_loss, right, n_of_all = totals.tolist()
             values = [train_loss / N_RANKS, valid_loss / n_of_all, right / n_of_all]
-            if get_rank() == 0: print(epoch, *values)
+            if get_rank() == 0:
+                print(epoch, *values)
         return values
+
     return model, fit
 
 
-def ours(n: int, n_valid: int, n_epochs: int, *, bare: bool = False, sync_bn: bool = False, tensors: bool = False) -> tuple[nn.Module, Fit]:
+def ours(
+    n: int, n_valid: int, n_epochs: int, *, bare: bool = False, sync_bn: bool = False, tensors: bool = False
+) -> tuple[nn.Module, Fit]:
     train, valid = images(n), images(n_valid)
-    data = DataBunch.from_tensors(train, valid, bs=BATCH) if tensors else DataBunch(
-        DataLoader(TensorDataset(*train), batch_size=BATCH, shuffle=True, drop_last=True),
-        None if bare else DataLoader(TensorDataset(*valid), batch_size=BATCH))
-    learn = Learner(data, net(norm=sync_bn), loss_func=F.cross_entropy, opt_func=sgd, wd=0., seed=SEED, metrics=() if bare else accuracy)
-    if bare: learn.remove_callback(Progress).remove_callback(Recorder)
+    data = (
+        DataBunch.from_tensors(train, valid, bs=BATCH)
+        if tensors
+        else DataBunch(
+            DataLoader(TensorDataset(*train), batch_size=BATCH, shuffle=True, drop_last=True),
+            None if bare else DataLoader(TensorDataset(*valid), batch_size=BATCH),
+        )
+    )
+    learn = Learner(
+        data,
+        net(norm=sync_bn),
+        loss_func=F.cross_entropy,
+        opt_func=sgd,
+        wd=0.0,
+        seed=SEED,
+        metrics=() if bare else accuracy,
+    )
+    if bare:
+        learn.remove_callback(Progress).remove_callback(Recorder)
     learn.to_distributed(sync_bn=sync_bn)
 
     def fit() -> list[float]:
         learn.fit_one_cycle(n_epochs, LR)
         return list(learn.values.values())
+
     return learn.model, fit
 
 
@@ -169,13 +209,14 @@ CASES: dict[str, dict[str, Way]] = {
 @dataclass
 class Side:
     """What one rank found out about one way."""
-    seconds: list[float]        # of each round's fit
-    short: list[float]          # of each round's fit of N_SHORT steps
+
+    seconds: list[float]  # of each round's fit
+    short: list[float]  # of each round's fit of N_SHORT steps
     results: list[list[float]]  # of each fit: what Fit returns
-    weights: Tensor             # after all of them
-    per_step: Counter[str]      # collectives and reads of the device by one training step more
-    once: Counter[str]          # and by the rest of a fit
-    tolerance: float            # of the difference between the two ways
+    weights: Tensor  # after all of them
+    per_step: Counter[str]  # collectives and reads of the device by one training step more
+    once: Counter[str]  # and by the rest of a fit
+    tolerance: float  # of the difference between the two ways
 
 
 def run_case(case: str, args: argparse.Namespace) -> dict[str, Side]:
@@ -184,11 +225,12 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Side]:
     torch.set_num_threads(1)
 
     device = get_device()
-    if device.type != "cpu": torch.accelerator.set_device_index(device.index)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
 
     def clock() -> float:
         finish(device)
-        dist.barrier()      # all are ready, or done
+        dist.barrier()  # all are ready, or done
         return {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]()
 
     with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
@@ -196,13 +238,27 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Side]:
         results: dict[str, list[list[float]]] = {name: [] for name in made}
         long = {name: partial(keep_result, fit, results[name]) for name, (_, fit) in made.items()}
         seconds = interleave(long, args.rounds, clock)
-        short = interleave({name: way(N_SHORT * GLOBAL_BATCH, GLOBAL_BATCH, 1)[1] for name, way in CASES[case].items()}, args.rounds, clock)
+        short = interleave(
+            {name: way(N_SHORT * GLOBAL_BATCH, GLOBAL_BATCH, 1)[1] for name, way in CASES[case].items()},
+            args.rounds,
+            clock,
+        )
         traffic = {name: traffic_of(way) for name, way in CASES[case].items()}
-    return {name: Side(seconds[name], short[name], results[name], parameters_to_vector(model.parameters()).detach().cpu(), *traffic[name],
-                       tolerance=1e-6 if device.type == "cpu" else 1e-2) for name, (model, _) in made.items()}
+    return {
+        name: Side(
+            seconds[name],
+            short[name],
+            results[name],
+            parameters_to_vector(model.parameters()).detach().cpu(),
+            *traffic[name],
+            tolerance=1e-6 if device.type == "cpu" else 1e-2,
+        )
+        for name, (model, _) in made.items()
+    }
 
 
-def keep_result(fit: Fit, results: list[list[float]]) -> None: results.append(fit())
+def keep_result(fit: Fit, results: list[list[float]]) -> None:
+    results.append(fit())
 
 
 def traffic_of(way: Way, few: int = 5, many: int = 25) -> tuple[Counter[str], Counter[str]]:
@@ -211,7 +267,8 @@ def traffic_of(way: Way, few: int = 5, many: int = 25) -> tuple[Counter[str], Co
     for n_steps in (few, many):
         _, fit = way(n_steps * GLOBAL_BATCH, GLOBAL_BATCH, 1)
         fit()
-        with Traffic(Progress.advance, Progress.show_loss_of_all) as traffic: fit()
+        with Traffic(Progress.advance, Progress.show_loss_of_all) as traffic:
+            fit()
         counts.append(traffic.counts)
     per_step = Counter({name: (counts[1][name] - counts[0][name]) / (many - few) for name in counts[1]})
     return per_step, Counter({name: counts[0][name] - few * per_step[name] for name in per_step})
@@ -224,7 +281,11 @@ def collectives(counts: Counter[str], of: str = "") -> float:
 
 def difference(side: Side, hand: Side) -> float:
     """The largest between the two sides' results and weights."""
-    pairs = [(a, b) for ours, theirs in zip(side.results, hand.results, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [
+        (a, b)
+        for ours, theirs in zip(side.results, hand.results, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
     return max([(side.weights - hand.weights).abs().max().item(), *(abs(a - b) for a, b in pairs)])
 
 
@@ -232,32 +293,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     unit = 5 * GLOBAL_BATCH
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--images", type=int, default=12_800, help=f"for training, a multiple of {unit}; a fifth as many for validation")
+    parser.add_argument(
+        "--images", type=int, default=12_800, help=f"for training, a multiple of {unit}; a fifth as many for validation"
+    )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["no extras", "default"])
     args = parser.parse_args()
-    if args.images < 1 or args.images % unit: parser.error(f"--images {args.images}: expected a multiple of {unit}.")
+    if args.images < 1 or args.images % unit:
+        parser.error(f"--images {args.images}: expected a multiple of {unit}.")
     torch.set_num_threads(1)
-    print(machine(), f"{N_RANKS} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.clock} time, n = {args.rounds} rounds "
-          f"of {args.epochs} epoch(s) of {args.images:,} training and {args.images // 5:,} validation images", sep="\n")
-    print(f"{'':32} {'':7} {'':22} {'':20}  {'collectives':23}  reads\n{'':32} {'s/fit':>7} {'time, ratio':22} "
-          f"{f'ms more, {N_SHORT} steps':20}  {'a step':>6} {'bar':>6} {'a fit':>6}    {'a step':>6} {'bar':>6} {'a fit':>6}  difference")
+    print(
+        machine(),
+        f"{N_RANKS} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.clock} time, n = {args.rounds} "
+        f"rounds of {args.epochs} epoch(s) of {args.images:,} training and {args.images // 5:,} validation images",
+        sep="\n",
+    )
+    print(
+        f"{'':32} {'':7} {'':22} {'':20}  {'collectives':23}  reads\n{'':32} {'s/fit':>7} {'time, ratio':22} "
+        f"{f'ms more, {N_SHORT} steps':20}  {'a step':>6} {'bar':>6} {'a fit':>6}    {'a step':>6} {'bar':>6} "
+        f"{'a fit':>6}  difference"
+    )
     for case in args.cases:
         sides = launch(run_case, N_RANKS, case, args)
-        for name, side in sides.items(): print(row(f"{case}: {name}", side, sides["hand"]), flush=True)
         for name, side in sides.items():
-            if not difference(side, sides["hand"]) <= side.tolerance: sys.exit(f"{case}: {name} and the loop by hand did not train alike.")
+            print(row(f"{case}: {name}", side, sides["hand"]), flush=True)
+        for name, side in sides.items():
+            if not difference(side, sides["hand"]) <= side.tolerance:
+                sys.exit(f"{case}: {name} and the loop by hand did not train alike.")
 
 
 def row(label: str, side: Side, hand: Side) -> str:
     ratio = [a / b for a, b in zip(side.seconds, hand.seconds, strict=True)]
     more = [(a - b) * 1e3 for a, b in zip(side.short, hand.short, strict=True)]
     compared = f"{'':22} {'':20}" if side is hand else f"{spread(ratio):22} {spread(more, 1):20}"
-    counts = [collectives(side.per_step), collectives(side.per_step, "bar: "), collectives(side.once),
-              side.per_step["read"], side.per_step["bar: read"], side.once["read"]]
+    counts = [
+        collectives(side.per_step),
+        collectives(side.per_step, "bar: "),
+        collectives(side.once),
+        side.per_step["read"],
+        side.per_step["bar: read"],
+        side.once["read"],
+    ]
     sent, read = (f"{step:6.2f} {bar:6.2f} {fit:6.0f}" for step, bar, fit in (counts[:3], counts[3:]))
-    return f"{label:32} {statistics.median(side.seconds):7.3f} {compared}  {sent}    {read}  {difference(side, hand):.0e}"
+    return (
+        f"{label:32} {statistics.median(side.seconds):7.3f} {compared}  {sent}    {read}  {difference(side, hand):.0e}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, against a loop by hand.
+"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, against a loop
+by hand.
 
     python benchmarks/epoch.py [--rounds 11] [--images 12800] [--device cuda]
 
-Printed: time ratios round by round, as median and middle half, on the same DataLoader and with `from_tensors`; and the peak memory of
-fresh processes. Goals: 1.02 × on the same DataLoader, below 1 × with from_tensors, 15 MB over the hand loop's peak.
+Printed: time ratios round by round, as median and middle half, on the same DataLoader and with `from_tensors`; and the
+peak memory of fresh processes. Goals: 1.02 × on the same DataLoader, below 1 × with from_tensors, 15 MB over the hand
+loop's peak.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,7 +31,8 @@ sgd = partial(torch.optim.SGD, momentum=0.9)
 
 
 class Terminal(io.StringIO):
-    def isatty(self) -> bool: return True
+    def isatty(self) -> bool:
+        return True
 
 
 def images(n: int) -> tuple[Tensor, Tensor]:
@@ -40,20 +44,33 @@ def images(n: int) -> tuple[Tensor, Tensor]:
 
 def cnn() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
 
 
 def loaders(n: int, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader]:
-    return (DataLoader(TensorDataset(*images(n)), batch_size=128, shuffle=True, drop_last=True, pin_memory=pin_memory),
-            DataLoader(TensorDataset(*images(n // 5)), batch_size=128, pin_memory=pin_memory))
+    return (
+        DataLoader(TensorDataset(*images(n)), batch_size=128, shuffle=True, drop_last=True, pin_memory=pin_memory),
+        DataLoader(TensorDataset(*images(n // 5)), batch_size=128, pin_memory=pin_memory),
+    )
 
 
 def hand(n: int, device: torch.device = CPU) -> Callable[[], None]:
     from tqdm import tqdm
+
     net, (train_dl, valid_dl) = cnn().to(device), loaders(n, pin_memory=device.type != "cpu")
 
-    def move(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    def move(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def fit() -> None:
         opt = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9, fused=True)
@@ -62,7 +79,8 @@ def hand(n: int, device: torch.device = CPU) -> Callable[[], None]:
             net.train()
             losses = []
             for xb, yb in tqdm(train_dl, leave=False):
-                if device != CPU: xb, yb = move(xb, yb)
+                if device != CPU:
+                    xb, yb = move(xb, yb)
                 loss = F.cross_entropy(net(xb), yb)
                 loss.backward()
                 opt.step()
@@ -73,29 +91,41 @@ def hand(n: int, device: torch.device = CPU) -> Callable[[], None]:
             totals, n_samples = torch.zeros(2, device=device), 0
             with torch.no_grad():
                 for xb, yb in valid_dl:
-                    if device != CPU: xb, yb = move(xb, yb)
+                    if device != CPU:
+                        xb, yb = move(xb, yb)
                     out = net(xb)
                     totals += torch.stack([F.cross_entropy(out, yb) * len(yb), (out.argmax(1) == yb).sum()])
                     n_samples += len(yb)
             print(torch.stack(losses).mean().item(), (totals / n_samples).tolist())
+
     return fit
 
 
 def ours(n: int, device: torch.device = CPU, *words: str, tensors: bool, **options: Any) -> Callable[[], None]:
     """`words`: of the Learner, such as "to_bf16"; `options` are those of `compile()`."""
     from learnkit import DataBunch, Learner, accuracy
-    data = (DataBunch.from_tensors(images(n), images(n // 5), bs=128, device=device) if tensors
-            else DataBunch(*loaders(n, pin_memory=device.type != "cpu")))
-    learn = Learner(data, cnn(), loss_func=F.cross_entropy, opt_func=sgd, wd=0., metrics=accuracy, device=device)
-    for word in words: getattr(learn, word)(**(options if word == "compile" else {}))
+
+    data = (
+        DataBunch.from_tensors(images(n), images(n // 5), bs=128, device=device)
+        if tensors
+        else DataBunch(*loaders(n, pin_memory=device.type != "cpu"))
+    )
+    learn = Learner(data, cnn(), loss_func=F.cross_entropy, opt_func=sgd, wd=0.0, metrics=accuracy, device=device)
+    for word in words:
+        getattr(learn, word)(**(options if word == "compile" else {}))
 
     def fit() -> None:
-        with redirect_stdout(Terminal()), redirect_stderr(Terminal()): learn.fit_one_cycle(1, LR)
+        with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
+            learn.fit_one_cycle(1, LR)
+
     return fit
 
 
 WAYS: dict[str, Callable[..., Callable[[], None]]] = {
-    "hand": hand, "learnkit, same DataLoader": partial(ours, tensors=False), "learnkit, from_tensors": partial(ours, tensors=True)}
+    "hand": hand,
+    "learnkit, same DataLoader": partial(ours, tensors=False),
+    "learnkit, from_tensors": partial(ours, tensors=True),
+}
 
 
 def peak_mb(name: str, n: int) -> float:
@@ -113,17 +143,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         WAYS[args.one](args.images)()
-        with open("/proc/self/status") as status:      # ru_maxrss would count the parent's memory too
+        with open("/proc/self/status") as status:  # ru_maxrss would count the parent's memory too
             print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
         return
-    print(machine(), f"n = {args.rounds} rounds of {args.images:,} training and {args.images // 5:,} validation images", sep="\n")
-    seconds = interleave({name: way(args.images, args.device) for name, way in WAYS.items()}, args.rounds, clock_of(args.device))
+    print(
+        machine(),
+        f"n = {args.rounds} rounds of {args.images:,} training and {args.images // 5:,} validation images",
+        sep="\n",
+    )
+    seconds = interleave(
+        {name: way(args.images, args.device) for name, way in WAYS.items()}, args.rounds, clock_of(args.device)
+    )
     peaks = {name: [peak_mb(name, args.images) for _ in range(3)] for name in WAYS}
     print(f"{'':28} {'s/epoch':>8}  {'time, ratio':22}  peak MB over hand (n = 3, range)")
     for name in WAYS:
         over = [mb - statistics.median(peaks["hand"]) for mb in peaks[name]]
-        print(f"{name:28} {statistics.median(seconds[name]):8.3f}  {spread(ratios(seconds, name, 'hand')):22}  "
-              f"{statistics.median(over):+.1f} ({min(over):+.1f} to {max(over):+.1f})")
+        print(
+            f"{name:28} {statistics.median(seconds[name]):8.3f}  {spread(ratios(seconds, name, 'hand')):22}  "
+            f"{statistics.median(over):+.1f} ({min(over):+.1f} to {max(over):+.1f})"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 Goals: at most 60 modules and 0.1 s.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,7 @@ import sys, time, json, torch
 before, start = set(sys.modules), time.process_time()
 import learnkit
 print(json.dumps([time.process_time() - start, len(set(sys.modules) - before),
-                  [name for name in ("torchvision", "matplotlib", "torch._dynamo", "fastprogress") if name in sys.modules]]))
+                  [n for n in ("torchvision", "matplotlib", "torch._dynamo", "fastprogress") if n in sys.modules]]))
 """
 
 
@@ -27,8 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
-    runs = [json.loads(subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout)
-            for _ in range(args.rounds + 1)][1:]
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout)
+        for _ in range(args.rounds + 1)
+    ][1:]
     seconds = [run[0] for run in runs]
     print(machine(), f"n = {args.rounds} processes", sep="\n")
     print(f"modules added {runs[0][1]}, heavy ones among all: {', '.join(runs[0][2]) or 'none'}")

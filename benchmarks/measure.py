@@ -1,4 +1,5 @@
 """Ratios measured in one run: two or more ways of doing the same work, interleaved, compared pair by pair."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,48 +24,68 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def interleave(ways: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
+def interleave(
+    ways: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     """Seconds of each round of each way. The order turns from round to round; a first round is thrown away."""
     names, seconds = list(ways), {name: [] for name in ways}
     for i in range(rounds + 1):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             start = clock()
             ways[name]()
-            if i: seconds[name].append(clock() - start)
+            if i:
+                seconds[name].append(clock() - start)
     return seconds
 
 
 def device_named(name: str) -> torch.device:
-    """The device "cpu", "cuda" or another of torch's accelerators; or "twin", the stand-in accelerator of the tests, which is loaded."""
+    """The device "cpu", "cuda" or another of torch's accelerators; or "twin", the stand-in accelerator of the tests,
+    which is loaded.
+    """
     if name == "twin":
         stand_in().load()
     device = torch.device(name)
-    if device.type != "cpu" and torch.accelerator.current_accelerator(check_available=True) != torch.device(device.type):
-        raise SystemExit(f"--device {name}: this machine has no such accelerator. On the CPU, --device twin is a stand-in for one.")
-    return device if device.index is not None or name == "cpu" else torch.device(device.type, torch.accelerator.current_device_index())
+    if device.type != "cpu" and torch.accelerator.current_accelerator(check_available=True) != torch.device(
+        device.type
+    ):
+        raise SystemExit(
+            f"--device {name}: this machine has no such accelerator. On the CPU, --device twin is a stand-in for one."
+        )
+    return (
+        device
+        if device.index is not None or name == "cpu"
+        else torch.device(device.type, torch.accelerator.current_device_index())
+    )
 
 
 def stand_in() -> Any:
     """tests/accelerator/twin.py."""
-    if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     return importlib.import_module("tests.accelerator.twin")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=device_named, default=CPU, help="cpu, cuda, or twin, the stand-in accelerator of the tests")
+    parser.add_argument(
+        "--device", type=device_named, default=CPU, help="cpu, cuda, or twin, the stand-in accelerator of the tests"
+    )
 
 
 def finish(device: torch.device) -> None:
     """Wait until the device has done all that it was given; the CPU always has."""
-    if device.type != "cpu": torch.accelerator.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """`time.perf_counter`, read when the device is done: the host waits for it at the ends of a measurement, not within."""
+    """`time.perf_counter`, read when the device is done: the host waits for it at the ends of a measurement, not
+    within.
+    """
 
     def clock() -> float:
         finish(device)
         return time.perf_counter()
+
     return clock
 
 
@@ -74,7 +95,7 @@ def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[flo
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """"1.043 (1.021–1.066)": median, and the middle half."""
+    """ "1.043 (1.021–1.066)": median, and the middle half."""
     low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
@@ -86,18 +107,21 @@ def python_calls(work: Work) -> int:
     def see(frame: Any, event: str, arg: Any) -> None:
         nonlocal n
         n += event == "call"
+
     sys.setprofile(see)
-    try: work()
-    finally: sys.setprofile(None)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
     return n
 
 
 class Traffic(TorchDispatchMode):
     """Counts, while entered, what this process sends to other ranks and reads from the device.
 
-    `counts`: collectives by name ("allreduce_", "broadcast_"), also those that DistributedDataParallel starts in C++; and
-    "read", each time that a number is fetched from a tensor. What happens while one of the functions `displays` runs is
-    counted apart, as "bar: read" and so on.
+    `counts`: collectives by name ("allreduce_", "broadcast_"), also those that DistributedDataParallel starts in C++;
+    and "read", each time that a number is fetched from a tensor. What happens while one of the functions `displays`
+    runs is counted apart, as "bar: read" and so on.
     """
 
     def __init__(self, *displays: Callable[..., Any]) -> None:
@@ -116,13 +140,16 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func.name().partition("::")
-        if namespace == "c10d": self.count(name)
-        elif name == "_local_scalar_dense": self.count("read")      # item, float, int, bool, an index, a format
+        if namespace == "c10d":
+            self.count(name)
+        elif name == "_local_scalar_dense":
+            self.count("read")  # item, float, int, bool, an index, a format
         return func(*args, **(kwargs or {}))
 
     def count(self, name: str) -> None:
         frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code not in self.displays: frame = frame.f_back
+        while frame is not None and frame.f_code not in self.displays:
+            frame = frame.f_back
         self.counts[name if frame is None else f"bar: {name}"] += 1
 
 
@@ -134,14 +161,19 @@ class ReadingMethods(TorchFunctionMode):
         self.tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu"): self.tell()
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu"):
+            self.tell()
         return func(*args, **(kwargs or {}))
 
 
 def machine() -> str:
     name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file: name = next(line for line in file if line.startswith("model name")).split(":")[1].strip()
-    except (OSError, StopIteration): pass
-    return (f"{name}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
-            f"{time.strftime('%Y-%m-%d')}")
+        with open("/proc/cpuinfo") as file:
+            name = next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+    except (OSError, StopIteration):
+        pass
+    return (
+        f"{name}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )

@@ -1,18 +1,23 @@
 """Two ranks of one thread each: a 12-block transformer under `learn.to_fsdp()`, its memory and its time.
 
-    python benchmarks/scale.py [--cases memory time] [--runs 3] [--rounds 11] [--width 512] [--tokens 512] [--clock wall]
+    python benchmarks/scale.py [--cases memory time] [--runs 3] [--rounds 11] [--width 512] [--tokens 512] [--clock
+    wall]
 
-memory      the largest resident memory of a rank in three training steps with AdamW, less what it had before the model was built; each
-            way in processes of its own, `--runs` times. Also the bytes of weights, gradients and optimizer states that a rank holds
-time        seconds of a fit of `--steps` steps (a model of a quarter of the width) against the same fully_shard, AdamW and one cycle by
-            hand; both in the same processes, interleaved, round by round. In the end all weights must agree to 1e-6, or this fails
-ray         seconds of a fit of `--epochs` epochs of `--steps` steps by to_distributed() in two workers of Ray Train, each epoch with
-            RayReport, against the same in two processes of torchrun, each epoch with Checkpoint: start-up left out. Both are alive all
-            the time, and take turns. Needs ray[train]; when asked for
+memory      the largest resident memory of a rank in three training steps with AdamW, less what it had before the model
+            was built; each way in processes of its own, `--runs` times. Also the bytes of weights, gradients and
+            optimizer states that a rank holds
+time        seconds of a fit of `--steps` steps (a model of a quarter of the width) against the same fully_shard, AdamW
+            and one cycle by hand; both in the same processes, interleaved, round by round. In the end all weights must
+            agree to 1e-6, or this fails
+ray         seconds of a fit of `--epochs` epochs of `--steps` steps by to_distributed() in two workers of Ray Train,
+            each epoch with RayReport, against the same in two processes of torchrun, each epoch with Checkpoint:
+            start-up left out. Both are alive all the time, and take turns. Needs ray[train]; when asked for
 
 `--tokens`, of a rank's batch, decides what the memory is made of: activations are not spread over ranks, the rest is.
-Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand; Ray 1.05 × torchrun.
+Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand; Ray 1.05 ×
+torchrun.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,8 +47,8 @@ from learnkit.devices.dtensor import own_part, whole
 from learnkit.distributed import get_device, get_rank, init_process_group, launch
 from learnkit.ray import RayReport, fit_on_ray
 
-N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3     # N_TOKENS: of a sample
-MB = 2 ** 20
+N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3  # N_TOKENS: of a sample
+MB = 2**20
 
 
 class Transformer(nn.Module):
@@ -52,13 +57,16 @@ class Transformer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(N_CLASSES, width)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 8, 4 * width, 0., batch_first=True, norm_first=True)
-                                    for _ in range(N_BLOCKS))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 8, 4 * width, 0.0, batch_first=True, norm_first=True)
+            for _ in range(N_BLOCKS)
+        )
         self.head = nn.Linear(width, N_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x)
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         return self.head(x.mean(1))
 
 
@@ -69,19 +77,27 @@ def model(width: int) -> Transformer:
 
 def samples(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(N_CLASSES, (n, N_TOKENS), generator=generator), torch.randint(N_CLASSES, (n,), generator=generator)
+    return torch.randint(N_CLASSES, (n, N_TOKENS), generator=generator), torch.randint(
+        N_CLASSES, (n,), generator=generator
+    )
 
 
 def learner(width: int, bs: int, n_steps: int) -> Learner:
     data = DataBunch.from_tensors(samples(bs * N_RANKS * n_steps), bs=bs, seed=0)
-    return Learner(data, model(width), loss_func=F.cross_entropy, wd=0.).remove_callback(Progress).remove_callback(Recorder)
+    return (
+        Learner(data, model(width), loss_func=F.cross_entropy, wd=0.0)
+        .remove_callback(Progress)
+        .remove_callback(Recorder)
+    )
 
 
-# ---------------------------------------------------------------------- memory
+# --- memory ------------------------------------------------------------------
 WAYS: dict[str, Callable[[Learner], Learner]] = {
     "to_distributed": lambda learn: learn.to_distributed(),
     "to_fsdp, blocks": lambda learn: learn.to_fsdp(blocks=nn.TransformerEncoderLayer),
-    "to_fsdp, blocks, activations anew": lambda learn: learn.to_fsdp(blocks=nn.TransformerEncoderLayer, activation_checkpointing=True),
+    "to_fsdp, blocks, activations anew": lambda learn: learn.to_fsdp(
+        blocks=nn.TransformerEncoderLayer, activation_checkpointing=True
+    ),
 }
 
 
@@ -94,9 +110,9 @@ def memory_of(way: str, width: int, bs: int) -> tuple[float, float, float]:
     gc.collect()
     before = resident("VmRSS")
     learn = WAYS[way](learner(width, bs, 3))
-    learn.fit(1, LR, max_steps=1)               # the optimizer's state exists, and what only the first step needs is gone
+    learn.fit(1, LR, max_steps=1)  # the optimizer's state exists, and what only the first step needs is gone
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")       # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     start = time.perf_counter()
     learn.fit(1, LR)
     seconds = (time.perf_counter() - start) / 3
@@ -112,7 +128,10 @@ def resident(kind: str) -> float:
 def memory(args: argparse.Namespace) -> None:
     bs = args.tokens // N_TOKENS
     n = sum(p.numel() for p in model(args.width).parameters())
-    print(f"\nmemory: width {args.width}, {n / 1e6:.1f} million weights, {bs} samples of {N_TOKENS} tokens a rank; n = {args.runs} runs")
+    print(
+        f"\nmemory: width {args.width}, {n / 1e6:.1f} million weights, {bs} samples of {N_TOKENS} tokens a rank; n = "
+        f"{args.runs} runs"
+    )
     peaks: dict[str, list[float]] = {way: [] for way in WAYS}
     state: dict[str, float] = {}
     for _ in range(args.runs):
@@ -127,28 +146,33 @@ def memory(args: argparse.Namespace) -> None:
         print(f"{way:36} {spread(values, 0):24} {state[way]:10.0f}     {ratio}", flush=True)
 
 
-# ---------------------------------------------------------------------- time
+# --- time --------------------------------------------------------------------
 def by_hand(width: int, bs: int, n_steps: int) -> tuple[nn.Module, Callable[[], None]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     device = get_device()
     net, mesh = model(width).to(device), init_device_mesh(device.type, (N_RANKS,))
-    for block in net.blocks: fully_shard(block, mesh=mesh)
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    opt = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0., fused=True)
+    opt = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.0, fused=True)
     whole_one = TensorLoader(samples(bs * N_RANKS * n_steps), bs=bs, shuffle=True, drop_last=True, seed=0)
     loader = whole_one.to(device).sharded(get_rank(), N_RANKS, even=True)
-    epochs = iter(range(10 ** 6))
+    epochs = iter(range(10**6))
 
     def fit() -> None:
         net.train()
         loader.set_epoch(next(epochs))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, total_steps=n_steps, pct_start=(int(n_steps * .3) + 1) / n_steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            opt, LR, total_steps=n_steps, pct_start=(int(n_steps * 0.3) + 1) / n_steps
+        )
         for x, y in loader:
             F.cross_entropy(net(x), y).backward()
             opt.step()
             opt.zero_grad()
             schedule.step()
+
     return net, fit
 
 
@@ -162,12 +186,14 @@ def time_of(args: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
     init_process_group()
     torch.set_num_threads(1)
     device = get_device()
-    if device.type != "cpu": torch.accelerator.set_device_index(device.index)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
 
     def clock() -> float:
         finish(device)
         dist.barrier()
         return {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]()
+
     size = args.width // 4, args.tokens // N_TOKENS, args.steps
     made = {"by hand": by_hand(*size), "to_fsdp": by_learnkit(*size)}
     seconds = interleave({name: fit for name, (_, fit) in made.items()}, args.rounds, clock)
@@ -176,17 +202,20 @@ def time_of(args: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
 
 
 def timing(args: argparse.Namespace) -> None:
-    print(f"\ntime: width {args.width // 4}, {args.tokens // N_TOKENS} samples a rank; {args.clock} seconds of {args.steps} steps, "
-          f"n = {args.rounds} rounds")
+    print(
+        f"\ntime: width {args.width // 4}, {args.tokens // N_TOKENS} samples a rank; {args.clock} seconds of "
+        f"{args.steps} steps, n = {args.rounds} rounds"
+    )
     seconds, difference = launch(time_of, N_RANKS, args)
     for name, values in seconds.items():
         ratio = "" if name == "by hand" else f"  ratio {spread(ratios(seconds, name, 'by hand'))}"
         print(f"{name:36} {statistics.median(values):7.3f}{ratio}", flush=True)
-    if difference > 1e-6: sys.exit(f"the two did not train alike: {difference:.1e}")
+    if difference > 1e-6:
+        sys.exit(f"the two did not train alike: {difference:.1e}")
     print(f"the largest difference between their weights: {difference:.0e}")
 
 
-# ---------------------------------------------------------------------- Ray
+# --- Ray ---------------------------------------------------------------------
 def take_turns(config: dict[str, Any]) -> None:
     """A rank, of Ray's or of torchrun's: a fit whenever it is its turn, as files in a folder say."""
     folder, kind = Path(config["folder"]), config["kind"]
@@ -194,13 +223,15 @@ def take_turns(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     learn = learner(config["width"] // 4, config["tokens"] // N_TOKENS, config["steps"]).to_distributed()
     for i in range(config["rounds"] + 1):
-        while not (folder / f"{i} {kind}").exists(): time.sleep(.01)
+        while not (folder / f"{i} {kind}").exists():
+            time.sleep(0.01)
         keep = RayReport() if kind == "ray" else Checkpoint(folder / f"checkpoints {i}")
         dist.barrier()
         start = time.perf_counter()
         learn.fit_one_cycle(config["epochs"], LR, callbacks=[keep])
         dist.barrier()
-        if learn.rank == 0: write(folder / f"{i} {kind} done", str(time.perf_counter() - start))
+        if learn.rank == 0:
+            write(folder / f"{i} {kind} done", str(time.perf_counter() - start))
 
 
 def write(path: Path, text: str) -> None:
@@ -213,39 +244,66 @@ def write(path: Path, text: str) -> None:
 def ray_workers(config: dict[str, Any]) -> None:
     """Both workers, until their last turn is over."""
     import ray  # type: ignore[import-not-found]
+
     here = str(Path(__file__).resolve().parent)
     variables = {"PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)]), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables})
-    from scale import take_turns as as_worker  # type: ignore[import-not-found]  # by its module's name, which workers can import
-    fit_on_ray(as_worker, num_workers=2, config={**config, "kind": "ray"}, storage_path=Path(config["folder"]) / "storage")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": variables},
+    )
+    # by its module's name, which workers can import
+    from scale import take_turns as as_worker  # type: ignore[import-not-found]
+
+    fit_on_ray(
+        as_worker, num_workers=2, config={**config, "kind": "ray"}, storage_path=Path(config["folder"]) / "storage"
+    )
     ray.shutdown()
 
 
 def on_ray(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        config = {"folder": folder, **{name: getattr(args, name) for name in ("width", "tokens", "steps", "rounds", "epochs")}}
+        config = {
+            "folder": folder,
+            **{name: getattr(args, name) for name in ("width", "tokens", "steps", "rounds", "epochs")},
+        }
         by_torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        own = subprocess.Popen([*by_torchrun, __file__, "--rank-of", json.dumps(config)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        ray = subprocess.Popen([sys.executable, __file__, "--ray-of", json.dumps(config)], env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+        own = subprocess.Popen(
+            [*by_torchrun, __file__, "--rank-of", json.dumps(config)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        ray = subprocess.Popen(
+            [sys.executable, __file__, "--ray-of", json.dumps(config)], env={**os.environ, "RAY_AUTH_MODE": "disabled"}
+        )
         seconds: dict[str, list[float]] = {"torchrun": [], "ray": []}
         try:
             for i in range(args.rounds + 1):
-                for kind in list(seconds)[::1 if i % 2 else -1]:
+                for kind in list(seconds)[:: 1 if i % 2 else -1]:
                     write(Path(folder, f"{i} {kind}"), "")
                     done = Path(folder, f"{i} {kind} done")
                     while not done.exists():
-                        if own.poll() or ray.poll(): sys.exit("one of the two ended before its turns were over")
-                        time.sleep(.01)
-                    if i: seconds[kind].append(float(done.read_text()))       # the first round is thrown away
-            if own.wait() or ray.wait(): sys.exit("one of the two failed")
+                        if own.poll() or ray.poll():
+                            sys.exit("one of the two ended before its turns were over")
+                        time.sleep(0.01)
+                    if i:
+                        seconds[kind].append(float(done.read_text()))  # the first round is thrown away
+            if own.wait() or ray.wait():
+                sys.exit("one of the two failed")
         finally:
             for process in (own, ray):
                 process.terminate()
                 process.wait()
-    print(f"\nray: width {args.width // 4}, {args.tokens // N_TOKENS} samples a rank; wall seconds of {args.epochs} epochs of {args.steps} "
-          f"steps, each kept, n = {args.rounds} rounds")
+    print(
+        f"\nray: width {args.width // 4}, {args.tokens // N_TOKENS} samples a rank; wall seconds of {args.epochs} "
+        f"epochs of {args.steps} steps, each kept, n = {args.rounds} rounds"
+    )
     print(f"torchrun, Checkpoint {statistics.median(seconds['torchrun']):7.3f}")
-    print(f"Ray, RayReport       {statistics.median(seconds['ray']):7.3f}  ratio {spread(ratios(seconds, 'ray', 'torchrun'))}", flush=True)
+    print(
+        f"Ray, RayReport       {statistics.median(seconds['ray']):7.3f}  ratio "
+        f"{spread(ratios(seconds, 'ray', 'torchrun'))}",
+        flush=True,
+    )
 
 
 CASES = {"memory": memory, "time": timing, "ray": on_ray}
@@ -264,15 +322,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help=f"of a rank's batch, a multiple of {N_TOKENS}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
-    if args.rank_of: return take_turns({**args.rank_of, "kind": "torchrun"})
-    if args.ray_of: return ray_workers(args.ray_of)
+    if args.rank_of:
+        return take_turns({**args.rank_of, "kind": "torchrun"})
+    if args.ray_of:
+        return ray_workers(args.ray_of)
     torch.set_num_threads(1)
     print(machine(), f"{N_RANKS} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", sep="\n")
-    for case in args.cases: CASES[case](args)
+    for case in args.cases:
+        CASES[case](args)
 
 
 if __name__ == "__main__":
-    # Memory that is let go goes back to the system at once, so that what is resident is what is used. Read when a process begins.
+    # Memory that is let go goes back to the system at once, so that what is resident is what is used. Read when a
+    # process begins.
     wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

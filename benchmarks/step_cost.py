@@ -2,12 +2,14 @@
 
     python benchmarks/step_cost.py [--rounds 31] [--steps 1000]
 
-no extras   the loop alone: no bar, recorder, metric, or validation; at a constant rate, and with one cycle, for which the hand loop
+no extras   the loop alone: no bar, recorder, metric, or validation; at a constant rate, and with one cycle, for which
+the hand loop
             steps torch's OneCycleLR
 default     a bar, the losses kept, accuracy, validation, one cycle; the hand loop does the same with tqdm
-Printed: Python calls per step, and the ratio of CPU times round by round, as median and middle half. tests/test_step_cost.py holds the
-calls; this holds the seconds. Goals: calls 1.5 × and 2 ×, CPU time 1.08 ×.
+Printed: Python calls per step, and the ratio of CPU times round by round, as median and middle half.
+tests/test_step_cost.py holds the calls; this holds the seconds. Goals: calls 1.5 × and 2 ×, CPU time 1.08 ×.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,11 +40,15 @@ class Batches:
         x = torch.randn(n, 8, 16, generator=generator)
         self.rows = list(zip(x, (x[..., :4].sum(-1) > 0).long(), strict=True))
 
-    def __len__(self) -> int: return len(self.rows)
-    def __getitem__(self, i: int) -> Any: return self.rows[i]
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[i]
 
 
-def loader(n: int) -> DataLoader[Any]: return DataLoader(Batches(n), batch_size=None)  # type: ignore[arg-type]
+def loader(n: int) -> DataLoader[Any]:
+    return DataLoader(Batches(n), batch_size=None)  # type: ignore[arg-type]
 
 
 def model() -> nn.Module:
@@ -56,7 +62,8 @@ sgd = partial(torch.optim.SGD, momentum=MOMENTUM)
 class Terminal(io.StringIO):
     """A terminal that nobody looks at, so that both sides draw their bars."""
 
-    def isatty(self) -> bool: return True
+    def isatty(self) -> bool:
+        return True
 
 
 def hand_bare(n: int, *, one_cycle: bool) -> Callable[[], None]:
@@ -71,18 +78,21 @@ def hand_bare(n: int, *, one_cycle: bool) -> Callable[[], None]:
             loss.backward()
             opt.step()
             opt.zero_grad()
-            if scheduler: scheduler.step()
+            if scheduler:
+                scheduler.step()
+
     return fit
 
 
 def ours_bare(n: int, *, one_cycle: bool) -> Callable[[], object]:
-    learn = Learner((loader(n), None), model(), loss_func=F.cross_entropy, opt_func=sgd, wd=0.)
+    learn = Learner((loader(n), None), model(), loss_func=F.cross_entropy, opt_func=sgd, wd=0.0)
     learn.remove_callback(Progress).remove_callback(Recorder)
     return lambda: learn.fit_one_cycle(1, LR) if one_cycle else learn.fit(1, LR)
 
 
 def hand_default(n: int) -> Callable[[], None]:
     from tqdm import tqdm
+
     net, train_dl, valid_dl = model(), loader(n), loader(n // 10)
 
     def fit() -> None:
@@ -103,16 +113,28 @@ def hand_default(n: int) -> Callable[[], None]:
             with torch.no_grad():
                 for xb, yb in valid_dl:
                     out = net(xb)
-                    totals += torch.stack([F.cross_entropy(out, yb) * len(yb), (out.argmax(1) == yb).sum(), torch.tensor(float(len(yb)))])
+                    totals += torch.stack(
+                        [F.cross_entropy(out, yb) * len(yb), (out.argmax(1) == yb).sum(), torch.tensor(float(len(yb)))]
+                    )
             print(torch.stack(losses).mean().item(), (totals[:2] / totals[2]).tolist())
+
     return fit
 
 
 def ours_default(n: int) -> Callable[[], None]:
-    learn = Learner(DataBunch(loader(n), loader(n // 10)), model(), loss_func=F.cross_entropy, opt_func=sgd, wd=0., metrics=accuracy)
+    learn = Learner(
+        DataBunch(loader(n), loader(n // 10)),
+        model(),
+        loss_func=F.cross_entropy,
+        opt_func=sgd,
+        wd=0.0,
+        metrics=accuracy,
+    )
 
     def fit() -> None:
-        with redirect_stdout(Terminal()), redirect_stderr(Terminal()): learn.fit_one_cycle(1, LR)
+        with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
+            learn.fit_one_cycle(1, LR)
+
     return fit
 
 
@@ -145,8 +167,11 @@ def main() -> None:
         calls = calls_per_step(hand), calls_per_step(ours)
         seconds = interleave({"hand": hand(args.steps), "ours": ours(args.steps)}, args.rounds)
         micros = [sorted(seconds[side])[args.rounds // 2] / args.steps * 1e6 for side in ("hand", "ours")]
-        print(f"{name:26} {calls[0]:7.1f} {calls[1]:8.1f}  {calls[1] / calls[0]:5.2f}×  {micros[0]:8.1f} {micros[1]:9.1f}  "
-              f"{spread(ratios(seconds, 'ours', 'hand'))}", flush=True)
+        print(
+            f"{name:26} {calls[0]:7.1f} {calls[1]:8.1f}  {calls[1] / calls[0]:5.2f}×  {micros[0]:8.1f} "
+            f"{micros[1]:9.1f}  {spread(ratios(seconds, 'ours', 'hand'))}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What each word of `to_distributed(algorithm=…)`, and `to_fsdp`, sends in a step, as a list of collectives.
 
-One formula for two scripts: benchmarks/algorithms.py measures it, benchmarks/scaling.py plans with it. `w` is the number of ranks, `m` of
-those on one machine. Bytes are those of all ranks together; a ring over g ranks sends (g − 1) n bytes for an all-gather or a reduce-scatter
-of n, and twice that for an all-reduce, whatever g is.
+One formula for two scripts: benchmarks/algorithms.py measures it, benchmarks/scaling.py plans with it. `w` is the
+number of ranks, `m` of those on one machine. Bytes are those of all ranks together; a ring over g ranks sends (g − 1) n
+bytes for an all-gather or a reduce-scatter of n, and twice that for an all-reduce, whatever g is.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,12 +14,18 @@ from typing import NamedTuple
 Shape = tuple[int, ...]
 WORDS = ("allreduce", "fp16", "bf16", "powersgd", "bytegrad", "local_sgd", "hierarchical", "decentralized", "to_fsdp")
 ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-GLOO_ROUNDS = {**ROUNDS, "reduce_scatter": 2}       # gloo has no reduce-scatter: PyTorch sends an all-reduce, and keeps a part (torch 2.15)
+GLOO_ROUNDS = {
+    **ROUNDS,
+    "reduce_scatter": 2,
+}  # gloo has no reduce-scatter: PyTorch sends an all-reduce, and keeps a part (torch 2.15)
 FLOAT, HALF, BYTE = 4, 2, 1
 
 
 class Settings(NamedTuple):
-    """The options of an algorithm; for to_fsdp the bytes of a weight as it is gathered, and whether all of the model is in blocks."""
+    """The options of an algorithm; for to_fsdp the bytes of a weight as it is gathered, and whether all of the model is
+    in blocks.
+    """
+
     period: int = 4
     rank: int = 1
     gathered: int = FLOAT
@@ -29,26 +36,38 @@ DEFAULT = Settings()
 
 
 class Collective(NamedTuple):
-    """One that a step has. `n_bytes`: of its result; of a reduce-scatter, of what each rank gives. `every` so many steps on the average."""
+    """One that a step has. `n_bytes`: of its result; of a reduce-scatter, of what each rank gives. `every` so many
+    steps on the average.
+    """
+
     kind: str
     n_bytes: float
-    group: str = "world"        # or "machine"
-    every: float = 1.
+    group: str = "world"  # or "machine"
+    every: float = 1.0
 
 
 def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Settings = DEFAULT) -> list[Collective]:
     """Those of one step after the warm-up, of a model with parameters of these shapes."""
     n, period = sum(map(prod, shapes)), settings.period
     weights = Collective("all_reduce", FLOAT * n, every=period)
-    alone = m in (1, w)         # what is said of machines holds for several of several ranks
-    if word == "allreduce": return [Collective("all_reduce", FLOAT * n)]
-    if word in ("fp16", "bf16"): return [Collective("all_reduce", HALF * n)]
-    if word == "powersgd": return powersgd(shapes, settings.rank)
-    if word == "bytegrad": return [Collective("all_gather", BYTE * n * w)]
-    if word == "decentralized" or (word in ("local_sgd", "hierarchical") and alone): return [weights]
-    if word == "local_sgd": return [Collective("all_reduce", FLOAT * n, "machine"), weights]
+    alone = m in (1, w)  # what is said of machines holds for several of several ranks
+    if word == "allreduce":
+        return [Collective("all_reduce", FLOAT * n)]
+    if word in ("fp16", "bf16"):
+        return [Collective("all_reduce", HALF * n)]
+    if word == "powersgd":
+        return powersgd(shapes, settings.rank)
+    if word == "bytegrad":
+        return [Collective("all_gather", BYTE * n * w)]
+    if word == "decentralized" or (word in ("local_sgd", "hierarchical") and alone):
+        return [weights]
+    if word == "local_sgd":
+        return [Collective("all_reduce", FLOAT * n, "machine"), weights]
     if word == "hierarchical":
-        return [Collective("all_reduce", FLOAT * n, "machine", every=period * 4 / 3), weights._replace(every=4 * period)]
+        return [
+            Collective("all_reduce", FLOAT * n, "machine", every=period * 4 / 3),
+            weights._replace(every=4 * period),
+        ]
     if word == "to_fsdp":
         spread = sum(padded(shape, w) for shape in shapes)
         gathers = [Collective("all_gather", settings.gathered * spread)] * (2 if settings.in_blocks else 1)
@@ -59,14 +78,19 @@ def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Se
 def powersgd(shapes: Sequence[Shape], rank: int) -> list[Collective]:
     """Two matrices for each that is compressed, and the others as they are."""
     matrices = [as_matrix(shape) for shape in shapes]
-    compressed = [(rows, columns) for rows, columns in matrices if 2 * (rows + columns) * min(rows, columns, rank) < rows * columns]
+    compressed = [
+        (rows, columns)
+        for rows, columns in matrices
+        if 2 * (rows + columns) * min(rows, columns, rank) < rows * columns
+    ]
     rest = sum(map(prod, matrices)) - sum(map(prod, compressed))
     ranks = [min(rows, columns, rank) for rows, columns in compressed]
     sides = zip(*[(r * rows, r * columns) for r, (rows, columns) in zip(ranks, compressed, strict=True)], strict=True)
     return [Collective("all_reduce", FLOAT * n) for n in (rest, *map(sum, sides))]
 
 
-def as_matrix(shape: Shape) -> tuple[int, int]: return shape[0], prod(shape[1:]) if len(shape) > 1 else 1
+def as_matrix(shape: Shape) -> tuple[int, int]:
+    return shape[0], prod(shape[1:]) if len(shape) > 1 else 1
 
 
 def padded(shape: Shape, w: int) -> int:
@@ -82,4 +106,4 @@ def sent(collective: Collective, w: int, m: int, rounds: dict[str, int] = ROUNDS
 
 def crossing(collective: Collective, w: int, m: int, rounds: dict[str, int] = ROUNDS) -> float:
     """Of these the bytes between machines: of a ring in the order of ranks, one edge a machine leads to the next."""
-    return 0. if collective.group == "machine" or m == w else sent(collective, w, m, rounds) / m
+    return 0.0 if collective.group == "machine" or m == w else sent(collective, w, m, rounds) / m

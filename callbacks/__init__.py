@@ -1,4 +1,5 @@
 """The callbacks that come with learnkit: one a file, each written as a user would write it."""
+
 from learnkit.callbacks.accumulate import Accumulate as Accumulate
 from learnkit.callbacks.activation_stats import ActivationStats as ActivationStats
 from learnkit.callbacks.auto_microbatch import AutoMicrobatch as AutoMicrobatch

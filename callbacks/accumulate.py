@@ -1,4 +1,5 @@
 """One optimizer step of several batches, which equals the step of one batch of them all."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,39 +19,47 @@ class Accumulate(Callback):
     """Make one optimizer step of every `n` batches: the gradient is that of one batch of all their samples.
 
     n       batches a step; those left over at an epoch's end make a step of their own
-    count   (inputs, target) -> what a batch counts for, where its loss is a mean over something else than samples: the tokens that
-            are not padding, say; a number or a 0-d tensor, which is not read. None: samples
+    count   (inputs, target) -> what a batch counts for, where its loss is a mean over something else than samples: the
+            tokens that are not padding, say; a number or a 0-d tensor, which is not read. None: samples
 
-    Batches count by their samples, on several ranks those of all ranks, where gradients are reduced once a step. Schedules, clipping,
-    averages and checkpoints see optimizer steps; `learn.loss` during a step is the mean of its batches'. Batch norm normalizes each
-    batch by itself. A fit that is stopped between two steps leaves the batches since the last one out, unless it is resumed.
+    Batches count by their samples, on several ranks those of all ranks, where gradients are reduced once a step.
+    Schedules, clipping, averages and checkpoints see optimizer steps; `learn.loss` during a step is the mean of its
+    batches'. Batch norm normalizes each batch by itself. A fit that is stopped between two steps leaves the batches
+    since the last one out, unless it is resumed.
 
     >>> learn.fit_one_cycle(5, callbacks=[Accumulate(4)])  # doctest: +SKIP
     """
+
     order = Distributed.order - 5
     unique = True
     per_rank = True
 
     def __init__(self, n: int, count: Callable[[Any, Any], Any] | None = None) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r}: expected a number of batches, 1 or more.")
-        if count is not None and not callable(count): raise TypeError(f"count={count!r}, expected a function (inputs, target) -> number.")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r}: expected a number of batches, 1 or more.")
+        if count is not None and not callable(count):
+            raise TypeError(f"count={count!r}, expected a function (inputs, target) -> number.")
         self.batches_per_step, self.count = n, count
-        self.unit: float | None = None          # what a batch usually counts for, the same on all ranks: keeps gradients at a usual size
-        self.last_batch = -1                    # of the epoch, where it is known
-        self.is_final: bool | None = None       # whether the batch under way is a window's last; None: none is under way
-        self.learned = False                    # whether it had a backward pass
+        self.unit: float | None = (
+            None  # what a batch usually counts for, the same on all ranks: keeps gradients at a usual size
+        )
+        self.last_batch = -1  # of the epoch, where it is known
+        self.is_final: bool | None = None  # whether the batch under way is a window's last; None: none is under way
+        self.learned = False  # whether it had a backward pass
         # Of the window under way:
-        self.total: Any = 0                     # what its batches count for, on this rank
-        self.total_of_all: Any = 0              # on all ranks, as far as it is known without asking
-        self.loss: Any = 0.                     # sum of their losses, each by what it counts for
+        self.total: Any = 0  # what its batches count for, on this rank
+        self.total_of_all: Any = 0  # on all ranks, as far as it is known without asking
+        self.loss: Any = 0.0  # sum of their losses, each by what it counts for
         self.parameters: list[torch.nn.Parameter] = []
-        self.restored: dict[str, Any] | None = None     # a window that a checkpoint was taken in
+        self.restored: dict[str, Any] | None = None  # a window that a checkpoint was taken in
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         count, self.parameters, self.unit, self.restored = learn.count, list(learn.model.parameters()), None, None
-        if self.count is not None: learn.count = self.count
+        if self.count is not None:
+            learn.count = self.count
         self.forget()
-        try: run()
+        try:
+            run()
         finally:
             learn.count, self.parameters = count, []
             learn.n_held = self.forget()
@@ -59,41 +68,53 @@ class Accumulate(Callback):
         n = n_batches(learn.dl)
         self.last_batch = -1 if n is None else learn.first_batch + n - 1
         leaves = False
-        try: run()
+        try:
+            run()
         except StopFit:
-            leaves = True                       # a Checkpoint may keep the window
+            leaves = True  # a Checkpoint may keep the window
             raise
         finally:
-            if learn.n_held and not leaves:     # stopped within a window, which leads to no step
+            if learn.n_held and not leaves:  # stopped within a window, which leads to no step
                 learn.zero_grad()
                 learn.n_held = self.forget()
 
     def around_batch(self, learn: Learner, run: Run) -> None:
-        if not learn.training: return run()
-        if self.unit is None: self.unit = self.usual_count(learn)
-        if self.restored is not None: self.put_back(learn)
+        if not learn.training:
+            return run()
+        if self.unit is None:
+            self.unit = self.usual_count(learn)
+        if self.restored is not None:
+            self.put_back(learn)
         self.is_final = learn.n_held + 1 >= self.batches_per_step or learn.batch_index == self.last_batch
         self.learned, learn.whole = False, self.unit * self.batches_per_step
         try:
-            if self.is_final: run()
+            if self.is_final:
+                run()
             else:
-                with learn.no_sync(): run()
+                with learn.no_sync():
+                    run()
         finally:
             self.is_final = learn.whole = None
             self.learned = False
 
-    def after_backward(self, learn: Learner) -> None: self.learned = True
+    def after_backward(self, learn: Learner) -> None:
+        self.learned = True
 
     def around_step(self, learn: Learner, run: Run) -> None:
-        if self.learned: self.add(learn)
-        elif self.is_final is not False: learn.reduce_gradients()   # the window's last batch had no backward pass, or never came
+        if self.learned:
+            self.add(learn)
+        elif self.is_final is not False:
+            learn.reduce_gradients()  # the window's last batch had no backward pass, or never came
         if self.is_final is False:
             learn.n_held += 1
             raise SkipStep
         loss, whole = learn.loss, learn.whole
-        if isinstance(self.total, Tensor) or self.total: learn.whole = self.weigh(learn)    # of another pass within the step, too
-        if isinstance(self.loss, Tensor): learn.loss, learn.in_step = self.loss / not_zero(self.total), self.total
-        try: run()
+        if isinstance(self.total, Tensor) or self.total:
+            learn.whole = self.weigh(learn)  # of another pass within the step, too
+        if isinstance(self.loss, Tensor):
+            learn.loss, learn.in_step = self.loss / not_zero(self.total), self.total
+        try:
+            run()
         finally:
             learn.loss, learn.whole, learn.in_step = loss, whole, None
             learn.n_held = self.forget()
@@ -101,12 +122,14 @@ class Accumulate(Callback):
     def add(self, learn: Learner) -> None:
         own = learn.count(learn.inputs, learn.target)
         self.total = self.total + own
-        if self.count is None: self.total_of_all += learn.n_of_all(learn.batch_index, own)
+        if self.count is None:
+            self.total_of_all += learn.n_of_all(learn.batch_index, own)
         self.loss = self.loss + weighted(learn.loss, own)
 
     def weigh(self, learn: Learner) -> Any:
-        """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's share of
-        which is returned."""
+        """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's
+        share of which is returned.
+        """
         assert self.unit is not None
         regular = self.unit * self.batches_per_step
         total = not_zero(self.total_of_all if self.count is None else learn.ranks.all_sum(self.total))
@@ -118,31 +141,40 @@ class Accumulate(Callback):
 
     def usual_count(self, learn: Learner) -> float:
         """Of the fit's first batch, the mean over ranks; a device is read, once."""
-        return float(learn.ranks.all_sum(learn.count(learn.inputs, learn.target))) / learn.world_size or 1.
+        return float(learn.ranks.all_sum(learn.count(learn.inputs, learn.target))) / learn.world_size or 1.0
 
     def forget(self) -> int:
         """Begin a window; returns how many batches it has."""
-        self.total, self.total_of_all, self.loss = 0, 0, 0.
+        self.total, self.total_of_all, self.loss = 0, 0, 0.0
         return 0
 
-    # ------------------------------------------------------------------ within a window
+    # --- within a window -----------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"unit": self.unit}
         if isinstance(self.loss, Tensor):
-            state["window"] = {"total": self.total, "total_of_all": self.total_of_all, "loss": self.loss,
-                               "gradients": [p.grad for p in self.parameters]}
+            state["window"] = {
+                "total": self.total,
+                "total_of_all": self.total_of_all,
+                "loss": self.loss,
+                "gradients": [p.grad for p in self.parameters],
+            }
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.unit, self.restored = state["unit"], state.get("window")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unit, self.restored = state["unit"], state.get("window")
 
     def put_back(self, learn: Learner) -> None:
         """The window that a checkpoint was taken in, unless this fit goes on from the window's start."""
         window, self.restored = self.restored, None
         assert window is not None
-        if not learn.n_held: return
-        self.total, self.total_of_all, self.loss = (to_device_of(learn, window[name]) for name in ("total", "total_of_all", "loss"))
+        if not learn.n_held:
+            return
+        self.total, self.total_of_all, self.loss = (
+            to_device_of(learn, window[name]) for name in ("total", "total_of_all", "loss")
+        )
         for p, gradient in zip(self.parameters, window["gradients"], strict=True):
             p.grad = None if gradient is None else gradient.to(p.device, copy=True)
 
 
-def to_device_of(learn: Learner, value: Any) -> Any: return value.to(learn.device) if isinstance(value, Tensor) else value
+def to_device_of(learn: Learner, value: Any) -> Any:
+    return value.to(learn.device) if isinstance(value, Tensor) else value

@@ -1,5 +1,6 @@
 # pyright: reportPrivateImportUsage=false
 """What flows through a model while it trains: means, spreads, dead units and histograms of every layer's outputs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ class ActivationStats(Callback):
     """Record the outputs of layers in training, every `every`-th step, and draw them: `plot()` and `plot_histograms()`.
 
     select      (name, module) -> whether it is recorded. None: layers without layers of their own that have parameters
-    limit       the histograms are of |output| from 0 to `limit`, in `bins` parts; what is larger counts into the last one
+    limit       the histograms are of |output| from 0 to `limit`, in `bins` parts; what is larger counts into the last
+                one
     near_zero   outputs of a smaller magnitude count as dead
 
     names       of the recorded layers, in the model's order
@@ -37,74 +39,105 @@ class ActivationStats(Callback):
     >>> learn.fit(1, callbacks=[seen := ActivationStats(every=5)])  # doctest: +SKIP
     >>> seen.plot_histograms()  # doctest: +SKIP
     """
+
     order = Recorder.order + 20
     per_rank = True
     in_trials = False
 
-    def __init__(self, every: int = 1, *, select: Select | None = None, limit: float = 10., bins: int = 40,
-                 near_zero: float = .05) -> None:
+    def __init__(
+        self,
+        every: int = 1,
+        *,
+        select: Select | None = None,
+        limit: float = 10.0,
+        bins: int = 40,
+        near_zero: float = 0.05,
+    ) -> None:
         for name, value in (("every", every), ("bins", bins)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
-        if not limit > near_zero >= 0: raise ValueError(f"limit={limit}, near_zero={near_zero}: expected limit > near_zero >= 0.")
-        self.every, self.select, self.limit, self.bins, self.near_zero = every, select or is_leaf, limit, bins, near_zero
+        if not limit > near_zero >= 0:
+            raise ValueError(f"limit={limit}, near_zero={near_zero}: expected limit > near_zero >= 0.")
+        self.every, self.select, self.limit, self.bins, self.near_zero = (
+            every,
+            select or is_leaf,
+            limit,
+            bins,
+            near_zero,
+        )
         self.names: list[str] = []
         self.steps: list[int] = []
-        self.rows: list[Tensor] = []                # one a recorded step: (layers, 3 + bins), on the device
-        self.seen: dict[str, Tensor] = {}           # of the batch under way
+        self.rows: list[Tensor] = []  # one a recorded step: (layers, 3 + bins), on the device
+        self.seen: dict[str, Tensor] = {}  # of the batch under way
 
     def before_fit(self, learn: Learner) -> None:
         self.names = [name for name, module in learn.model.named_modules() if name and self.select(name, module)]
-        if not self.names: raise ValueError("no layer is selected, so there is nothing to record: see `select`.")
+        if not self.names:
+            raise ValueError("no layer is selected, so there is nothing to record: see `select`.")
         self.steps, self.rows = [], []
 
     def around_batch(self, learn: Learner, run: Run) -> None:
-        if not learn.training or learn.step % self.every: return run()
+        if not learn.training or learn.step % self.every:
+            return run()
         self.seen, step = {}, learn.step
         layers = [(name, module) for name, module in learn.model.named_modules() if name in self.names]
         handles = [module.register_forward_hook(self.hook(learn, name)) for name, module in layers]
-        try: run()
+        try:
+            run()
         finally:
-            for handle in handles: handle.remove()
-        nothing = torch.full((3 + self.bins,), torch.nan, device=learn.device)      # of a layer that this batch left out
+            for handle in handles:
+                handle.remove()
+        nothing = torch.full((3 + self.bins,), torch.nan, device=learn.device)  # of a layer that this batch left out
         self.steps.append(step)
         self.rows.append(torch.stack([self.seen.get(name, nothing) for name in self.names]))
 
     def hook(self, learn: Learner, name: str) -> Callable[..., None]:
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not learn.training: return       # an evaluation that another callback has asked for
+            if not learn.training:
+                return  # an evaluation that another callback has asked for
             tensors = [t.detach().float().flatten() for t in tensors_in(output) if t.is_floating_point()]
-            if tensors: self.seen[name] = self.measure(torch.cat(tensors))
+            if tensors:
+                self.seen[name] = self.measure(torch.cat(tensors))
+
         return see
 
     def measure(self, values: Tensor) -> Tensor:
         size = values.abs()
-        shares = torch.histc(size.clamp(max=self.limit), self.bins, 0., self.limit) / max(1, values.numel())
-        return torch.cat([torch.stack([values.mean(), values.std(correction=0), (size < self.near_zero).float().mean()]), shares])
+        shares = torch.histc(size.clamp(max=self.limit), self.bins, 0.0, self.limit) / max(1, values.numel())
+        return torch.cat(
+            [torch.stack([values.mean(), values.std(correction=0), (size < self.near_zero).float().mean()]), shares]
+        )
 
-    # ------------------------------------------------------------------ reading
+    # --- reading -------------------------------------------------------------
     @property
     def recorded(self) -> Tensor:
         """float (steps, layers, 3 + bins), on the CPU; reads the device."""
         return stacked_on_host(self.rows) if self.rows else torch.zeros(0, len(self.names), 3 + self.bins)
 
     @property
-    def stats(self) -> Tensor: return self.recorded[..., :3]
+    def stats(self) -> Tensor:
+        return self.recorded[..., :3]
 
     @property
-    def histograms(self) -> Tensor: return self.recorded[..., 3:]
+    def histograms(self) -> Tensor:
+        return self.recorded[..., 3:]
 
     def plot(self) -> Figure:
         """Mean, standard deviation and share near zero by step, one line a layer."""
         from learnkit.logs.plots import plot_layer_lines
-        return plot_layer_lines(self.steps, self.stats, self.names, ("mean", "standard deviation", f"share below {self.near_zero}"))
+
+        return plot_layer_lines(
+            self.steps, self.stats, self.names, ("mean", "standard deviation", f"share below {self.near_zero}")
+        )
 
     def plot_histograms(self) -> Figure:
         """One picture a layer: steps to the right, size of outputs upwards, colour for how many there are."""
         from learnkit.logs.plots import plot_layer_pictures
+
         return plot_layer_pictures(self.steps, self.histograms, self.names, self.limit)
 
-    def state_dict(self) -> dict[str, Any]: return {"names": self.names, "steps": self.steps, "recorded": self.recorded}
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": self.names, "steps": self.steps, "recorded": self.recorded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.names, self.steps, self.rows = list(state["names"]), list(state["steps"]), list(state["recorded"])

@@ -1,4 +1,5 @@
 """Pictures with their channels last in memory, as convolutions on GPUs and CPUs want them."""
+
 from __future__ import annotations
 
 import torch
@@ -11,10 +12,12 @@ from learnkit.learner import Learner
 
 class ChannelsLast(Callback):
     """Lay the 4-d floating inputs of every batch out with their channels last. What `learn.to_channels_last()` adds."""
+
     order = -10
     unique = True
 
-    def before_batch(self, learn: Learner) -> None: learn.inputs = map_tensors(channels_last, learn.inputs)
+    def before_batch(self, learn: Learner) -> None:
+        learn.inputs = map_tensors(channels_last, learn.inputs)
 
 
 def channels_last(tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Checkpoints of everything that a fit is, from which `fit(…, resume=True)` goes on as if it had never stopped."""
+
 from __future__ import annotations
 
 import secrets
@@ -15,9 +16,24 @@ from typing import Any
 
 from learnkit.callbacks.distributed import NO_BATCH, Distributed
 from learnkit.checkpoint.files import as_path, clean, explained_os_error
-from learnkit.checkpoint.resume import begin_at, check_fits, order_states, place_of, restore_training, training_state, with_own_copies
+from learnkit.checkpoint.resume import (
+    begin_at,
+    check_fits,
+    order_states,
+    place_of,
+    restore_training,
+    training_state,
+    with_own_copies,
+)
 from learnkit.checkpoint.sharded import begin_sharded, check_safetensors, filled_parts, is_apart, is_spread
-from learnkit.checkpoint.snapshot import copied_to_host, newest_snapshot, next_name, remove_snapshot, snapshots_of_run, write_snapshot
+from learnkit.checkpoint.snapshot import (
+    copied_to_host,
+    newest_snapshot,
+    next_name,
+    remove_snapshot,
+    snapshots_of_run,
+    write_snapshot,
+)
 from learnkit.checkpoint.weights import snapshot_from_main
 from learnkit.data.loaders import n_batches
 from learnkit.devices.transfer import Enqueued
@@ -30,94 +46,123 @@ SAVING = getattr(signal, "SIGUSR1", None)
 
 
 class Checkpoint(Callback):
-    """Keeps the last states of a fit in a folder; `learn.fit(…, resume=True)` goes on from the newest whole one, bit for bit.
+    """Keeps the last states of a fit in a folder; `learn.fit(…, resume=True)` goes on from the newest whole one, bit
+    for bit.
 
     dir             where they are kept; on several ranks rank 0's, which alone writes and reads
     every_n_steps   also after every so many optimizer steps, within epochs too. None: only as below
     every_n_epochs  after every so many epochs, and at the end. None: at the end alone
     keep            how many of this fit's are kept; the one that it resumed from goes when a newer one is durable
-    async_write     write in a thread, from a copy in memory, which is kept for the next one; errors come up at the next save or at
-                    the fit's end
-    sharded         of a model that `to_fsdp` has spread, each rank writes and reads its own part of weights and optimizer, in safetensors
-                    files, so that nobody ever holds it whole; `dir` has to be there for all. Any number of ranks, spread or not, can go
-                    on from it. Not beside async_write. Where nothing is spread, as without
+    async_write     write in a thread, from a copy in memory, which is kept for the next one; errors come up at the next
+                    save or at the fit's end
+    sharded         of a model that `to_fsdp` has spread, each rank writes and reads its own part of weights and
+                    optimizer, in safetensors files, so that nobody ever holds it whole; `dir` has to be there for all.
+                    Any number of ranks, spread or not, can go on from it. Not beside async_write. Where nothing is
+                    spread, as without
 
-    SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks, save,
-    and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError before the
-    first step where the folder cannot be written to.
+    SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks,
+    save, and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError
+    before the first step where the folder cannot be written to.
 
     >>> learn = Learner(data, model, callbacks=[Checkpoint("checkpoints")])  # doctest: +SKIP
     >>> learn.fit_one_cycle(10, resume=True)  # doctest: +SKIP
     """
+
     order = Distributed.order - 10
     unique = True
     restores = True
     in_trials = False
 
-    def __init__(self, dir: str | Path, *, every_n_steps: int | None = None, every_n_epochs: int | None = 1, keep: int = 2,
-                 async_write: bool = False, sharded: bool = False) -> None:
+    def __init__(
+        self,
+        dir: str | Path,
+        *,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = 1,
+        keep: int = 2,
+        async_write: bool = False,
+        sharded: bool = False,
+    ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs), ("keep", keep)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more.")
         self.dir, self.every_n_steps, self.every_n_epochs, self.keep = as_path(dir), every_n_steps, every_n_epochs, keep
         if sharded and async_write:
-            raise ValueError("sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, which "
-                             "training would disturb. Leave one of them out.")
-        if sharded: check_safetensors()
+            raise ValueError(
+                "sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, "
+                "which training would disturb. Leave one of them out."
+            )
+        if sharded:
+            check_safetensors()
         self.async_write, self.sharded = async_write, sharded
-        self.run = ""                               # names a fit, over all its interruptions
-        self.written: list[Path] = []               # of this run, oldest first
-        self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
-        self.apart: Path | None = None              # where tensors lie that `parts` has only the shapes of
-        self.order_states: list[Any] = []           # of the loaders' own generators at the epoch's start
-        self.saved_at: tuple[int, ...] = ()         # epoch, step and items
+        self.run = ""  # names a fit, over all its interruptions
+        self.written: list[Path] = []  # of this run, oldest first
+        self.parts: dict[str, Any] | None = (
+            None  # of the checkpoint that this fit goes on from, until they are put back
+        )
+        self.apart: Path | None = None  # where tensors lie that `parts` has only the shapes of
+        self.order_states: list[Any] = []  # of the loaders' own generators at the epoch's start
+        self.saved_at: tuple[int, ...] = ()  # epoch, step and items
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
-        self.copy: Any = None                       # what is or was written last by async_write
-        self.copied = threading.Event()             # whether the state that is being written may be changed again
+        self.copy: Any = None  # what is or was written last by async_write
+        self.copied = threading.Event()  # whether the state that is being written may be changed again
         self.copied.set()
 
-    # ------------------------------------------------------------------ a fit
+    # --- a fit ---------------------------------------------------------------
     def around_fit(self, learn: Learner, run: Run) -> None:
         self.run, self.written, self.parts, self.apart, self.saved_at = secrets.token_hex(8), [], None, None, ()
         learn.ranks.on_main(self.prepare, f"write checkpoints to {self.dir}")
-        if learn.resume: self.find(learn)
+        if learn.resume:
+            self.find(learn)
         learn.runs[learn.n_fits] = self.run
         stop: StopFit | None = None
         with handlers(learn):
-            try: run()
-            except StopFit as raised: stop = raised
+            try:
+                run()
+            except StopFit as raised:
+                stop = raised
             except BaseException:
-                self.wait_for_writer()      # for what is being written; its own error is not the one to be told
+                self.wait_for_writer()  # for what is being written; its own error is not the one to be told
                 raise
             learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
-            # Of a signal that came when nothing more was to be agreed, all hear here; then rank 0, which may hold the store, can leave.
+            # Of a signal that came when nothing more was to be agreed, all hear here; then rank 0, which may hold the
+            # store, can leave.
             signalled = next((w for w in learn.ranks.gather(learn.wanted) if w and w != "save"), None)
         learn.agreed = signalled or learn.agreed
-        if (learn.agreed or "").startswith("signal"): self.leave(learn)
-        if stop is not None: raise stop
+        if (learn.agreed or "").startswith("signal"):
+            self.leave(learn)
+        if stop is not None:
+            raise stop
 
     def prepare(self) -> None:
         """See, before anything is trained, that the folder can be written to; remove what killed processes left."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.dir): pass
-        except OSError as error: raise explained_os_error(error, self.dir, 0) from error
+            with tempfile.TemporaryFile(dir=self.dir):
+                pass
+        except OSError as error:
+            raise explained_os_error(error, self.dir, 0) from error
         clean(self.dir)
 
     def find(self, learn: Learner) -> None:
         """The checkpoint to go on from."""
         found = snapshot_from_main(learn, lambda: self.read(learn.n_fits))
-        if found is None: return
+        if found is None:
+            return
         name, parts, about, apart, is_over = found
-        if not begin_at(learn, parts["run"]["place"], is_over=is_over): return
+        if not begin_at(learn, parts["run"]["place"], is_over=is_over):
+            return
         self.parts, self.run, self.apart = parts, about["run"], self.dir / name if apart else None
         self.written = snapshots_of_run(self.dir, self.run, name)
 
     def read(self, n_fits: int) -> list[Any] | None:
-        """The newest checkpoint; where that is of a later fit of the same script, the last one of the fit that begins now."""
+        """The newest checkpoint; where that is of a later fit of the same script, the last one of the fit that begins
+        now.
+        """
         found = newest_snapshot(self.dir)
-        if found is None: return None
+        if found is None:
+            return None
         place = found[1]["run"]["place"]
         if place["fit"] > n_fits and (run := place.get("runs", {}).get(n_fits)) is not None:
             found = newest_snapshot(self.dir, run=run) or found
@@ -128,11 +173,12 @@ class Checkpoint(Callback):
         self.order_states = order_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
-        self.put_back(learn)            # a finished fit has no epoch in which to do so
+        self.put_back(learn)  # a finished fit has no epoch in which to do so
 
     def put_back(self, learn: Learner) -> None:
         """When the other callbacks have been told that the fit begins, and have forgotten the one before."""
-        if self.parts is None: return
+        if self.parts is None:
+            return
         parts, self.parts = self.parts, None
         if self.apart is not None:
             check_fits(learn, parts)
@@ -140,74 +186,110 @@ class Checkpoint(Callback):
         restore_training(learn, self, parts)
         self.saved_at = learn.epoch, learn.step, learn.n_items_done
 
-    # ------------------------------------------------------------------ when
+    # --- when ----------------------------------------------------------------
     def around_batch(self, learn: Learner, run: Run) -> None:
-        """When it is settled what all ranks do after this batch. One after which the training pass is left is not saved by itself: resumed
-        from there, the pass would go on."""
+        """When it is settled what all ranks do after this batch. One after which the training pass is left is not saved
+        by itself: resumed from there, the pass would go on.
+        """
         own: ControlFlow | None = None
-        try: run()
-        except (StopBatch, SkipBatch) as raised: own = raised
+        try:
+            run()
+        except (StopBatch, SkipBatch) as raised:
+            own = raised
         if learn.training:
-            if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
+            if learn.world_size == 1 and learn.wanted is not None:
+                learn.agreed, learn.wanted = learn.wanted, None
             n = self.every_n_steps
             # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
-            if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held): self.save(learn)
-            if learn.agreed == "save": learn.agreed = None
-            elif learn.agreed is not None: raise Interrupted
-        if own is not None: raise own
+            if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held):
+                self.save(learn)
+            if learn.agreed == "save":
+                learn.agreed = None
+            elif learn.agreed is not None:
+                raise Interrupted
+        if own is not None:
+            raise own
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         stop: StopFit | StopEpoch | None = None
-        try: run()
-        except (StopFit, StopEpoch) as raised: stop = raised
-        if learn.world_size == 1 and learn.wanted is not None: learn.agreed, learn.wanted = learn.wanted, None
-        ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)      # also where a signal came meanwhile
-        if learn.training and isinstance(stop, StopFit): self.save(learn, over=ends)        # left in the middle
+        try:
+            run()
+        except (StopFit, StopEpoch) as raised:
+            stop = raised
+        if learn.world_size == 1 and learn.wanted is not None:
+            learn.agreed, learn.wanted = learn.wanted, None
+        ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)  # also where a signal came meanwhile
+        if learn.training and isinstance(stop, StopFit):
+            self.save(learn, over=ends)  # left in the middle
         else:
             last = learn.epoch + 1 == learn.n_epochs or ends
             due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
-            if due or last or learn.agreed is not None: self.save(learn, epoch_over=True, over=last)
-        if learn.agreed == "save": learn.agreed = None
-        if isinstance(stop, StopFit): raise stop
-        if learn.agreed is not None: raise Interrupted
-        if stop is not None: raise stop
+            if due or last or learn.agreed is not None:
+                self.save(learn, epoch_over=True, over=last)
+        if learn.agreed == "save":
+            learn.agreed = None
+        if isinstance(stop, StopFit):
+            raise stop
+        if learn.agreed is not None:
+            raise Interrupted
+        if stop is not None:
+            raise stop
 
-    # ------------------------------------------------------------------ saving
+    # --- saving --------------------------------------------------------------
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
         """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
         place = place_of(learn, epoch_over=epoch_over, over=over)
         now = place["epoch"], place["step"], place["items"]
-        if now == self.saved_at and not over: return
+        if now == self.saved_at and not over:
+            return
         self.saved_at = now
-        order = order_states(learn) if epoch_over or over else self.order_states      # of the next epoch, or of the one under way
+        order = (
+            order_states(learn) if epoch_over or over else self.order_states
+        )  # of the next epoch, or of the one under way
         parts = training_state(learn, self, place, order, gathered=not self.sharded)
-        if self.async_write: parts = with_own_copies(learn, parts)
-        about = {"run": self.run, "epoch": place["epoch"], "step": place["step"],
-                 "values": {name: str(value) for name, value in learn.values.items()}}
+        if self.async_write:
+            parts = with_own_copies(learn, parts)
+        about = {
+            "run": self.run,
+            "epoch": place["epoch"],
+            "step": place["step"],
+            "values": {name: str(value) for name, value in learn.values.items()},
+        }
         apart = begin_sharded(learn, self.dir, parts, about) if self.sharded and is_spread(parts) else None
-        learn.ranks.on_main(lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
-                            f"write a checkpoint to {self.dir}")
-        if over or may_change(learn): self.copied.wait()
+        learn.ranks.on_main(
+            lambda: self.write(learn, parts, about) if apart is None else self.keep_newest(apart()),
+            f"write a checkpoint to {self.dir}",
+        )
+        if over or may_change(learn):
+            self.copied.wait()
 
     def write(self, learn: Learner, parts: dict[str, Any], about: dict[str, Any]) -> None:
-        if not self.async_write: return self.write_now(parts, about)
-        self.finish_writing()           # one at a time; its error comes up here
-        if self.writer is None: self.writer = ThreadPoolExecutor(1, "checkpoint")
+        if not self.async_write:
+            return self.write_now(parts, about)
+        self.finish_writing()  # one at a time; its error comes up here
+        if self.writer is None:
+            self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.copied.clear()
         self.writing = self.writer.submit(self.copy_and_write, parts, about, Enqueued(learn.device))
 
     def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any], steps: Enqueued) -> None:
-        """In the thread: from a device on its copy stream, which waits for the `steps` that were enqueued before the save."""
+        """In the thread: from a device on its copy stream, which waits for the `steps` that were enqueued before the
+        save.
+        """
         try:
-            with steps.awaited(): parts = self.copy = copied_to_host(parts, self.copy)
-        finally: self.copied.set()
+            with steps.awaited():
+                parts = self.copy = copied_to_host(parts, self.copy)
+        finally:
+            self.copied.set()
         self.write_now(parts, about)
 
     def before_step(self, learn: Learner) -> None:
         """The weights are copied during the forward and backward passes after a save; here they would change."""
-        if not self.copied.is_set(): self.copied.wait()
+        if not self.copied.is_set():
+            self.copied.wait()
 
-    def before_validate(self, learn: Learner) -> None: self.before_step(learn)      # and here, where somebody puts others in their place
+    def before_validate(self, learn: Learner) -> None:
+        self.before_step(learn)  # and here, where somebody puts others in their place
 
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         self.keep_newest(write_snapshot(self.dir, next_name(self.dir, about["step"]), parts, about))
@@ -215,35 +297,47 @@ class Checkpoint(Callback):
     def keep_newest(self, path: Path) -> None:
         self.written.append(path)
         try:
-            while len(self.written) > self.keep: remove_snapshot(self.written.pop(0))
-        except OSError as error: raise explained_os_error(error, self.dir, 0) from error
+            while len(self.written) > self.keep:
+                remove_snapshot(self.written.pop(0))
+        except OSError as error:
+            raise explained_os_error(error, self.dir, 0) from error
 
     def finish_writing(self) -> None:
         """What failed in the thread comes up here."""
         writing, self.writing = self.writing, None
-        if writing is not None: writing.result()
+        if writing is not None:
+            writing.result()
 
     def end_writing(self) -> None:
-        try: self.finish_writing()
-        finally: self.wait_for_writer()
+        try:
+            self.finish_writing()
+        finally:
+            self.wait_for_writer()
 
     def wait_for_writer(self) -> None:
         writer, self.writer = self.writer, None
-        if writer is not None: writer.shutdown()
+        if writer is not None:
+            writer.shutdown()
         self.copy = None
 
-    # ------------------------------------------------------------------ leaving
+    # --- leaving -------------------------------------------------------------
     def leave(self, learn: Learner) -> None:
         assert learn.agreed is not None
         number = int(learn.agreed.split()[1])
         if learn.rank == 0:
-            print(f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on", file=sys.stderr)
+            print(
+                f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on",
+                file=sys.stderr,
+            )
         raise SystemExit(128 + number)
 
 
 def may_change(learn: Learner) -> bool:
-    """Whether weights may change before the next step: where a training pass ends, and there only for some ways to train."""
-    if learn.ranks.apart or has_modes(learn.opt): return True
+    """Whether weights may change before the next step: where a training pass ends, and there only for some ways to
+    train.
+    """
+    if learn.ranks.apart or has_modes(learn.opt):
+        return True
     n = n_batches(learn.dl) if learn.training else NO_BATCH
     return n is None or learn.agreed is not None or learn.batch_index - learn.first_batch + 1 >= n
 
@@ -253,20 +347,30 @@ def handlers(learn: Learner) -> Iterator[None]:
     """For a fit's length, signals only note what is wanted; a handler that the user had is called too, and put back."""
     learn.wanted = learn.agreed = None
     if threading.current_thread() is not threading.main_thread():
-        warnings.warn("fit runs in a thread, where no signal can be handled: SIGTERM will end it without a checkpoint.", stacklevel=2)
+        warnings.warn(
+            "fit runs in a thread, where no signal can be handled: SIGTERM will end it without a checkpoint.",
+            stacklevel=2,
+        )
         yield
         return
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
-        if number != SAVING: learn.wanted = f"signal {number}"
-        elif learn.wanted is None: learn.wanted = "save"
-        if number != SAVING: signal.signal(number, signal.SIG_DFL)      # a second one ends at once
-        if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None): before[number](number, frame)
+        if number != SAVING:
+            learn.wanted = f"signal {number}"
+        elif learn.wanted is None:
+            learn.wanted = "save"
+        if number != SAVING:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None):
+            before[number](number, frame)
 
     for number in filter(None, [*STOPPING, SAVING]):
-        if signal.getsignal(number) == signal.SIG_IGN: continue
+        if signal.getsignal(number) == signal.SIG_IGN:
+            continue
         before[number] = signal.signal(number, note)
-    try: yield
+    try:
+        yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

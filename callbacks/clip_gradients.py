@@ -1,4 +1,5 @@
 """Gradients clipped once a step: by their norm, by value, or by the norms of the weights."""
+
 from __future__ import annotations
 
 import math
@@ -20,34 +21,46 @@ class ClipGradients(Callback):
 
     max_norm    all gradients together are scaled down to this norm, where theirs is larger
     value       each number is brought between -value and value
-    adaptive    each unit's gradient (a row of a matrix, a filter) is scaled down to this multiple of the norm of its weights
-                (Brock et al., 2021: 0.01); of the last layer, and of what has one dimension, too
+    adaptive    each unit's gradient (a row of a matrix, a filter) is scaled down to this multiple of the norm of its
+                weights (Brock et al., 2021: 0.01); of the last layer, and of what has one dimension, too
     norm_type   of the norm that max_norm is about: 2, 1, inf, or another number above 0
 
-    One of them; without any, max_norm=1. `norms` are those of each step before clipping, with max_norm; reading them is what
-    reads the device.
+    One of them; without any, max_norm=1. `norms` are those of each step before clipping, with max_norm; reading them is
+    what reads the device.
 
     >>> learn.fit(5, callbacks=[ClipGradients(max_norm=1.0)])  # doctest: +SKIP
     """
+
     order = MixedPrecision.order + 10
     unique = True
 
-    def __init__(self, max_norm: float | None = None, *, value: float | None = None, adaptive: float | None = None,
-                 norm_type: float = 2.) -> None:
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        *,
+        value: float | None = None,
+        adaptive: float | None = None,
+        norm_type: float = 2.0,
+    ) -> None:
         given = {"max_norm": max_norm, "value": value, "adaptive": adaptive}
         chosen = {name: limit for name, limit in given.items() if limit is not None}
-        if len(chosen) > 1: raise ValueError(f"clipping by {' and '.join(chosen)} at once: choose one of {', '.join(given)}.")
+        if len(chosen) > 1:
+            raise ValueError(f"clipping by {' and '.join(chosen)} at once: choose one of {', '.join(given)}.")
         for name, limit in chosen.items():
-            if not limit > 0: raise ValueError(f"{name}={limit}: expected a number above 0.")
-        if not norm_type > 0: raise ValueError(f"norm_type={norm_type}: expected a number above 0, such as 2, 1 or float('inf').")
+            if not limit > 0:
+                raise ValueError(f"{name}={limit}: expected a number above 0.")
+        if not norm_type > 0:
+            raise ValueError(f"norm_type={norm_type}: expected a number above 0, such as 2, 1 or float('inf').")
         self.max_norm, self.value, self.adaptive, self.norm_type = max_norm, value, adaptive, norm_type
-        if not chosen: self.max_norm = 1.
+        if not chosen:
+            self.max_norm = 1.0
         self.trace = Trace()
         self.parameters: list[Any] = []
-        self.are_alike = False      # of one device and dtype, and whole
+        self.are_alike = False  # of one device and dtype, and whole
 
     @property
-    def norms(self) -> list[float]: return self.trace.read().tolist()       # reads the device
+    def norms(self) -> list[float]:
+        return self.trace.read().tolist()  # reads the device
 
     def before_fit(self, learn: Learner) -> None:
         self.trace, self.parameters = Trace(), list(learn.model.parameters())
@@ -55,17 +68,21 @@ class ClipGradients(Callback):
         self.are_alike = len(kinds) == 1 and next(iter(kinds))[0] is torch.nn.Parameter
 
     def before_step(self, learn: Learner) -> None:
-        if self.value is not None: clip_grad_value_(self.parameters, self.value)
-        elif self.adaptive is not None: self.clip_units(self.adaptive)
+        if self.value is not None:
+            clip_grad_value_(self.parameters, self.value)
+        elif self.adaptive is not None:
+            self.clip_units(self.adaptive)
         elif gradients := [p.grad for p in self.parameters if p.grad is not None]:
             self.trace.append(self.clip_alike(gradients) if self.are_alike else self.clip_any(gradients))
 
     def clip_alike(self, gradients: list[Tensor]) -> Tensor:
-        """As `clip_any`, with the same bits, but without sorting the gradients by device and dtype twice: they are of one kind."""
+        """As `clip_any`, with the same bits, but without sorting the gradients by device and dtype twice: they are of
+        one kind.
+        """
         assert self.max_norm is not None
         norms = torch._foreach_norm(gradients, self.norm_type)  # type: ignore[reportPrivateImportUsage]
         norm = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
-        torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.))  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))  # type: ignore[reportPrivateImportUsage]
         return norm
 
     def clip_any(self, gradients: list[Tensor]) -> Tensor:
@@ -78,11 +95,13 @@ class ClipGradients(Callback):
     @torch.no_grad()
     def clip_units(self, limit: float) -> None:
         for p in self.parameters:
-            if p.grad is None: continue
+            if p.grad is None:
+                continue
             largest = unit_norms(p).clamp(min=1e-3) * limit
-            p.grad.mul_((largest / unit_norms(p.grad).clamp(min=1e-6)).clamp(max=1.))
+            p.grad.mul_((largest / unit_norms(p.grad).clamp(min=1e-6)).clamp(max=1.0))
 
-    def state_dict(self) -> dict[str, Any]: return {"norms": self.trace.read()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.trace.read()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace = Trace()
@@ -90,8 +109,11 @@ class ClipGradients(Callback):
 
 
 def largest_of_all(gradients: list[Any]) -> Tensor:
-    """The largest absolute value in gradients that are spread over ranks. torch has no such norm of a part that is empty."""
+    """The largest absolute value in gradients that are spread over ranks. torch has no such norm of a part that is
+    empty.
+    """
     from torch.distributed.tensor import DTensor, Partial
+
     parts = [part.abs().max() for part in own_parts(gradients) if part.numel()]
     own = torch.stack(parts).max() if parts else torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)
     return DTensor.from_local(own, gradients[0].device_mesh, [Partial("max")]).full_tensor()

@@ -1,4 +1,5 @@
 """A log as a table: one line a row, for spreadsheets and pandas."""
+
 from __future__ import annotations
 
 import csv
@@ -17,40 +18,58 @@ from learnkit.logs.line_file import Lines
 class CSVLogger(Callback):
     """Write the values of every epoch, and with `every_n_steps` the loss of every so many steps too, to a CSV file.
 
-    Columns: step, loss (with every_n_steps: the mean over the samples since the row before), epoch, the names of learn.values,
-    lr. Steps count on over the fits of a Learner. A fit that is resumed goes on in its file, without the rows after its
-    checkpoint; a new one begins the file anew. On several ranks rank 0 writes; values are those of all.
+    Columns: step, loss (with every_n_steps: the mean over the samples since the row before), epoch, the names of
+    learn.values, lr. Steps count on over the fits of a Learner. A fit that is resumed goes on in its file, without the
+    rows after its checkpoint; a new one begins the file anew. On several ranks rank 0 writes; values are those of all.
 
     >>> learn.fit(5, callbacks=[CSVLogger("history.csv")])  # doctest: +SKIP
     """
+
     order = Recorder.order - 20
     in_trials = False
     per_rank = True
 
     def __init__(self, path: str | Path = "history.csv", *, every_n_steps: int | None = None) -> None:
         self.columns: list[str] = []
-        self.lines, self.journal = Lines(as_path(path), step_of_row, lambda line: is_epoch_row(line, self.columns)), Journal(every_n_steps)
+        self.lines, self.journal = (
+            Lines(as_path(path), step_of_row, lambda line: is_epoch_row(line, self.columns)),
+            Journal(every_n_steps),
+        )
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        with self.journal.of_fit(learn, self): run()
+        with self.journal.of_fit(learn, self):
+            run()
 
-    def after_step(self, learn: Learner) -> None: self.journal.step(learn, self)
-    def after_epoch(self, learn: Learner) -> None: self.journal.epoch(learn, self)
-    def state_dict(self) -> dict[str, Any]: return self.journal.state()
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.journal.load(state)
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return self.journal.regroup(states, rank)
+    def after_step(self, learn: Learner) -> None:
+        self.journal.step(learn, self)
 
-    # ------------------------------------------------------------------ the sink
+    def after_epoch(self, learn: Learner) -> None:
+        self.journal.epoch(learn, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.journal.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.journal.load(state)
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return self.journal.regroup(states, rank)
+
+    # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
         self.columns = ["step", *names]
-        if not self.lines.open(after, amid=self.journal.amid): self.lines.add(as_row(self.columns))
+        if not self.lines.open(after, amid=self.journal.amid):
+            self.lines.add(as_row(self.columns))
 
-    def config(self, values: dict[str, Any]) -> None: "A table has no place for it."
+    def config(self, values: dict[str, Any]) -> None:
+        "A table has no place for it."
+
     def log(self, values: dict[str, float], step: int) -> None:
         row = {"step": step, **values}
         self.lines.add(as_row([row.get(name, "") for name in self.columns]))
 
-    def finish(self) -> None: self.lines.close()
+    def finish(self) -> None:
+        self.lines.close()
 
 
 def as_row(cells: list[Any]) -> str:
@@ -64,4 +83,5 @@ def step_of_row(line: str) -> int | None:
     return None if first == "step" else int(first)
 
 
-def is_epoch_row(line: str, columns: list[str]) -> bool: return line.rstrip("\n").split(",")[columns.index("epoch")] != ""
+def is_epoch_row(line: str, columns: list[str]) -> bool:
+    return line.rstrip("\n").split(",")[columns.index("epoch")] != ""

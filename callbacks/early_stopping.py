@@ -1,4 +1,5 @@
 """Stopping when a value no longer gets better."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,20 +11,25 @@ from learnkit.logs.monitor import Monitor
 
 
 class EarlyStopping(Callback):
-    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row. An epoch
-    that StopEpoch left before it was measured does not count.
+    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row.
+    An epoch that StopEpoch left before it was measured does not count.
 
     monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
-    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest; said when it stops
+    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest; said when it
+                stops
     patience    epochs without improvement after which the fit ends, 1 or more
     min_delta   what counts as an improvement, 0 or more
 
     >>> stop = EarlyStopping(monitor="accuracy", patience=2)
     """
+
     in_trials = False
 
-    def __init__(self, monitor: str = "valid_loss", mode: str | None = None, patience: int = 3, min_delta: float = 0.) -> None:
-        if patience < 1: raise ValueError(f"patience={patience}: expected 1 or more epochs.")
+    def __init__(
+        self, monitor: str = "valid_loss", mode: str | None = None, patience: int = 3, min_delta: float = 0.0
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience}: expected 1 or more epochs.")
         self.monitor, self.patience = Monitor(monitor, mode, min_delta), patience
         self.n_worse = 0
 
@@ -32,14 +38,21 @@ class EarlyStopping(Callback):
         self.n_worse = 0
 
     def after_epoch(self, learn: Learner) -> None:
-        if not self.monitor.is_measured(learn): return
+        if not self.monitor.is_measured(learn):
+            return
         self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
-        if self.n_worse < self.patience: return
-        best = "was never a number" if self.monitor.best is None else f"has not got past {self.monitor.best:.6g} for {self.n_worse} epochs"
+        if self.n_worse < self.patience:
+            return
+        best = (
+            "was never a number"
+            if self.monitor.best is None
+            else f"has not got past {self.monitor.best:.6g} for {self.n_worse} epochs"
+        )
         say(learn, f"EarlyStopping: {self.monitor}, {best}")
         raise StopFit
 
-    def state_dict(self) -> dict[str, Any]: return {"best": self.monitor.best, "n_worse": self.n_worse}
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.monitor.best, "n_worse": self.n_worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.monitor.best, self.n_worse = state["best"], state["n_worse"]

@@ -1,4 +1,5 @@
 """An exponential moving average of the weights."""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,29 +14,33 @@ from learnkit.optim.average import Average
 
 
 class EMA(Callback):
-    """Average the weights and buffers over the steps of a fit, and validate and predict with the average (Polyak, 1992).
+    """Average the weights and buffers over the steps of a fit, and validate and predict with the average (Polyak,
+    1992).
 
     decay       of the average in each optimizer step: average = decay × average + (1 − decay) × weights
     warmup      begin with smaller decays, min(decay, (1 + t) / (10 + t)) in step t, for short fits
     saves       let learn.save, SaveBest and export write the average instead of the weights, until the next fit
 
-    The fit begins with the average at the model's weights. The model keeps its own weights: the average takes their place for
-    evaluations, and within `with ema.swapped(learn):`; `ema.apply(learn)` puts it there for good.
+    The fit begins with the average at the model's weights. The model keeps its own weights: the average takes their
+    place for evaluations, and within `with ema.swapped(learn):`; `ema.apply(learn)` puts it there for good.
 
     >>> learn.fit(5, callbacks=[EMA(decay=0.99)])  # doctest: +SKIP
     """
-    order = Distributed.order + 40      # outside of whatever else changes the weights in a step
+
+    order = Distributed.order + 40  # outside of whatever else changes the weights in a step
     unique = True
 
     def __init__(self, decay: float = 0.999, *, warmup: bool = False, saves: bool = False) -> None:
-        if not 0 <= decay <= 1: raise ValueError(f"decay={decay}: expected a number from 0 to 1, such as 0.999.")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay={decay}: expected a number from 0 to 1, such as 0.999.")
         self.decay, self.warmup, self.saves = decay, warmup, saves
-        self.average: Average | None = None     # None: no fit has begun
+        self.average: Average | None = None  # None: no fit has begun
         self.n_updates = 0
 
     def before_fit(self, learn: Learner) -> None:
         self.average, self.n_updates = Average(learn.model), 0
-        if self.saves: learn.saved_weights = self.average.swapped
+        if self.saves:
+            learn.saved_weights = self.average.swapped
 
     def after_step(self, learn: Learner) -> None:
         assert self.average is not None
@@ -49,7 +54,8 @@ class EMA(Callback):
         run_then(run, partial(self.average.unite, learn.ranks))
 
     def around_validate(self, learn: Learner, run: Run) -> None:
-        with self.swapped(learn): run()
+        with self.swapped(learn):
+            run()
 
     def swapped(self, learn: Learner) -> AbstractContextManager[None]:
         """Within the block the model has the average's weights; before a first fit, its own."""
@@ -57,14 +63,17 @@ class EMA(Callback):
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""
-        if self.average is None: raise RuntimeError("there is no average yet: fit with this EMA first.")
+        if self.average is None:
+            raise RuntimeError("there is no average yet: fit with this EMA first.")
         self.average.apply()
 
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return mean(states)
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return mean(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "average": {} if self.average is None else self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n_updates = state["n_updates"]
-        if self.average is not None: self.average.load_state_dict(state["average"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])

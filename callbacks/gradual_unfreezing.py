@@ -1,4 +1,5 @@
 """Layer groups that join the training one after the other, the last ones first."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,13 +18,14 @@ class GradualUnfreezing(Callback):
     every       epochs until the next group joins
     plan        {epoch: how many of the first groups stay as they are}, instead: {0: 2, 3: 1, 5: 0}
 
-    Groups that wait get no step: their gradients are dropped, so that momentum and weight decay leave them alone too. They are
-    computed, which costs what an unfrozen model costs, but any wrapper, on any number of ranks, sees the same parameters
-    throughout. Source: Howard & Ruder, 2018.
+    Groups that wait get no step: their gradients are dropped, so that momentum and weight decay leave them alone too.
+    They are computed, which costs what an unfrozen model costs, but any wrapper, on any number of ranks, sees the same
+    parameters throughout. Source: Howard & Ruder, 2018.
 
     >>> learn.fit_one_cycle(6, slice(1e-4, 1e-2), callbacks=[GradualUnfreezing(every=2)])  # doctest: +SKIP
     """
-    order = Distributed.order - 1       # after the ranks have reduced gradients, before whoever else looks at them
+
+    order = Distributed.order - 1  # after the ranks have reduced gradients, before whoever else looks at them
 
     def __init__(self, every: int = 1, *, plan: Mapping[int, int] | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -35,21 +37,30 @@ class GradualUnfreezing(Callback):
     def before_fit(self, learn: Learner) -> None:
         self.groups = layer_groups(learn.model, learn.splitter)
         if len(self.groups) == 1:
-            raise ValueError("the model is one layer group, so there is nothing to unfreeze by and by: give Learner(…, splitter=…).")
+            raise ValueError(
+                "the model is one layer group, so there is nothing to unfreeze by and by: give Learner(…, splitter=…)."
+            )
         for epoch, n in (self.plan or {}).items():
             if epoch < 0 or not 0 <= n < len(self.groups):
-                raise ValueError(f"plan={self.plan}: expected epochs from 0, and numbers of groups from 0 to {len(self.groups) - 1}.")
+                raise ValueError(
+                    f"plan={self.plan}: expected epochs from 0, and numbers of groups from 0 to {len(self.groups) - 1}."
+                )
 
     def before_epoch(self, learn: Learner) -> None:
-        self.waiting = [p for group in self.groups[:self.n_waiting(learn.epoch)] for p in group]
+        self.waiting = [p for group in self.groups[: self.n_waiting(learn.epoch)] for p in group]
 
     def n_waiting(self, epoch: int) -> int:
-        if self.plan is None: return max(0, len(self.groups) - 1 - epoch // self.every)
+        if self.plan is None:
+            return max(0, len(self.groups) - 1 - epoch // self.every)
         begun = [start for start in self.plan if start <= epoch]
         return self.plan[max(begun)] if begun else len(self.groups) - 1
 
-    def after_backward(self, learn: Learner) -> None: self.drop_gradients()     # SAM makes a second pass within the step
-    def before_step(self, learn: Learner) -> None: self.drop_gradients()        # those that ranks brought together just now
+    def after_backward(self, learn: Learner) -> None:
+        self.drop_gradients()  # SAM makes a second pass within the step
+
+    def before_step(self, learn: Learner) -> None:
+        self.drop_gradients()  # those that ranks brought together just now
 
     def drop_gradients(self) -> None:
-        for p in self.waiting: p.grad = None
+        for p in self.waiting:
+            p.grad = None

@@ -1,4 +1,5 @@
 """A log as JSON lines: one object a line, for programs."""
+
 from __future__ import annotations
 
 import json
@@ -14,15 +15,17 @@ from learnkit.logs.line_file import Lines
 
 
 class JSONLogger(Callback):
-    """Write one JSON object a line: {"step": 0, "config": …} for a fit, then {"step": …, "epoch": …, "valid_loss": …} for every epoch.
+    """Write one JSON object a line: {"step": 0, "config": …} for a fit, then {"step": …, "epoch": …, "valid_loss": …}
+    for every epoch.
 
     every_n_steps   also {"step": …, "loss": …, "lr": …}, the loss being the mean over the samples since the line before
 
-    What is no finite number is null. Steps count on over the fits of a Learner. A fit that is resumed goes on in its file,
-    without the lines after its checkpoint; a new one begins the file anew. On several ranks rank 0 writes.
+    What is no finite number is null. Steps count on over the fits of a Learner. A fit that is resumed goes on in its
+    file, without the lines after its checkpoint; a new one begins the file anew. On several ranks rank 0 writes.
 
     >>> learn.fit(5, callbacks=[JSONLogger("run.jsonl", every_n_steps=50)])  # doctest: +SKIP
     """
+
     order = Recorder.order - 20
     in_trials = False
     per_rank = True
@@ -32,25 +35,42 @@ class JSONLogger(Callback):
         self.after: int | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        with self.journal.of_fit(learn, self): run()
+        with self.journal.of_fit(learn, self):
+            run()
 
-    def after_step(self, learn: Learner) -> None: self.journal.step(learn, self)
-    def after_epoch(self, learn: Learner) -> None: self.journal.epoch(learn, self)
-    def state_dict(self) -> dict[str, Any]: return self.journal.state()
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.journal.load(state)
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return self.journal.regroup(states, rank)
+    def after_step(self, learn: Learner) -> None:
+        self.journal.step(learn, self)
 
-    # ------------------------------------------------------------------ the sink
+    def after_epoch(self, learn: Learner) -> None:
+        self.journal.epoch(learn, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.journal.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.journal.load(state)
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return self.journal.regroup(states, rank)
+
+    # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
         self.lines.open(after, amid=self.journal.amid)
         self.after = after
 
-    def config(self, values: dict[str, Any]) -> None: self.lines.add(json.dumps({"step": self.after or 0, "config": values}))
-    def log(self, values: dict[str, float], step: int) -> None: self.lines.add(json.dumps({"step": step, **as_json_numbers(values)}))
-    def finish(self) -> None: self.lines.close()
+    def config(self, values: dict[str, Any]) -> None:
+        self.lines.add(json.dumps({"step": self.after or 0, "config": values}))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.lines.add(json.dumps({"step": step, **as_json_numbers(values)}))
+
+    def finish(self) -> None:
+        self.lines.close()
 
 
-def step_of_record(line: str) -> int | None: return json.loads(line)["step"]
+def step_of_record(line: str) -> int | None:
+    return json.loads(line)["step"]
 
 
-def is_epoch_record(line: str) -> bool: return "epoch" in json.loads(line)
+def is_epoch_record(line: str) -> bool:
+    return "epoch" in json.loads(line)

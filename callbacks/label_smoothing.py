@@ -1,4 +1,5 @@
 """Targets that are not quite certain."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -12,38 +13,50 @@ from learnkit.loop.loss import LossFunc, loss_name
 class LabelSmoothing(Callback):
     """Train with a share `eps` of each target spread evenly over all classes (Szegedy et al., 2016, arXiv:1512.00567).
 
-    Training uses torch's cross-entropy with label_smoothing=eps, with the class weights and ignore_index that the Learner's own has;
-    the evaluation, one in the middle of training too, has the plain loss. MixUp and CutMix mix the smoothed losses.
+    Training uses torch's cross-entropy with label_smoothing=eps, with the class weights and ignore_index that the
+    Learner's own has; the evaluation, one in the middle of training too, has the plain loss. MixUp and CutMix mix the
+    smoothed losses.
 
     >>> learn.fit_one_cycle(5, 1e-2, callbacks=[LabelSmoothing(0.1)])  # doctest: +SKIP
     """
+
     unique = True
 
-    def __init__(self, eps: float = .1) -> None:
-        if not 0 < eps < 1: raise ValueError(f"eps={eps}: expected a share between 0 and 1.")
+    def __init__(self, eps: float = 0.1) -> None:
+        if not 0 < eps < 1:
+            raise ValueError(f"eps={eps}: expected a share between 0 and 1.")
         self.eps = eps
-        self.plain: LossFunc | None = None      # the Learner's own
+        self.plain: LossFunc | None = None  # the Learner's own
 
-    def before_fit(self, learn: Learner) -> None: self.smoothed(learn.loss_func)      # its error before the first step
+    def before_fit(self, learn: Learner) -> None:
+        self.smoothed(learn.loss_func)  # its error before the first step
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.plain = learn.loss_func
         learn.loss_func = self.smoothed(self.plain)
-        try: run()
-        finally: learn.loss_func = self.plain
+        try:
+            run()
+        finally:
+            learn.loss_func = self.plain
 
     def around_validate(self, learn: Learner, run: Run) -> None:
         before = learn.loss_func
-        if isinstance(before, Smoothed): learn.loss_func = self.plain
-        try: run()
-        finally: learn.loss_func = before
+        if isinstance(before, Smoothed):
+            learn.loss_func = self.plain
+        try:
+            run()
+        finally:
+            learn.loss_func = before
 
     def smoothed(self, plain: LossFunc | None) -> Smoothed:
-        if plain is None or plain is F.cross_entropy: return Smoothed(label_smoothing=self.eps)
+        if plain is None or plain is F.cross_entropy:
+            return Smoothed(label_smoothing=self.eps)
         if type(plain) is nn.CrossEntropyLoss and plain.label_smoothing == 0 and plain.reduction == "mean":
             return Smoothed(plain.weight, ignore_index=plain.ignore_index, label_smoothing=self.eps)
-        raise TypeError(f"LabelSmoothing works with cross-entropy; the Learner's loss is {loss_name(plain)}. Leave loss_func out, or give "
-                        "torch.nn.CrossEntropyLoss() without label_smoothing and with reduction='mean'.")
+        raise TypeError(
+            f"LabelSmoothing works with cross-entropy; the Learner's loss is {loss_name(plain)}. Leave loss_func out, "
+            f"or give torch.nn.CrossEntropyLoss() without label_smoothing and with reduction='mean'."
+        )
 
 
 class Smoothed(nn.CrossEntropyLoss):

@@ -1,4 +1,5 @@
 """k steps forward, one step back."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,16 +22,19 @@ class Lookahead(Callback):
 
     >>> learn.fit(5, callbacks=[Lookahead(k=5)])  # doctest: +SKIP
     """
+
     order = ClipGradients.order + 10
     unique = True
 
     def __init__(self, k: int = 5, alpha: float = 0.5) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ValueError(f"k={k!r}: expected a number of steps, 1 or more.")
-        if not 0 <= alpha <= 1: raise ValueError(f"alpha={alpha}: expected a number from 0 to 1.")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k={k!r}: expected a number of steps, 1 or more.")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha}: expected a number from 0 to 1.")
         self.k, self.alpha = k, alpha
-        self.fast: list[Any] = []           # the model's parameters
-        self.slow: list[Tensor] = []        # where they were after the last k steps
-        self.n_steps = 0                    # since then
+        self.fast: list[Any] = []  # the model's parameters
+        self.slow: list[Tensor] = []  # where they were after the last k steps
+        self.n_steps = 0  # since then
 
     def before_fit(self, learn: Learner) -> None:
         self.fast, self.n_steps = list(learn.model.parameters()), 0
@@ -39,16 +43,20 @@ class Lookahead(Callback):
     def around_step(self, learn: Learner, run: Run) -> None:
         run()
         self.n_steps += 1
-        if self.n_steps % self.k: return
+        if self.n_steps % self.k:
+            return
         with torch.no_grad():
             fast, slow = own_parts(self.fast), own_parts(self.slow)
-            torch._foreach_lerp_(slow, fast, self.alpha)    # type: ignore[reportPrivateImportUsage]
-            torch._foreach_copy_(fast, slow)                # type: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(slow, fast, self.alpha)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(fast, slow)  # type: ignore[reportPrivateImportUsage]
 
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return mean(states)
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return mean(states)
 
-    def state_dict(self) -> dict[str, Any]: return {"n_steps": self.n_steps, "slow": self.slow}
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_steps": self.n_steps, "slow": self.slow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n_steps = state["n_steps"]
-        for own, value in zip(self.slow, state["slow"], strict=True): own.copy_(like(own, value))
+        for own, value in zip(self.slow, state["slow"], strict=True):
+            own.copy_(like(own, value))

@@ -1,4 +1,5 @@
 """Pairs of samples, blended: inputs and losses."""
+
 from __future__ import annotations
 
 import random
@@ -18,34 +19,42 @@ from learnkit.loop.loss import default_loss, loss_per_sample
 class MixUp(Callback):
     """Train on weighted means of pairs of samples (Zhang et al., 2018, arXiv:1710.09412); evaluation sees plain ones.
 
-    Each sample is blended with a partner out of the same batch of the same rank, its weight is the larger one of l and 1 - l, with l from
-    Beta(alpha, alpha); the loss is the weighted mean of both targets' losses, averaged over the batch. Pairs and weights are a
-    function of (seed, epoch, batch, rank), so a resumed fit has the same ones. Needs a loss with `reduction`, as torch's have.
+    Each sample is blended with a partner out of the same batch of the same rank, its weight is the larger one of l and
+    1 - l, with l from Beta(alpha, alpha); the loss is the weighted mean of both targets' losses, averaged over the
+    batch. Pairs and weights are a function of (seed, epoch, batch, rank), so a resumed fit has the same ones. Needs a
+    loss with `reduction`, as torch's have.
 
     >>> learn.fit_one_cycle(5, 1e-2, callbacks=[MixUp(alpha=0.4)])  # doctest: +SKIP
     """
-    order = 200             # further in than mixed precision: the loss is computed in its autocast
+
+    order = 200  # further in than mixed precision: the loss is computed in its autocast
     unique = True
 
-    def __init__(self, alpha: float = .4) -> None:
-        if not alpha > 0: raise ValueError(f"alpha={alpha}: expected a number above 0; without MixUp nothing is blended.")
+    def __init__(self, alpha: float = 0.4) -> None:
+        if not alpha > 0:
+            raise ValueError(f"alpha={alpha}: expected a number above 0; without MixUp nothing is blended.")
         self.alpha = alpha
-        self.partners = self.weights = torch.zeros(0)       # of the batch under way
+        self.partners = self.weights = torch.zeros(0)  # of the batch under way
 
     def before_forward(self, learn: Learner) -> None:
-        if not learn.training: return
+        if not learn.training:
+            return
         x = first_input(learn, "MixUp")
         draw = random.Random(mix(learn.order_seed or 0, learn.epochs_trained, learn.batch_index, learn.rank))
         weights = [draw.betavariate(self.alpha, self.alpha) for _ in range(len(x))]
         self.weights = torch.tensor([max(w, 1 - w) for w in weights], dtype=x.dtype)
         self.partners = torch.tensor(draw.sample(range(len(x)), len(x)))
-        if not x.is_cpu: self.weights, self.partners = sent(self.weights, x.device), sent(self.partners, x.device)
+        if not x.is_cpu:
+            self.weights, self.partners = sent(self.weights, x.device), sent(self.partners, x.device)
         blend = self.weights.view(-1, *[1] * (x.ndim - 1))
-        learn.inputs = (torch.lerp(x[self.partners], x, blend), *learn.inputs[1:])    # type: ignore[index]
+        learn.inputs = (torch.lerp(x[self.partners], x, blend), *learn.inputs[1:])  # type: ignore[index]
 
     def after_forward(self, learn: Learner) -> None:
-        if learn.training: learn.loss = (losses(learn, learn.target) * self.weights
-                                         + losses(learn, learn.target[self.partners]) * (1 - self.weights)).mean()
+        if learn.training:
+            learn.loss = (
+                losses(learn, learn.target) * self.weights
+                + losses(learn, learn.target[self.partners]) * (1 - self.weights)
+            ).mean()
 
 
 def losses(learn: Learner, target: Tensor) -> Tensor:
@@ -57,5 +66,8 @@ def first_input(learn: Learner, name: str) -> Tensor:
     """The batch's first input, which must be a float tensor, with a target for each sample."""
     x: Any = learn.inputs[0] if isinstance(learn.inputs, tuple) else None
     if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(learn.target, Tensor):
-        raise TypeError(f"{name} mixes batches (x, y) of tensors, x of floats; this batch is {describe((learn.inputs, learn.target))}.")
+        raise TypeError(
+            f"{name} mixes batches (x, y) of tensors, x of floats; this batch is "
+            f"{describe((learn.inputs, learn.target))}."
+        )
     return x

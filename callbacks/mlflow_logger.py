@@ -1,4 +1,5 @@
 """A log for MLflow."""
+
 from __future__ import annotations
 
 import os
@@ -11,50 +12,70 @@ from learnkit.logs.journal import Journal
 
 
 class MLflowLogger(Callback):
-    """Log to MLflow: settings as parameters, the values of every epoch, and with `every_n_steps` loss and rate of every so many steps.
+    """Log to MLflow: settings as parameters, the values of every epoch, and with `every_n_steps` loss and rate of every
+    so many steps.
 
     experiment      a name; it is made where there is none
     run_name        None: MLflow's
     tracking_uri    None: where MLflow's own settings say
 
-    A fit that is resumed goes on in its run. MLflow forgets nothing, so what the run has already of steps after the checkpoint stays,
-    and is not logged twice. On several ranks rank 0 logs. Needs the package mlflow or mlflow-skinny.
+    A fit that is resumed goes on in its run. MLflow forgets nothing, so what the run has already of steps after the
+    checkpoint stays, and is not logged twice. On several ranks rank 0 logs. Needs the package mlflow or mlflow-skinny.
 
     >>> learn.fit(5, callbacks=[MLflowLogger("digits")])  # doctest: +SKIP
     """
+
     order = Recorder.order - 20
     in_trials = False
     per_rank = True
 
-    def __init__(self, experiment: str = "learnkit", run_name: str | None = None, tracking_uri: str | None = None, *,
-                 every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        experiment: str = "learnkit",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        *,
+        every_n_steps: int | None = None,
+    ) -> None:
         self.experiment, self.run_name = experiment, run_name
         self.tracking_uri = None if tracking_uri is None else os.path.expanduser(tracking_uri)
         self.journal = Journal(every_n_steps)
-        self.run_id = ""                        # of the run that is logged to; rank 0's
-        self.known: dict[str, int] = {}         # name -> the last step that the run has of it
+        self.run_id = ""  # of the run that is logged to; rank 0's
+        self.known: dict[str, int] = {}  # name -> the last step that the run has of it
         self.client: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        mlflow_client()                 # its absence is told before anything is trained
-        with self.journal.of_fit(learn, self): run()
+        mlflow_client()  # its absence is told before anything is trained
+        with self.journal.of_fit(learn, self):
+            run()
 
-    def after_step(self, learn: Learner) -> None: self.journal.step(learn, self)
-    def after_epoch(self, learn: Learner) -> None: self.journal.epoch(learn, self)
+    def after_step(self, learn: Learner) -> None:
+        self.journal.step(learn, self)
 
-    def state_dict(self) -> dict[str, Any]: return {**self.journal.state(), "run_id": self.run_id}
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return self.journal.regroup(states, rank)
+    def after_epoch(self, learn: Learner) -> None:
+        self.journal.epoch(learn, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.journal.state(), "run_id": self.run_id}
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return self.journal.regroup(states, rank)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.journal.load(state)
         self.run_id = state["run_id"]
 
-    # ------------------------------------------------------------------ the sink
+    # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
         self.client = mlflow_client()(self.tracking_uri)
-        if after is None or not self.run_id: self.run_id = self.new_run()
-        else: self.client.update_run(self.run_id, status="RUNNING")
-        self.known = {name: max((point.step for point in self.client.get_metric_history(self.run_id, name)), default=-1) for name in names}
+        if after is None or not self.run_id:
+            self.run_id = self.new_run()
+        else:
+            self.client.update_run(self.run_id, status="RUNNING")
+        self.known = {
+            name: max((point.step for point in self.client.get_metric_history(self.run_id, name)), default=-1)
+            for name in names
+        }
 
     def new_run(self) -> str:
         found = self.client.get_experiment_by_name(self.experiment)
@@ -63,21 +84,26 @@ class MLflowLogger(Callback):
 
     def config(self, values: dict[str, Any]) -> None:
         there = self.client.get_run(self.run_id).data.params
-        for name, value in values.items():      # of the first fit: MLflow's parameters never change
-            if name not in there: self.client.log_param(self.run_id, name, value)
+        for name, value in values.items():  # of the first fit: MLflow's parameters never change
+            if name not in there:
+                self.client.log_param(self.run_id, name, value)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            if step <= self.known.get(name, -1): continue
+            if step <= self.known.get(name, -1):
+                continue
             self.client.log_metric(self.run_id, name, value, step=step)
             self.known[name] = step
 
-    def finish(self) -> None: self.client.set_terminated(self.run_id)
+    def finish(self) -> None:
+        self.client.set_terminated(self.run_id)
 
 
 def mlflow_client() -> Any:
     try:
         from mlflow.tracking import MlflowClient  # type: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("MLflowLogger needs MLflow, which is not installed: install mlflow, or mlflow-skinny.") from error
+        raise ImportError(
+            "MLflowLogger needs MLflow, which is not installed: install mlflow, or mlflow-skinny."
+        ) from error
     return MlflowClient

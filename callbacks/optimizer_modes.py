@@ -1,4 +1,5 @@
 """Optimizers that have a training and an evaluation mode of their own."""
+
 from __future__ import annotations
 
 from learnkit.callbacks.distributed import Distributed
@@ -10,27 +11,33 @@ from learnkit.optim.groups import set_mode
 class OptimizerModes(Callback):
     """Call `learn.opt.train()` and `.eval()`: for schedule-free optimizers, whose weights differ between the two.
 
-    Every fit adds it by itself where the optimizer has both. The optimizer is in training mode for the length of a training
-    pass, but for evaluations within it, and else in evaluation mode: so what is evaluated, saved, compared and exported are the
-    averaged weights.
+    Every fit adds it by itself where the optimizer has both. The optimizer is in training mode for the length of a
+    training pass, but for evaluations within it, and else in evaluation mode: so what is evaluated, saved, compared and
+    exported are the averaged weights.
 
     >>> import schedulefree  # doctest: +SKIP
     >>> Learner(data, model, opt_func=schedulefree.AdamWScheduleFree).fit(5, 1e-2)  # doctest: +SKIP
     """
+
     order = Distributed.order + 10
 
-    def __init__(self) -> None: self.training = False
+    def __init__(self) -> None:
+        self.training = False
 
     def around_train(self, learn: Learner, run: Run) -> None:
         set_mode(learn.opt, training=True)
         self.training = True
-        try: run()
+        try:
+            run()
         finally:
             self.training = False
             set_mode(learn.opt, training=False)
 
     def around_validate(self, learn: Learner, run: Run) -> None:
-        if not self.training: return run()
+        if not self.training:
+            return run()
         set_mode(learn.opt, training=False)
-        try: run()
-        finally: set_mode(learn.opt, training=True)
+        try:
+            run()
+        finally:
+            set_mode(learn.opt, training=True)

@@ -1,4 +1,5 @@
 """Where the time of a fit goes: data, forward, backward, step, and every callback by its name."""
+
 from __future__ import annotations
 
 import time
@@ -18,105 +19,142 @@ OF_STAGES = {"forward": "forward", "backward": "backward", "step": "step", "batc
 class Profile(Callback):
     """Measure what each part of a fit takes, by itself: `print(profile)`, or `profile.seconds`, {part: seconds}.
 
-    trace       a file: torch.profiler's trace of `n_steps` training batches after the first `skip`, as JSON for chrome://tracing or
-                Perfetto; of rank 0
-    wait        wait for the device at the end of each part, so that what runs there counts where it was started. Without it
-                the time is that of Python, which runs ahead of the device, and `backward` or a read pays for it all
+    trace       a file: torch.profiler's trace of `n_steps` training batches after the first `skip`, as JSON for
+                chrome://tracing or Perfetto; of rank 0
+    wait        wait for the device at the end of each part, so that what runs there counts where it was started.
+                Without it the time is that of Python, which runs ahead of the device, and `backward` or a read pays for
+                it all
 
-    Parts are forward, backward, step, data (waiting for a training batch), evaluation data, loop (the rest), and each callback's class,
-    without what lies further in. The measuring itself costs a few microseconds a part.
+    Parts are forward, backward, step, data (waiting for a training batch), evaluation data, loop (the rest), and each
+    callback's class, without what lies further in. The measuring itself costs a few microseconds a part.
 
     >>> learn.fit(1, callbacks=[profile := Profile()])  # doctest: +SKIP
     >>> print(profile)  # doctest: +SKIP
     """
+
     order = Distributed.order + 5
     unique = True
     in_trials = False
 
-    def __init__(self, trace: str | Path | None = None, *, n_steps: int = 10, skip: int = 5, wait: bool = False) -> None:
-        if n_steps < 1 or skip < 0: raise ValueError(f"n_steps={n_steps}, skip={skip}: expected n_steps >= 1 and skip >= 0.")
+    def __init__(
+        self, trace: str | Path | None = None, *, n_steps: int = 10, skip: int = 5, wait: bool = False
+    ) -> None:
+        if n_steps < 1 or skip < 0:
+            raise ValueError(f"n_steps={n_steps}, skip={skip}: expected n_steps >= 1 and skip >= 0.")
         self.trace, self.n_steps, self.skip, self.wait = None if trace is None else as_path(trace), n_steps, skip, wait
         self.seconds: dict[str, float] = {}
         self.n_calls: dict[str, int] = {}
         self.n_batches = 0
-        self.nested: list[float] = []       # of each part under way, the seconds of the parts within it
+        self.nested: list[float] = []  # of each part under way, the seconds of the parts within it
         self.profiler: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         self.seconds, self.n_calls, self.n_batches, self.nested = {}, {}, 0, []
         stages, timed = learn.stages, [cb for cb in learn.running if cb is not self]
-        for callback in timed: self.time_hooks(callback, learn)
+        for callback in timed:
+            self.time_hooks(callback, learn)
         bodies = {stage: self.timed(self.part_of(stage, learn), getattr(learn, f"_{stage}"), learn) for stage in STAGES}
         began = time.perf_counter()
         try:
             learn.stages = Stages(learn, learn.running, bodies)
-            if self.trace is None or learn.rank: run()
-            else: self.run_traced(run)
+            if self.trace is None or learn.rank:
+                run()
+            else:
+                self.run_traced(run)
         finally:
-            self.seconds["loop"] = self.seconds.get("loop", 0.) + time.perf_counter() - began - sum(self.seconds.values())
+            self.seconds["loop"] = (
+                self.seconds.get("loop", 0.0) + time.perf_counter() - began - sum(self.seconds.values())
+            )
             learn.stages = stages
             for callback in timed:
-                for hook in HOOKS: vars(callback).pop(hook, None)
+                for hook in HOOKS:
+                    vars(callback).pop(hook, None)
 
     def after_batch(self, learn: Learner) -> None:
         self.n_batches += learn.training
-        if self.profiler is not None and learn.training: self.profiler.step()
+        if self.profiler is not None and learn.training:
+            self.profiler.step()
 
-    # ------------------------------------------------------------------ measuring
+    # --- measuring -----------------------------------------------------------
     def time_hooks(self, callback: Callback, learn: Learner) -> None:
         """For the fit's length each hook is an attribute of the object that measures the class's own."""
         name = type(callback).__name__
         for hook in filter(lambda hook: overridden(callback, hook), HOOKS):
             own = getattr(callback, hook)
-            setattr(callback, hook, self.timed_around(name, own, learn) if hook.startswith("around_") else self.timed(name, own, learn))
+            setattr(
+                callback,
+                hook,
+                self.timed_around(name, own, learn) if hook.startswith("around_") else self.timed(name, own, learn),
+            )
 
     def timed(self, part: Callable[[], str] | str, work: Callable[..., Any], learn: Learner) -> Callable[..., Any]:
         def run_timed(*args: Any) -> Any:
-            self.nested.append(0.)
+            self.nested.append(0.0)
             began = time.perf_counter()
-            try: return work(*args)
-            finally: self.end(part if isinstance(part, str) else part(), began, learn)
+            try:
+                return work(*args)
+            finally:
+                self.end(part if isinstance(part, str) else part(), began, learn)
+
         # A hook's error is blamed on the callback that it is bound to.
         run_timed.__self__ = getattr(work, "__self__", self)  # type: ignore[attr-defined]
         return run_timed
 
-    def timed_around(self, part: str, work: Callable[[Learner, Run], None], learn: Learner) -> Callable[[Learner, Run], None]:
-        def around(learn: Learner, run: Run) -> None: work(learn, inner(run))
-        def inner(run: Run) -> Run: return lambda: self.within(run)
+    def timed_around(
+        self, part: str, work: Callable[[Learner, Run], None], learn: Learner
+    ) -> Callable[[Learner, Run], None]:
+        def around(learn: Learner, run: Run) -> None:
+            work(learn, inner(run))
+
+        def inner(run: Run) -> Run:
+            return lambda: self.within(run)
+
         return self.timed(part, around, learn)
 
     def within(self, run: Run) -> None:
         """What lies further in than an around_ hook, whose own time it is not."""
         began = time.perf_counter()
         n = len(self.nested)
-        before = self.nested[-1] if n else 0.
-        try: run()
+        before = self.nested[-1] if n else 0.0
+        try:
+            run()
         finally:
-            if n: self.nested[-1] = before + time.perf_counter() - began
+            if n:
+                self.nested[-1] = before + time.perf_counter() - began
 
     def end(self, part: str, began: float, learn: Learner) -> None:
-        if self.wait: wait_for_device(learn.device)
+        if self.wait:
+            wait_for_device(learn.device)
         elapsed, inner = time.perf_counter() - began, self.nested.pop()
-        self.seconds[part] = self.seconds.get(part, 0.) + elapsed - inner
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed - inner
         self.n_calls[part] = self.n_calls.get(part, 0) + 1
-        if self.nested: self.nested[-1] += elapsed
+        if self.nested:
+            self.nested[-1] += elapsed
 
     def part_of(self, stage: str, learn: Learner) -> Callable[[], str] | str:
-        if stage == "train": return "data"
-        if stage == "validate": return "evaluation data"
-        if stage == "forward": return lambda: "forward" if learn.training else "evaluation forward"
+        if stage == "train":
+            return "data"
+        if stage == "validate":
+            return "evaluation data"
+        if stage == "forward":
+            return lambda: "forward" if learn.training else "evaluation forward"
         return OF_STAGES.get(stage, "loop")
 
     def run_traced(self, run: Run) -> None:
         from torch.profiler import profile, schedule
+
         assert self.trace is not None
         self.trace.parent.mkdir(parents=True, exist_ok=True)
         plan = schedule(wait=max(0, self.skip - 1), warmup=min(1, self.skip), active=self.n_steps, repeat=1)
-        with profile(schedule=plan, on_trace_ready=lambda made: made.export_chrome_trace(str(self.trace))) as self.profiler:
-            try: run()
-            finally: self.profiler = None
+        with profile(
+            schedule=plan, on_trace_ready=lambda made: made.export_chrome_trace(str(self.trace))
+        ) as self.profiler:
+            try:
+                run()
+            finally:
+                self.profiler = None
 
-    # ------------------------------------------------------------------ reading
+    # --- reading -------------------------------------------------------------
     def __str__(self) -> str:
         total, n = sum(self.seconds.values()), max(1, self.n_batches)
         lines = [f"{'part':24}  {'seconds':>8}  {'share':>7}  {'per training batch':>18}  {'calls':>8}"]

@@ -1,4 +1,5 @@
 """What a fit went through: loss, rates and momentum of every step, the values of every epoch, and their plots."""
+
 from __future__ import annotations
 
 import csv
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ALIKE = "Raise Skip* on all ranks, and Stop* in after_step or after_batch."
-FOLD_EVERY = 256     # losses kept as separate tensors; 64 to 4096 cost the same (2026-11-21)
+FOLD_EVERY = 256  # losses kept as separate tensors; 64 to 4096 cost the same (2026-11-21)
 
 
 class Trace:
@@ -28,27 +29,37 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self.read_before = torch.zeros(0)       # float (n,) on the CPU: the first of them, each of which is read once
+        self.read_before = torch.zeros(0)  # float (n,) on the CPU: the first of them, each of which is read once
         self.folded: list[torch.Tensor] = []
         self.recent: list[torch.Tensor] = []
 
     def append(self, value: torch.Tensor) -> None:
         self.recent.append(value)
-        if len(self.recent) >= FOLD_EVERY: self.fold()
+        if len(self.recent) >= FOLD_EVERY:
+            self.fold()
 
     def fold(self) -> None:
         row = torch.stack(self.recent)
-        self.folded.append(row.to(torch.promote_types(row.dtype, torch.float32)))       # a float64 model's losses stay float64
+        self.folded.append(
+            row.to(torch.promote_types(row.dtype, torch.float32))
+        )  # a float64 model's losses stay float64
         self.recent = []
 
     def since(self, start: int) -> torch.Tensor:
         """The numbers from index `start` on: float (n,), on the device where one of them was not read yet."""
-        if self.recent: self.fold()
+        if self.recent:
+            self.fold()
         n_read = len(self.read_before)
-        if not self.folded: return self.read_before[start:]
-        if len(self.folded) > 1: self.folded = [torch.cat([part.to(self.folded[-1].device) for part in self.folded])]
+        if not self.folded:
+            return self.read_before[start:]
+        if len(self.folded) > 1:
+            self.folded = [torch.cat([part.to(self.folded[-1].device) for part in self.folded])]
         [newer] = self.folded
-        return newer[start - n_read:] if start >= n_read else torch.cat([sent(self.read_before[start:], newer.device), newer])
+        return (
+            newer[start - n_read :]
+            if start >= n_read
+            else torch.cat([sent(self.read_before[start:], newer.device), newer])
+        )
 
     def read(self) -> torch.Tensor:
         """All numbers: float (n,), on the CPU; waits for the device where there are new ones."""
@@ -60,7 +71,8 @@ class Trace:
         """Put `values`, on the CPU, in the place of the numbers from `start` on."""
         self.read_before = torch.cat([before := self.read()[:start], values.to(before)])
 
-    def __len__(self) -> int: return len(self.read_before) + sum(len(part) for part in self.folded) + len(self.recent)
+    def __len__(self) -> int:
+        return len(self.read_before) + sum(len(part) for part in self.folded) + len(self.recent)
 
 
 class Recorder(Callback):
@@ -74,24 +86,26 @@ class Recorder(Callback):
     >>> learn.recorder.values[-1]  # doctest: +SKIP
     [0.31, 0.35, 0.91]
     """
+
     order = 100
     unique = True
     in_trials = False
-    per_rank = True         # within an epoch each rank keeps its own losses
+    per_rank = True  # within an epoch each rank keeps its own losses
 
     def __init__(self) -> None:
         self.trace = Trace()
-        self.counts: list[Any] = []     # samples of each step, or what else an Accumulate counts, then as 0-d tensors
-        self.rates: list[Any] = []      # see lrs; 0-d tensors where the optimizer's are
-        self.momenta: list[Any] = []    # see moms
+        self.counts: list[Any] = []  # samples of each step, or what else an Accumulate counts, then as 0-d tensors
+        self.rates: list[Any] = []  # see lrs; 0-d tensors where the optimizer's are
+        self.momenta: list[Any] = []  # see moms
         self.metric_names: tuple[str, ...] = ()
         self.values: list[list[float]] = []
-        self.ends: list[int] = []       # steps done at the end of each epoch
+        self.ends: list[int] = []  # steps done at the end of each epoch
         self.momentum: str | None = None
         self.is_main = True
 
     @property
-    def losses(self) -> list[float]: return self.trace.read().tolist()      # reads the device
+    def losses(self) -> list[float]:
+        return self.trace.read().tolist()  # reads the device
 
     @property
     def lrs(self) -> list[float]:
@@ -108,28 +122,37 @@ class Recorder(Callback):
         self.metric_names, self.momentum, self.is_main = learn.value_names, momentum_name(learn.opt), learn.rank == 0
 
     def after_step(self, learn: Learner) -> None:
-        self.trace.append(learn.loss.detach().clone())     # a copy: the user may change the loss in place later
+        self.trace.append(learn.loss.detach().clone())  # a copy: the user may change the loss in place later
         self.counts.append(count_samples(learn.inputs, learn.target) if learn.in_step is None else learn.in_step)
         group = learn.opt.param_groups[-1]
         lr = group["lr"]
         self.rates.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
         if self.momentum is not None:
-            if self.momentum not in group: group = next(g for g in reversed(learn.opt.param_groups) if self.momentum in g)
+            if self.momentum not in group:
+                group = next(g for g in reversed(learn.opt.param_groups) if self.momentum in g)
             mom = group[self.momentum]
-            if self.momentum == "betas": mom = mom[0]
+            if self.momentum == "betas":
+                mom = mom[0]
             self.momenta.append(mom.clone() if isinstance(mom, torch.Tensor) else mom)
 
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
-        own = self.trace.read()[start:].double()            # reads the device, once an epoch
-        counts = torch.tensor(read_losses(self.counts[start:]), dtype=torch.float64)       # once more where a `count` gives tensors,
-        self.rates, self.momenta = self.lrs, self.moms                              # and where the optimizer's rates are tensors there
+        own = self.trace.read()[start:].double()  # reads the device, once an epoch
+        counts = torch.tensor(
+            read_losses(self.counts[start:]), dtype=torch.float64
+        )  # once more where a `count` gives tensors,
+        self.rates, self.momenta = self.lrs, self.moms  # and where the optimizer's rates are tensors there
         n_steps = learn.ranks.gather(len(counts))
-        if len(set(n_steps)) > 1: raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
-        if len(counts) == 0: return
-        sums, counts = learn.ranks.all_sum([own * counts, counts])      # once an epoch; gathered, they would be as many as ranks
+        if len(set(n_steps)) > 1:
+            raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
+        if len(counts) == 0:
+            return
+        sums, counts = learn.ranks.all_sum(
+            [own * counts, counts]
+        )  # once an epoch; gathered, they would be as many as ranks
         self.counts[start:] = counts.tolist()
-        if learn.world_size > 1: self.trace.replace(start, sums / counts)
+        if learn.world_size > 1:
+            self.trace.replace(start, sums / counts)
         learn.values["train_loss"] = float(sums.sum() / counts.sum())
 
     def after_epoch(self, learn: Learner) -> None:
@@ -139,6 +162,7 @@ class Recorder(Callback):
     def plot_losses(self, ax: Axes | None = None, *, skip_start: int = 0) -> Axes:
         """Training loss of every step, thin, and its moving average, thick; validation loss at each epoch's end."""
         from learnkit.logs.plots import new_axes, plot_loss_curve
+
         column = self.metric_names.index("valid_loss") if "valid_loss" in self.metric_names else None
         valid = [] if column is None else [row[column] for row in self.values]
         return plot_loss_curve(ax or new_axes(), self.losses, valid, self.ends, skip_start)
@@ -146,19 +170,29 @@ class Recorder(Callback):
     def plot_lr(self, ax: Axes | None = None) -> Axes:
         """The rate of every step, and the momentum on an axis of its own."""
         from learnkit.logs.plots import new_axes, plot_rates
+
         return plot_rates(ax or new_axes(), self.lrs, self.moms)
 
     def plot_metrics(self, ax: Axes | None = None) -> Axes:
         """Every metric by epoch, without the losses."""
         from learnkit.logs.plots import new_axes, plot_columns
-        columns = {name: [row[i] for row in self.values] for i, name in enumerate(self.metric_names) if not name.endswith("_loss")}
-        if not columns: raise ValueError("there are no metrics to plot: give Learner(…, metrics=…) and validation data.")
+
+        columns = {
+            name: [row[i] for row in self.values]
+            for i, name in enumerate(self.metric_names)
+            if not name.endswith("_loss")
+        }
+        if not columns:
+            raise ValueError("there are no metrics to plot: give Learner(…, metrics=…) and validation data.")
         return plot_columns(ax or new_axes(), columns)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write one row an epoch, with a header, to a CSV file; on several ranks rank 0 alone does. Returns the path."""
+        """Write one row an epoch, with a header, to a CSV file; on several ranks rank 0 alone does. Returns the
+        path.
+        """
         path = as_path(path)
-        if not self.is_main: return path
+        if not self.is_main:
+            return path
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["epoch", *self.metric_names])
@@ -178,8 +212,11 @@ class Recorder(Callback):
         sums = [state["losses"][start:].cpu().double() * counts for state, counts in zip(states, own, strict=True)]
         counts = torch.stack(own).sum(0)
         losses = (torch.stack(sums).sum(0) / counts).to(first["losses"])
-        return {**first, "losses": torch.cat([first["losses"][:start], losses]),
-                "counts": torch.cat([first["counts"][:start].cpu(), counts if rank == 0 else torch.zeros_like(counts)])}
+        return {
+            **first,
+            "losses": torch.cat([first["losses"][:start], losses]),
+            "counts": torch.cat([first["counts"][:start].cpu(), counts if rank == 0 else torch.zeros_like(counts)]),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trace = Trace()
@@ -192,6 +229,7 @@ class Recorder(Callback):
 def read_losses(values: list[Any]) -> list[float]:
     """As numbers; the tensors among them, which are on one device, by one read."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if not tensors: return values
+    if not tensors:
+        return values
     numbers = iter(torch.stack([tensor.to(tensors[-1].device) for tensor in tensors]).tolist())
     return [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]

@@ -1,4 +1,5 @@
 """One reduction of all gradients after the backward pass, instead of several during it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,23 +10,30 @@ from learnkit.learner import Learner
 
 
 class ReduceAfterwards(Callback):
-    """What `learn.to_distributed(delay_allreduce=True)` adds: gradients stay with their rank until the step, and are then averaged
-    in one collective (Apex's delay_allreduce)."""
+    """What `learn.to_distributed(delay_allreduce=True)` adds: gradients stay with their rank until the step, and are
+    then averaged in one collective (Apex's delay_allreduce).
+    """
+
     order = Distributed.order + 10
     unique = True
 
     def __init__(self) -> None:
-        self.reduce: Callable[[], None] = nothing       # what brings the gradients together, in a fit
+        self.reduce: Callable[[], None] = nothing  # what brings the gradients together, in a fit
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         self.reduce, learn.reduce_gradients = learn.reduce_gradients, nothing
-        try: run()
-        finally: learn.reduce_gradients = self.reduce
+        try:
+            run()
+        finally:
+            learn.reduce_gradients = self.reduce
 
     def around_batch(self, learn: Learner, run: Run) -> None:
-        with learn.no_sync(): run()
+        with learn.no_sync():
+            run()
 
-    def before_step(self, learn: Learner) -> None: self.reduce()
+    def before_step(self, learn: Learner) -> None:
+        self.reduce()
 
 
-def nothing() -> None: pass
+def nothing() -> None:
+    pass

@@ -1,4 +1,5 @@
 """A lower rate when a value no longer gets better."""
+
 from __future__ import annotations
 
 import math
@@ -17,46 +18,74 @@ class ReduceLROnPlateau(Callback):
 
     monitor, mode, min_delta    as EarlyStopping's
     factor      between 0 and 1
-    patience    epochs without improvement after which the rate falls, 1 or more, as Keras counts: torch's patience and one
+    patience    epochs without improvement after which the rate falls, 1 or more, as Keras counts: torch's patience and
+                one
     cooldown    epochs after a reduction that do not count, as in torch
     min_lr      no rate falls below it
 
-    For fits at a constant rate: it refuses to run beside a schedule of the rate, which would overrule it at the next step.
+    For fits at a constant rate: it refuses to run beside a schedule of the rate, which would overrule it at the next
+    step.
 
     >>> learn.fit(30, 1e-2, callbacks=[ReduceLROnPlateau(patience=2)])  # doctest: +SKIP
     """
+
     in_trials = False
 
-    def __init__(self, monitor: str = "valid_loss", mode: str | None = None, *, factor: float = .1, patience: int = 3,
-                 min_delta: float = 0., cooldown: int = 0, min_lr: float = 0.) -> None:
-        if not 0 < factor < 1: raise ValueError(f"factor={factor}: expected a number between 0 and 1.")
-        if patience < 1: raise ValueError(f"patience={patience}: expected 1 or more epochs.")
-        if cooldown < 0: raise ValueError(f"cooldown={cooldown}: expected 0 or more epochs.")
-        if not (math.isfinite(min_lr) and min_lr >= 0): raise ValueError(f"min_lr={min_lr}: expected a finite number, 0 or more.")
+    def __init__(
+        self,
+        monitor: str = "valid_loss",
+        mode: str | None = None,
+        *,
+        factor: float = 0.1,
+        patience: int = 3,
+        min_delta: float = 0.0,
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+    ) -> None:
+        if not 0 < factor < 1:
+            raise ValueError(f"factor={factor}: expected a number between 0 and 1.")
+        if patience < 1:
+            raise ValueError(f"patience={patience}: expected 1 or more epochs.")
+        if cooldown < 0:
+            raise ValueError(f"cooldown={cooldown}: expected 0 or more epochs.")
+        if not (math.isfinite(min_lr) and min_lr >= 0):
+            raise ValueError(f"min_lr={min_lr}: expected a finite number, 0 or more.")
         self.monitor, self.factor, self.patience = Monitor(monitor, mode, min_delta), factor, patience
         self.cooldown, self.min_lr = cooldown, min_lr
         self.n_worse = self.n_cooling = 0
 
     def before_fit(self, learn: Learner) -> None:
         if any("lr" in cb.schedules for cb in learn.running if isinstance(cb, ParamScheduler)):
-            raise ValueError("ReduceLROnPlateau has no effect beside a schedule of the rate, which sets it anew at every step. Train with "
-                             "learn.fit(epochs, lr) instead of fit_one_cycle and the like, or take the ReduceLROnPlateau out.")
+            raise ValueError(
+                "ReduceLROnPlateau has no effect beside a schedule of the rate, which sets it anew at every step. "
+                "Train with learn.fit(epochs, lr) instead of fit_one_cycle and the like, or take the ReduceLROnPlateau "
+                "out."
+            )
         self.monitor.start(learn)
         self.n_worse = self.n_cooling = 0
 
     def after_epoch(self, learn: Learner) -> None:
-        if not self.monitor.is_measured(learn): return
+        if not self.monitor.is_measured(learn):
+            return
         self.n_worse = 0 if self.monitor.improved(learn) else self.n_worse + 1
-        if self.n_cooling: self.n_cooling, self.n_worse = self.n_cooling - 1, 0
-        if self.n_worse >= self.patience: self.reduce(learn)
+        if self.n_cooling:
+            self.n_cooling, self.n_worse = self.n_cooling - 1, 0
+        if self.n_worse >= self.patience:
+            self.reduce(learn)
 
     def reduce(self, learn: Learner) -> None:
         self.n_worse, self.n_cooling = 0, self.cooldown
-        before = [as_number(group["lr"]) for group in learn.opt.param_groups]     # reads the device where a rate is a tensor there
+        before = [
+            as_number(group["lr"]) for group in learn.opt.param_groups
+        ]  # reads the device where a rate is a tensor there
         rates = [max(lr * self.factor, min(lr, self.min_lr)) for lr in before]
         set_each(learn.opt, ["lr"] * len(rates), rates)
         if before[-1] != rates[-1]:
-            say(learn, f"ReduceLROnPlateau: {self.monitor}, has stalled: the rate falls from {before[-1]:.3g} to {rates[-1]:.3g}")
+            say(
+                learn,
+                f"ReduceLROnPlateau: {self.monitor}, has stalled: the rate falls from {before[-1]:.3g} to "
+                f"{rates[-1]:.3g}",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.monitor.best, "n_worse": self.n_worse, "n_cooling": self.n_cooling}

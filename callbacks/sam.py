@@ -1,4 +1,5 @@
 """Sharpness-aware minimization."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,26 +20,32 @@ from learnkit.learner import Learner
 class SAM(Callback):
     """Step with the gradient that the batch has a distance `rho` uphill (Foret et al., 2021): two passes a step.
 
-    On several ranks uphill is where the gradient of all of them points. The recorded loss is that of the weights themselves; batch
-    norm's statistics are too. Raises ValueError at the fit's start beside Accumulate and AutoMicrobatch, which split the batch of a
-    step, beside delay_allreduce, and beside float16.
+    On several ranks uphill is where the gradient of all of them points. The recorded loss is that of the weights
+    themselves; batch norm's statistics are too. Raises ValueError at the fit's start beside Accumulate and
+    AutoMicrobatch, which split the batch of a step, beside delay_allreduce, and beside float16.
 
     >>> learn.fit(5, callbacks=[SAM(rho=0.05)])  # doctest: +SKIP
     """
+
     order = ClipGradients.order - 5
     unique = True
 
     def __init__(self, rho: float = 0.05) -> None:
-        if not rho > 0: raise ValueError(f"rho={rho}: expected a distance above 0, such as 0.05.")
+        if not rho > 0:
+            raise ValueError(f"rho={rho}: expected a distance above 0, such as 0.05.")
         self.rho = rho
 
     def before_fit(self, learn: Learner) -> None:
         for callback in learn.running:
             if isinstance(callback, (AutoMicrobatch, ReduceAfterwards)) or callback.batches_per_step > 1:
-                raise ValueError(f"SAM beside {type(callback).__name__}: its second pass needs the whole batch of a step at once, and its "
-                                 "gradients with all ranks. Take one of them.")
+                raise ValueError(
+                    f"SAM beside {type(callback).__name__}: its second pass needs the whole batch of a step at once, "
+                    f"and its gradients with all ranks. Take one of them."
+                )
             if isinstance(callback, MixedPrecision) and callback.dtype == torch.float16:
-                raise ValueError("SAM beside float16: it climbs along gradients that overflow at times. Take to_bf16() or to_fp32().")
+                raise ValueError(
+                    "SAM beside float16: it climbs along gradients that overflow at times. Take to_bf16() or to_fp32()."
+                )
 
     def around_step(self, learn: Learner, run: Run) -> None:
         moved = [p for p in learn.model.parameters() if p.grad is not None]
@@ -53,13 +60,15 @@ class SAM(Callback):
             learn.stages.backward()
         finally:
             with torch.no_grad():
-                for p, value in (*zip(moved, weights, strict=True), *buffers): p.copy_(value)
+                for p, value in (*zip(moved, weights, strict=True), *buffers):
+                    p.copy_(value)
             learn.pred, learn.loss = pred, loss
         run()
 
     @torch.no_grad()
     def climb(self, parameters: list[Any]) -> None:
         gradients = [p.grad for p in parameters]
-        if not gradients: return
+        if not gradients:
+            return
         scale = self.rho / (whole(get_total_norm(gradients)) + 1e-12)
         torch._foreach_add_(parameters, torch._foreach_mul(gradients, scale))  # type: ignore[reportPrivateImportUsage]

@@ -1,4 +1,5 @@
 """A fit of so many optimizer steps, or so much time."""
+
 from __future__ import annotations
 
 import math
@@ -10,13 +11,15 @@ from learnkit.learner import Learner
 
 
 class StopAfter(Callback):
-    """End the fit after `steps` optimizer steps or `seconds`, whichever is first; the epoch under way is still validated.
+    """End the fit after `steps` optimizer steps or `seconds`, whichever is first; the epoch under way is still
+    validated.
 
     Seconds count from the start of the fit's first run; between two runs of a fit that is resumed they stand still. On
     several ranks all stop after the same step, when the first one's time is over.
 
     >>> learn.fit(100, callbacks=[StopAfter(seconds=3600)])  # doctest: +SKIP
     """
+
     in_trials = False
 
     def __init__(self, *, steps: int | None = None, seconds: float | None = None) -> None:
@@ -24,33 +27,43 @@ class StopAfter(Callback):
             raise ValueError(f"steps={steps!r}: expected a whole number of optimizer steps, 1 or more.")
         if seconds is not None and not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds={seconds!r}: expected a number above 0.")
-        if steps is None and seconds is None: raise ValueError("StopAfter() has no limit: give steps=…, seconds=… or both.")
+        if steps is None and seconds is None:
+            raise ValueError("StopAfter() has no limit: give steps=…, seconds=… or both.")
         self.steps, self.seconds = math.inf if steps is None else steps, math.inf if seconds is None else float(seconds)
-        self.began, self.spent = 0., 0.     # clock of this run; seconds of the runs before
+        self.began, self.spent = 0.0, 0.0  # clock of this run; seconds of the runs before
 
-    def before_fit(self, learn: Learner) -> None: self.began, self.spent = time.monotonic(), 0.
+    def before_fit(self, learn: Learner) -> None:
+        self.began, self.spent = time.monotonic(), 0.0
 
     def before_epoch(self, learn: Learner) -> None:
-        if self.was_over(learn) and not learn.n_items_done: raise StopFit
+        if self.was_over(learn) and not learn.n_items_done:
+            raise StopFit
 
     def before_train(self, learn: Learner) -> None:
-        if self.was_over(learn): learn.dl = []      # of an epoch that counts as trained, and is validated
+        if self.was_over(learn):
+            learn.dl = []  # of an epoch that counts as trained, and is validated
 
     def was_over(self, learn: Learner) -> bool:
-        """Whether the limit was reached before this run, which a checkpoint resumes; all ranks have rank 0's time from it."""
+        """Whether the limit was reached before this run, which a checkpoint resumes; all ranks have rank 0's time from
+        it.
+        """
         return learn.step >= self.steps or self.spent >= self.seconds
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training and (learn.step >= self.steps or self.elapsed >= self.seconds): raise StopTrain
+        if learn.training and (learn.step >= self.steps or self.elapsed >= self.seconds):
+            raise StopTrain
 
     def after_epoch(self, learn: Learner) -> None:
-        if learn.step >= self.steps or self.elapsed >= self.seconds: raise StopFit
+        if learn.step >= self.steps or self.elapsed >= self.seconds:
+            raise StopFit
 
     @property
     def elapsed(self) -> float:
         """Seconds that this fit has taken."""
-        return self.spent + time.monotonic() - self.began if self.seconds < math.inf else 0.
+        return self.spent + time.monotonic() - self.began if self.seconds < math.inf else 0.0
 
-    def state_dict(self) -> dict[str, Any]: return {"spent": self.elapsed} if self.seconds < math.inf else {}
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": self.elapsed} if self.seconds < math.inf else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.began, self.spent = time.monotonic(), state["spent"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.began, self.spent = time.monotonic(), state["spent"]

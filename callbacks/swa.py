@@ -1,4 +1,5 @@
 """Stochastic weight averaging."""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,45 +23,54 @@ class SWA(Callback):
     """Average the weights with which the last epochs of a fit end, each alike (Izmailov et al., 2018).
 
     start       the part of the fit after which averaging begins: 0.75 is its last quarter
-    update_bn   measure batch norm's statistics for the average, in a pass over the training data (each rank over its own, rank 0's
-                count) before each validation; without, they are averaged like the weights
+    update_bn   measure batch norm's statistics for the average, in a pass over the training data (each rank over its
+                own, rank 0's count) before each validation; without, they are averaged like the weights
     saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch to
                 the next fit
 
-    Once there is an average, the model has it for validation and predictions, and within `with swa.swapped(learn):`; its own
-    weights come back afterwards. `swa.apply(learn)` puts it there for good. Train at a rate that stays high: fit, fit_flat_cos.
+    Once there is an average, the model has it for validation and predictions, and within `with swa.swapped(learn):`;
+    its own weights come back afterwards. `swa.apply(learn)` puts it there for good. Train at a rate that stays high:
+    fit, fit_flat_cos.
 
     >>> learn.fit(20, 0.01, callbacks=[SWA(start=0.75)])  # doctest: +SKIP
     """
+
     order = EMA.order
     unique = True
 
     def __init__(self, start: float = 0.75, *, update_bn: bool = False, saves: bool = False) -> None:
-        if not 0 <= start < 1: raise ValueError(f"start={start}: expected a part of the fit, from 0 to below 1.")
+        if not 0 <= start < 1:
+            raise ValueError(f"start={start}: expected a part of the fit, from 0 to below 1.")
         self.start, self.update_bn, self.saves = start, update_bn, saves
-        self.average: Average | None = None     # None: the fit has not come that far
-        self.n_averaged = 0                     # epochs
-        self.is_measured = False                # whether batch norm's statistics are those of the average as it is
-        self.model: nn.Module | None = None     # of the fit under way or last
+        self.average: Average | None = None  # None: the fit has not come that far
+        self.n_averaged = 0  # epochs
+        self.is_measured = False  # whether batch norm's statistics are those of the average as it is
+        self.model: nn.Module | None = None  # of the fit under way or last
 
     def before_fit(self, learn: Learner) -> None:
         self.average, self.n_averaged, self.model = None, 0, learn.model
-        if self.saves: learn.saved_weights = partial(self.swapped, learn)
+        if self.saves:
+            learn.saved_weights = partial(self.swapped, learn)
 
     def after_train(self, learn: Learner) -> None:
-        if learn.epoch + 1 <= self.start * learn.n_epochs: return
-        if self.average is None: self.average = Average(learn.model)
+        if learn.epoch + 1 <= self.start * learn.n_epochs:
+            return
+        if self.average is None:
+            self.average = Average(learn.model)
         self.n_averaged, self.is_measured = self.n_averaged + 1, False
         self.average.update(1 / self.n_averaged)
 
     def around_validate(self, learn: Learner, run: Run) -> None:
         with self.swapped(learn):
-            if self.average is not None and self.update_bn and not self.is_measured: self.measure(learn)
+            if self.average is not None and self.update_bn and not self.is_measured:
+                self.measure(learn)
             run()
 
     def measure(self, learn: Learner) -> None:
         """Batch norm's mean and variance over the training data, each batch alike."""
-        layers = [module for module in learn.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        layers = [
+            module for module in learn.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
         momenta = [layer.momentum for layer in layers]
         set_seed_and_epoch(learn.data.train_dl, learn.order_seed, learn.epoch)
         hooks = [layer.register_forward_pre_hook(Cumulative()) for layer in layers]
@@ -68,13 +78,15 @@ class SWA(Callback):
             for layer in layers:
                 layer.reset_running_stats()
                 layer.train()
-            with uncompiled(learn.model):      # else each batch, with a momentum of its own, would be compiled again
+            with uncompiled(learn.model):  # else each batch, with a momentum of its own, would be compiled again
                 for batch in learn.data.train_dl if layers else ():
                     learn.inputs, learn.target = split_batch(to_device(batch, learn.device))
                     learn.stages.forward()
         finally:
-            for hook in hooks: hook.remove()
-            for layer, momentum in zip(layers, momenta, strict=True): layer.eval().momentum = momentum
+            for hook in hooks:
+                hook.remove()
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.eval().momentum = momentum
         learn.ranks.share([buffer for layer in layers for buffer in layer.buffers()])
         self.is_measured = True
 
@@ -84,7 +96,8 @@ class SWA(Callback):
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights."""
-        if self.average is None: raise RuntimeError("there is no average yet: fit with this SWA first, beyond its start.")
+        if self.average is None:
+            raise RuntimeError("there is no average yet: fit with this SWA first, beyond its start.")
         self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,10 +112,12 @@ class SWA(Callback):
 
 
 class Cumulative:
-    """Give a batch norm, before each call of it, the momentum that makes its running statistics the mean over all calls. PyTorch's
-    momentum=None does so too, and reads the number of calls from the device each time (2.15)."""
+    """Give a batch norm, before each call of it, the momentum that makes its running statistics the mean over all
+    calls. PyTorch's momentum=None does so too, and reads the number of calls from the device each time (2.15).
+    """
 
-    def __init__(self) -> None: self.n_calls = 0
+    def __init__(self) -> None:
+        self.n_calls = 0
 
     def __call__(self, layer: _BatchNorm, _inputs: object) -> None:
         self.n_calls += 1

@@ -1,4 +1,5 @@
 """A log for TensorBoard."""
+
 from __future__ import annotations
 
 import json
@@ -13,16 +14,19 @@ from learnkit.logs.journal import Journal
 
 
 class TensorBoardLogger(Callback):
-    """Write scalars for TensorBoard: the values of every epoch, and with `every_n_steps` loss and rate of every so many steps.
+    """Write scalars for TensorBoard: the values of every epoch, and with `every_n_steps` loss and rate of every so many
+    steps.
 
-    dir     the run's folder. A fit that is resumed goes on in it, and TensorBoard forgets what came after its checkpoint. A new
-            fit in a folder that has a run begins it anew from step 0, too: give each run a folder of its own
+    dir     the run's folder. A fit that is resumed goes on in it, and TensorBoard forgets what came after its
+            checkpoint. A new fit in a folder that has a run begins it anew from step 0, too: give each run a folder of
+            its own
 
-    Values are over the optimizer steps of all fits of a Learner; the run's settings are a text. On several ranks rank 0 writes. Needs
-    the package tensorboard, the extra 'tensorboard'.
+    Values are over the optimizer steps of all fits of a Learner; the run's settings are a text. On several ranks rank 0
+    writes. Needs the package tensorboard, the extra 'tensorboard'.
 
     >>> learn.fit(5, callbacks=[TensorBoardLogger("runs/first", every_n_steps=50)])  # doctest: +SKIP
     """
+
     order = Recorder.order - 20
     in_trials = False
     per_rank = True
@@ -32,16 +36,26 @@ class TensorBoardLogger(Callback):
         self.writer: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        summary_writer()                # its absence is told before anything is trained
-        with self.journal.of_fit(learn, self): run()
+        summary_writer()  # its absence is told before anything is trained
+        with self.journal.of_fit(learn, self):
+            run()
 
-    def after_step(self, learn: Learner) -> None: self.journal.step(learn, self)
-    def after_epoch(self, learn: Learner) -> None: self.journal.epoch(learn, self)
-    def state_dict(self) -> dict[str, Any]: return self.journal.state()
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.journal.load(state)
-    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]: return self.journal.regroup(states, rank)
+    def after_step(self, learn: Learner) -> None:
+        self.journal.step(learn, self)
 
-    # ------------------------------------------------------------------ the sink
+    def after_epoch(self, learn: Learner) -> None:
+        self.journal.epoch(learn, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.journal.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.journal.load(state)
+
+    def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        return self.journal.regroup(states, rank)
+
+    # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
         self.writer = summary_writer()(str(self.dir), purge_step=0 if after is None else after + 1)
 
@@ -49,16 +63,20 @@ class TensorBoardLogger(Callback):
         self.writer.add_text("config", "```json\n" + json.dumps(values, indent=1) + "\n```", self.journal.place or 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items(): self.writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def finish(self) -> None: self.writer.close()
+    def finish(self) -> None:
+        self.writer.close()
 
 
 def summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("TensorBoardLogger needs tensorboard, which is not installed: it is the extra 'tensorboard' of this library.") \
-            from error
+        raise ImportError(
+            "TensorBoardLogger needs tensorboard, which is not installed: it is the extra 'tensorboard' of this "
+            "library."
+        ) from error
     return SummaryWriter

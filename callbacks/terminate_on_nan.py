@@ -1,5 +1,6 @@
 # pyright: reportPrivateImportUsage=false
 """Ending a fit whose gradients are no longer numbers, before the weights are not either."""
+
 from __future__ import annotations
 
 import warnings
@@ -20,31 +21,46 @@ class TerminateOnNaN(Callback):
 
     >>> learn.fit(10, callbacks=[TerminateOnNaN()])  # doctest: +SKIP
     """
+
     in_trials = False
 
     def before_step(self, learn: Learner) -> None:
         named = [(name, p.grad) for name, p in learn.model.named_parameters() if p.grad is not None]
         gradients = [gradient for _, gradient in named]
         parts = own_parts(gradients)
-        good = not named or bool(all_finite(parts))         # reads the device
-        if parts is not gradients and learn.world_size > 1: good = not learn.ranks.agree(not good)      # each rank has seen its own part
-        if good: return
-        of_all = learn.ranks.gather([name for (name, _), part in zip(named, parts, strict=True) if not bool(all_finite([part]))])
+        good = not named or bool(all_finite(parts))  # reads the device
+        if parts is not gradients and learn.world_size > 1:
+            good = not learn.ranks.agree(not good)  # each rank has seen its own part
+        if good:
+            return
+        of_all = learn.ranks.gather(
+            [name for (name, _), part in zip(named, parts, strict=True) if not bool(all_finite([part]))]
+        )
         bad = list(dict.fromkeys(name for names in of_all for name in names))
         losses = learn.ranks.gather(learn.loss.detach().cpu() if isinstance(learn.loss, Tensor) else None)
-        of_ranks = "; losses by rank: " + ", ".join(f"{float(loss):.4g}" for loss in losses) if len(losses) > 1 else \
-            f"; the loss is {float(losses[0]):.4g}" if losses[0] is not None else ""
+        of_ranks = (
+            "; losses by rank: " + ", ".join(f"{float(loss):.4g}" for loss in losses)
+            if len(losses) > 1
+            else f"; the loss is {float(losses[0]):.4g}"
+            if losses[0] is not None
+            else ""
+        )
         if learn.rank == 0:
-            warnings.warn(f"stopped before step {learn.step}: the gradients of {len(bad)} parameters are not finite ({', '.join(bad[:4])}"
-                          f"{', …' if len(bad) > 4 else ''}{of_ranks}), {learn.where()}. The weights are those of the step before. Take "
-                          "a lower rate, clip gradients, or look at this batch.", stacklevel=2)
+            warnings.warn(
+                f"stopped before step {learn.step}: the gradients of {len(bad)} parameters are not finite "
+                f"({', '.join(bad[:4])}{', …' if len(bad) > 4 else ''}{of_ranks}), {learn.where()}. The weights are "
+                f"those of the step before. Take a lower rate, clip gradients, or look at this batch.",
+                stacklevel=2,
+            )
         raise StopFit
 
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: whether all numbers in them are; a norm is not where one of its numbers is not."""
-    parts = [g for g in gradients if g.numel()]     # a rank's part may be empty
-    if not parts: return torch.tensor(True)
+    parts = [g for g in gradients if g.numel()]  # a rank's part may be empty
+    if not parts:
+        return torch.tensor(True)
     norms = torch._foreach_norm(parts, torch.inf)
-    if len({g.dtype for g in parts}) > 1: norms = [norm.float() for norm in norms]
-    return torch.stack(norms).max().isfinite()      # the largest of numbers with a NaN is NaN
+    if len({g.dtype for g in parts}) > 1:
+        norms = [norm.float() for norm in norms]
+    return torch.stack(norms).max().isfinite()  # the largest of numbers with a NaN is NaN

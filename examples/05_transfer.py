@@ -2,12 +2,13 @@
 
     python examples/05_transfer.py
 
-The handwritten digits that ship inside scikit-learn, as folders of PNG files: half of them as they are, of the other half noisy copies,
-two of each class to train on. A network that was trained on the clean ones is given a new head for the noisy ones: `fine_tune` trains
-the head, and then everything.
-Claim: 0.73 of the noisy pictures recognized when transferred, 0.28 from the beginning (means of n = 7 seeds, 0.68 to 0.76 and 0.16 to
-0.37), in 20 seconds on one thread of a CPU.
+The handwritten digits that ship inside scikit-learn, as folders of PNG files: half of them as they are, of the other
+half noisy copies, two of each class to train on. A network that was trained on the clean ones is given a new head for
+the noisy ones: `fine_tune` trains the head, and then everything.
+Claim: 0.73 of the noisy pictures recognized when transferred, 0.28 from the beginning (means of n = 7 seeds, 0.68 to
+0.76 and 0.16 to 0.37), in 20 seconds on one thread of a CPU.
 """
+
 from functools import partial
 from pathlib import Path
 
@@ -44,11 +45,14 @@ write_folders()
 torch.manual_seed(42)
 net = partial(resnet9, n_in=1, width=8)
 first = Learner(pictures("clean"), net(), metrics=accuracy)
-with first.no_logging(): first.fit_one_cycle(3, 1e-2)
+with first.no_logging():
+    first.fit_one_cycle(3, 1e-2)
 weights = first.save("first", with_opt=False)
 
 tuned = vision_learner(pictures("noisy"), net, pretrained=weights, metrics=accuracy)
 fresh = vision_learner(pictures("noisy"), net, pretrained=False, metrics=accuracy)
-with tuned.no_logging(): tuned.fine_tune(10, 1e-2, freeze_epochs=20)
-with fresh.no_logging(): fresh.fit_one_cycle(30, 1e-2)
+with tuned.no_logging():
+    tuned.fine_tune(10, 1e-2, freeze_epochs=20)
+with fresh.no_logging():
+    fresh.fit_one_cycle(30, 1e-2)
 print(f"accuracy {tuned.validate()['accuracy']:.3f} transferred, {fresh.validate()['accuracy']:.3f} from the beginning")

@@ -1,4 +1,5 @@
 """learnkit: a Learner that trains PyTorch models with one cycle, through a pipeline of callbacks."""
+
 from learnkit.data.loaders import DataBunch as DataBunch
 from learnkit.data.loaders import TensorLoader as TensorLoader
 from learnkit.export.predictor import load_learner as load_learner

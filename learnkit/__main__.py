@@ -1,4 +1,5 @@
 """The command line: `learnkit info FILE` and `learnkit predict FILE IMAGES…`, for files that `learn.export` wrote."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,7 +12,8 @@ from learnkit.export.predictor import load_learner
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 where a file could not be used, which is told on stderr."""
     given = parser().parse_args(arguments)
-    try: print_info(given.file) if given.command == "info" else print_predictions(given.file, given.images, given.top)
+    try:
+        print_info(given.file) if given.command == "info" else print_predictions(given.file, given.images, given.top)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"learnkit: {error}", file=sys.stderr)
         return 1
@@ -19,11 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="learnkit", description="Use models that learn.export wrote to .pt2 or .onnx files.")
+    parser = argparse.ArgumentParser(
+        prog="learnkit", description="Use models that learn.export wrote to .pt2 or .onnx files."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what a file says of its model")
     predict = commands.add_parser("predict", help="the likeliest classes of pictures, one line each")
-    for command in (info, predict): command.add_argument("file", help="a .pt2 or .onnx file")
+    for command in (info, predict):
+        command.add_argument("file", help="a .pt2 or .onnx file")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=int, default=1, help="how many classes are shown (1)")
     return parser
@@ -31,20 +36,25 @@ def parser() -> argparse.ArgumentParser:
 
 def print_info(file: str) -> None:
     info = load_learner(file).info
-    for entry in info["inputs"]: print(f"input       {entry['name']}: {entry['dtype']} {tuple(entry['shape'])} a sample")
+    for entry in info["inputs"]:
+        print(f"input       {entry['name']}: {entry['dtype']} {tuple(entry['shape'])} a sample")
     print(f"model       {info['model']}, {info['parameters']:,} parameters")
     classes = info["classes"] or []
-    if classes: print(f"classes     {len(classes)}: {', '.join(classes[:12])}{', …' if len(classes) > 12 else ''}")
-    if info["stats"]: print(f"normalized  by means {info['stats'][0]}, standard deviations {info['stats'][1]}")
-    for name, value in info["values"].items(): print(f"{name:11} {value:.6g}" if value is not None else f"{name:11} -")
+    if classes:
+        print(f"classes     {len(classes)}: {', '.join(classes[:12])}{', …' if len(classes) > 12 else ''}")
+    if info["stats"]:
+        print(f"normalized  by means {info['stats'][0]}, standard deviations {info['stats'][1]}")
+    for name, value in info["values"].items():
+        print(f"{name:11} {value:.6g}" if value is not None else f"{name:11} -")
     print(f"written by  learnkit {info['learnkit']}, torch {info['torch']}")
 
 
 def print_predictions(file: str, images: Sequence[str], top: int) -> None:
     predictor = load_learner(file)
     for image in images:
-        found = list(predictor.predict_image(image).items())[:max(1, top)]
+        found = list(predictor.predict_image(image).items())[: max(1, top)]
         print(f"{image}\t" + "\t".join(f"{name} {share:.4f}" for name, share in found), flush=True)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

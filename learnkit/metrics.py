@@ -23,8 +23,11 @@ MetricFunction = Callable[[Any, Any], Any]
 
 
 def _mean_of(each: MetricFunction) -> MetricFunction:
-    """The metric that is the mean of what `each(pred, target)` gives for each element. A FunctionMetric takes the mean in float64: one in
-    float32, weighted by its samples, is 1e-8 off, and differs with the batch size and the number of ranks."""
+    """The metric that is the mean of what `each(pred, target)` gives for each element. A FunctionMetric takes the mean
+    in float64: one in float32, weighted by its samples, is 1e-8 off, and differs with the batch size and the number of
+    ranks.
+    """
+
     @wraps(each)
     def metric(pred: Tensor, target: Tensor) -> Tensor:
         values = each(pred, target)
@@ -106,7 +109,9 @@ class Mean:
             self._sums = [_stacked(self._sums).sum()]
 
     def compute(self) -> Tensor:
-        """The mean of what was added, 0-d float64 on its device (float32 where it has no float64); nan where nothing was."""
+        """The mean of what was added, 0-d float64 on its device (float32 where it has no float64); nan where nothing
+        was.
+        """
         total, n_samples = self.state()
         return total / n_samples
 
@@ -125,8 +130,8 @@ class Mean:
 class RootMeanSquaredError:
     """The root of the mean squared error: no mean over batches gives it, hence a class of its own.
 
-    An example of one: all that it keeps is in `Mean`s, and it says so, so that on several ranks two numbers travel. Of a
-    class that does not, all ranks' predictions and targets do.
+    An example of one: all that it keeps is in `Mean`s, and it says so, so that on several ranks two numbers travel. Of
+    a class that does not, all ranks' predictions and targets do.
 
     >>> metric = RootMeanSquaredError()
     >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
@@ -152,10 +157,11 @@ class RootMeanSquaredError:
 class Metric(ABC):
     """What a learner needs of a metric; `as_metric` makes one from whatever the user has.
 
-    `names` are the columns, known before anything is computed. `summable`: what it keeps are sums, so that it becomes the
-    whole world's metric when `sums()` are added up over the ranks and given to `load_sums`; of another metric all ranks'
-    batches must be brought together. `keeps`: it may hold on to the predictions that it is given, which are then copies, as
-    a captured CUDA graph writes its next output over its last one; unless said otherwise, what is not summable does.
+    `names` are the columns, known before anything is computed. `summable`: what it keeps are sums, so that it becomes
+    the whole world's metric when `sums()` are added up over the ranks and given to `load_sums`; of another metric all
+    ranks' batches must be brought together. `keeps`: it may hold on to the predictions that it is given, which are then
+    copies, as a captured CUDA graph writes its next output over its last one; unless said otherwise, what is not
+    summable does.
 
     >>> metric = as_metric(accuracy)
     >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
@@ -236,9 +242,9 @@ class ObjectMetric(Metric):
     """Adapts an object with `reset()`, `update(pred, target)` and `compute()`, such as one of torchmetrics.
 
     `compute` returns one number, or a mapping with a number for each column: then the object has `keys()`, as
-    `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is left out, and its `forward`
-    never called. An object that has `.to` is moved to the first batch's device. Summable are torchmetrics whose states
-    are all sums, and objects with `keeps_means_only = True`.
+    `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is left out, and its
+    `forward` never called. An object that has `.to` is moved to the first batch's device. Summable are torchmetrics
+    whose states are all sums, and objects with `keeps_means_only = True`.
 
     >>> metric = ObjectMetric(RootMeanSquaredError())
     >>> metric.names
@@ -268,8 +274,10 @@ class ObjectMetric(Metric):
 
     def load_sums(self, sums: list[Tensor]) -> None:
         owners, means = _sum_states(self.wrapped), _means_of(self.wrapped)
-        for (owner, name), total in zip(owners, sums[:len(owners)], strict=True): setattr(owner, name, total)
-        for mean, total in zip(means, sums[len(owners):], strict=True): mean.load_state(total)
+        for (owner, name), total in zip(owners, sums[: len(owners)], strict=True):
+            setattr(owner, name, total)
+        for mean, total in zip(means, sums[len(owners) :], strict=True):
+            mean.load_state(total)
 
     def compute(self) -> dict[str, Tensor | float]:
         with _without_own_communication(self.wrapped):
@@ -287,14 +295,17 @@ class ObjectMetric(Metric):
     def _place(self, like: Any) -> None:
         move = getattr(self.wrapped, "to", None)
         if isinstance(like, Tensor) and isinstance(self.wrapped, nn.Module) and _torchmetrics_in(self.wrapped):
-            self.wrapped._apply(partial(sent, device=like.device))  # what its `to` does, without waiting for each tensor
+            self.wrapped._apply(
+                partial(sent, device=like.device)
+            )  # what its `to` does, without waiting for each tensor
         elif isinstance(like, Tensor) and callable(move):
             move(like.device)
         self._placed = True
 
 
 def _means_of(wrapped: Any) -> list[Mean]:
-    if not getattr(wrapped, "keeps_means_only", False): return []
+    if not getattr(wrapped, "keeps_means_only", False):
+        return []
     return [value for value in vars(wrapped).values() if isinstance(value, Mean)]
 
 
@@ -305,7 +316,9 @@ def _torchmetrics_in(wrapped: Any) -> list[Any]:
 
 
 def _sum_states(wrapped: Any) -> list[tuple[Any, str]]:
-    """(metric, name of a state) for all states of torchmetrics, if they are all tensors that are added up over ranks."""
+    """(metric, name of a state) for all states of torchmetrics, if they are all tensors that are added up over
+    ranks.
+    """
     reductions = [(part, name, how) for part in _torchmetrics_in(wrapped) for name, how in part._reductions.items()]
     sums = all(getattr(how, "__name__", "") == "dim_zero_sum" for _, _, how in reductions)
     return [(part, name) for part, name, _ in reductions] if sums else []
@@ -316,13 +329,16 @@ def _without_own_communication(wrapped: Any) -> Iterator[None]:
     """torchmetrics' compute() without its collectives, and without its warning on a rank whose share was empty."""
     parts = _torchmetrics_in(wrapped)
     kept = [part.distributed_available_fn for part in parts]
-    for part in parts: part.distributed_available_fn = lambda: False
+    for part in parts:
+        part.distributed_available_fn = lambda: False
     try:
         with catch_warnings():
-            if parts: simplefilter("ignore", UserWarning)
+            if parts:
+                simplefilter("ignore", UserWarning)
             yield
     finally:
-        for part, function in zip(parts, kept, strict=True): part.distributed_available_fn = function
+        for part, function in zip(parts, kept, strict=True):
+            part.distributed_available_fn = function
 
 
 def as_metric(thing: Any) -> Metric:

@@ -1,4 +1,7 @@
-"""A Learner inside Ray Train: reports to it, goes on after its failures, reads its data. Needs `ray[train]`, imported where it is used."""
+"""A Learner inside Ray Train: reports to it, goes on after its failures, reads its data. Needs `ray[train]`, imported
+where it is used.
+"""
+
 from __future__ import annotations
 
 import tempfile
@@ -16,74 +19,93 @@ from learnkit.learner import Learner
 
 
 class RayReport(Callback):
-    """After each epoch, report `learn.values` and a checkpoint of the fit to Ray Train; after a failure, go on from the last one, exactly.
+    """After each epoch, report `learn.values` and a checkpoint of the fit to Ray Train; after a failure, go on from the
+    last one, exactly.
 
-    For functions that a ray.train.torch.TorchTrainer runs. Rank 0's checkpoint is the one that Ray keeps, in the format of `Checkpoint`:
-    its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker ends as one that did not. (Ray takes reports up about
-    once a second: a worker that is lost sooner after an epoch costs that epoch.) Raises RuntimeError at the fit's start where no Ray
-    Train is about.
+    For functions that a ray.train.torch.TorchTrainer runs. Rank 0's checkpoint is the one that Ray keeps, in the format
+    of `Checkpoint`: its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker ends as one that
+    did not. (Ray takes reports up about once a second: a worker that is lost sooner after an epoch costs that epoch.)
+    Raises RuntimeError at the fit's start where no Ray Train is about.
 
     >>> learn = Learner(data, model, callbacks=[RayReport()]).to_distributed()  # doctest: +SKIP
     """
+
     order = Checkpoint.order - 5
     unique = True
     in_trials = False
 
     def __init__(self) -> None:
-        self.parts: dict[str, Any] | None = None    # of the checkpoint that this fit goes on from, until they are put back
+        self.parts: dict[str, Any] | None = (
+            None  # of the checkpoint that this fit goes on from, until they are put back
+        )
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_in_ray()
         found = snapshot_from_main(learn, read_latest)
         self.parts = None
-        if found is not None and begin_at(learn, found[1]["run"]["place"]): self.parts = found[1]
+        if found is not None and begin_at(learn, found[1]["run"]["place"]):
+            self.parts = found[1]
         run()
 
     def before_epoch(self, learn: Learner) -> None:
         self.put_back(learn)
 
     def after_fit(self, learn: Learner) -> None:
-        self.put_back(learn)            # a finished fit has no epoch in which to do so
+        self.put_back(learn)  # a finished fit has no epoch in which to do so
 
     def put_back(self, learn: Learner) -> None:
         parts, self.parts = self.parts, None
-        if parts is not None: restore_training(learn, self, parts)
+        if parts is not None:
+            restore_training(learn, self, parts)
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
         stop: StopFit | None = None
-        try: run()
-        except StopFit as raised: stop = raised
+        try:
+            run()
+        except StopFit as raised:
+            stop = raised
         self.report(learn, over=stop is not None or learn.epoch + 1 == learn.n_epochs)
-        if stop is not None: raise stop
+        if stop is not None:
+            raise stop
 
     def report(self, learn: Learner, *, over: bool) -> None:
         """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
         from ray import train  # type: ignore[attr-defined]
+
         parts = training_state(learn, self, place_of(learn, epoch_over=True, over=over), order_states(learn))
         metrics = {"epoch": learn.epoch, "step": learn.step, **learn.values}
         with tempfile.TemporaryDirectory() as folder:
             about = {"run": "ray", "epoch": learn.epoch, "step": learn.step, "values": {}}
-            learn.ranks.on_main(lambda: write_snapshot(Path(folder), next_name(Path(folder), learn.step), parts, about),
-                                "write a checkpoint for Ray")
+            learn.ranks.on_main(
+                lambda: write_snapshot(Path(folder), next_name(Path(folder), learn.step), parts, about),
+                "write a checkpoint for Ray",
+            )
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if learn.rank == 0 else None)
 
 
 def check_in_ray() -> None:
     try:
         from ray import train  # type: ignore[attr-defined]
-    except ImportError as error: raise ImportError("RayReport needs Ray Train: pip install 'ray[train]'.") from error
-    try: train.get_context().get_world_size()
+    except ImportError as error:
+        raise ImportError("RayReport needs Ray Train: pip install 'ray[train]'.") from error
+    try:
+        train.get_context().get_world_size()
     except Exception as error:
-        raise RuntimeError("RayReport reports to Ray Train, and this process is none of its workers: run the function with fit_on_ray(…) "
-                           "or a ray.train.torch.TorchTrainer, or take the callback away.") from error
+        raise RuntimeError(
+            "RayReport reports to Ray Train, and this process is none of its workers: run the function with "
+            "fit_on_ray(…) or a ray.train.torch.TorchTrainer, or take the callback away."
+        ) from error
 
 
 def read_latest() -> list[Any] | None:
     """[name, parts] of the checkpoint that Ray gives to a run that goes on; None at a first start."""
     from ray import train  # type: ignore[attr-defined]
+
     found = train.get_checkpoint()
-    if found is None: return None
-    with found.as_directory() as folder: found_there = newest_snapshot(Path(folder))
+    if found is None:
+        return None
+    with found.as_directory() as folder:
+        found_there = newest_snapshot(Path(folder))
     return None if found_there is None else [found_there[0].name, found_there[1]]
 
 
@@ -93,41 +115,76 @@ class RayLoader:
     shard           what ray.train.get_dataset_shard(name) gives: each worker has its own part already
     bs              rows of a batch
     target          the column that is the target; it goes to the model's loss under "target"
-    drop_last, shuffle_buffer   as Ray's iter_torch_batches has them; the buffer shuffles within so many rows, None: not at all
+    drop_last, shuffle_buffer   as Ray's iter_torch_batches has them; the buffer shuffles within so many rows, None: not
+                                at all
 
     The order is Ray's: not a function of (seed, epoch), and not the same on another number of workers.
 
     >>> DataBunch(RayLoader(ray.train.get_dataset_shard("train"), bs=64, target="label"))  # doctest: +SKIP
     """
+
     is_sharded = True
 
-    def __init__(self, shard: Any, *, bs: int = 64, target: str = "target", drop_last: bool = True,
-                 shuffle_buffer: int | None = None) -> None:
-        self.shard, self.batch_size, self.target, self.drop_last, self.shuffle_buffer = shard, bs, target, drop_last, shuffle_buffer
+    def __init__(
+        self,
+        shard: Any,
+        *,
+        bs: int = 64,
+        target: str = "target",
+        drop_last: bool = True,
+        shuffle_buffer: int | None = None,
+    ) -> None:
+        self.shard, self.batch_size, self.target, self.drop_last, self.shuffle_buffer = (
+            shard,
+            bs,
+            target,
+            drop_last,
+            shuffle_buffer,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.shard.iter_torch_batches(batch_size=self.batch_size, drop_last=self.drop_last,
-                                                   local_shuffle_buffer_size=self.shuffle_buffer):
-            if self.target not in batch: raise KeyError(f"the dataset has no column {self.target!r}: it has {', '.join(batch)}.")
+        for batch in self.shard.iter_torch_batches(
+            batch_size=self.batch_size, drop_last=self.drop_last, local_shuffle_buffer_size=self.shuffle_buffer
+        ):
+            if self.target not in batch:
+                raise KeyError(f"the dataset has no column {self.target!r}: it has {', '.join(batch)}.")
             yield {("target" if name == self.target else name): column for name, column in batch.items()}
 
 
-def fit_on_ray(train_func: Callable[..., Any], num_workers: int = 2, use_gpu: bool = False, *, config: Mapping[str, Any] | None = None,
-               datasets: Mapping[str, Any] | None = None, storage_path: str | Path | None = None, name: str | None = None,
-               max_failures: int = 0) -> Any:
+def fit_on_ray(
+    train_func: Callable[..., Any],
+    num_workers: int = 2,
+    use_gpu: bool = False,
+    *,
+    config: Mapping[str, Any] | None = None,
+    datasets: Mapping[str, Any] | None = None,
+    storage_path: str | Path | None = None,
+    name: str | None = None,
+    max_failures: int = 0,
+) -> Any:
     """Run `train_func` on Ray workers, which are ranks of one group; return Ray's Result (metrics, checkpoint, error).
 
     train_func      a script as a function, of no argument, or of `config` where that is given
     num_workers     processes, with `use_gpu` one GPU each
     datasets        Ray datasets by name: in the function, RayLoader(ray.train.get_dataset_shard(name))
-    storage_path, name  where Ray keeps what RayReport reports: a run of a name that is there goes on. None: Ray's own folder, a new name
+    storage_path, name  where Ray keeps what RayReport reports: a run of a name that is there goes on. None: Ray's own
+                        folder, a new name
     max_failures    how often a run that failed is started again, from its last checkpoint
 
     >>> fit_on_ray(train, num_workers=2)  # doctest: +SKIP
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]
     from ray.train.torch import TorchTrainer  # type: ignore[import-not-found]
-    run_config = RunConfig(name=name, storage_path=None if storage_path is None else str(as_path(storage_path).absolute()),
-                           failure_config=FailureConfig(max_failures=max_failures))
-    return TorchTrainer(train_func, train_loop_config=None if config is None else dict(config), datasets=dict(datasets or {}),
-                        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu), run_config=run_config).fit()
+
+    run_config = RunConfig(
+        name=name,
+        storage_path=None if storage_path is None else str(as_path(storage_path).absolute()),
+        failure_config=FailureConfig(max_failures=max_failures),
+    )
+    return TorchTrainer(
+        train_func,
+        train_loop_config=None if config is None else dict(config),
+        datasets=dict(datasets or {}),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=run_config,
+    ).fit()

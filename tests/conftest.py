@@ -1,4 +1,5 @@
 """Every test begins in the same world (seed 0, one thread, an empty folder) and must leave it as it was."""
+
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # plots are drawn into files; children inherit it
@@ -19,9 +20,23 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 
-# Files of minutes, longest first: of processes that run one file at a time, none is left alone with one of these in the end.
-LONG = ("test_examples.py", "test_elastic.py", "test_faults.py", "test_scripts.py", "test_learner_stops.py", "test_processes.py", "test_composition.py",
-        "test_fully_shard.py", "test_learner_faults.py", "test_coming_from.py", "test_readme.py", "test_in_parts.py", "test_hosts.py")
+# Files of minutes, longest first: of processes that run one file at a time, none is left alone with one of these in the
+# end.
+LONG = (
+    "test_examples.py",
+    "test_elastic.py",
+    "test_faults.py",
+    "test_scripts.py",
+    "test_learner_stops.py",
+    "test_processes.py",
+    "test_composition.py",
+    "test_fully_shard.py",
+    "test_learner_faults.py",
+    "test_coming_from.py",
+    "test_readme.py",
+    "test_in_parts.py",
+    "test_hosts.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,5 @@
 """The questions about the accelerator: asked without using it, and answered as the device itself answers."""
+
 import os
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 NO_GPU = not torch.accelerator.is_available()
-FAKE_NVML = "int nvmlInit(){return 0;} int nvmlDeviceGetCount_v2(int* n){*n = 2; return 0;}"    # a driver that lists two GPUs
+FAKE_NVML = (
+    "int nvmlInit(){return 0;} int nvmlDeviceGetCount_v2(int* n){*n = 2; return 0;}"  # a driver that lists two GPUs
+)
 FORKED_CHILD = """
 import os, torch, learnkit
 from torch import nn
@@ -29,8 +32,13 @@ print(os.waitstatus_to_exitcode(os.wait()[1]), accelerator())
 
 def child_after(ask: str, **environment: str) -> str:
     """Whether a child forked after `ask` is lost for CUDA (0 or 1), and the accelerator that the parent then finds."""
-    done = subprocess.run([sys.executable, "-c", FORKED_CHILD.format(ask=ask)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_CHILD.format(ask=ask)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -39,16 +47,35 @@ def test_the_accelerator_is_the_one_that_torch_finds():
     assert accelerator() == torch.accelerator.current_accelerator(check_available=True)
 
 
-@pytest.mark.skipif(not NO_GPU or not hasattr(os, "fork"), reason="a Learner uses the GPU that is there; it is about machines without one")
-@pytest.mark.parametrize("ask", ["accelerator()", "default_device()", "learnkit.DataBunch.create(TensorDataset(x, y), bs=4)",
-                                 "learnkit.Learner(learnkit.DataBunch.from_tensors((x, y), bs=4), nn.Linear(2, 2))"])
+@pytest.mark.skipif(
+    not NO_GPU or not hasattr(os, "fork"),
+    reason="a Learner uses the GPU that is there; it is about machines without one",
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "accelerator()",
+        "default_device()",
+        "learnkit.DataBunch.create(TensorDataset(x, y), bs=4)",
+        "learnkit.Learner(learnkit.DataBunch.from_tensors((x, y), bs=4), nn.Linear(2, 2))",
+    ],
+)
 def test_asking_on_a_machine_without_a_gpu_leaves_forked_children_as_they_would_be(ask):
     assert child_after(ask) == "0 None"
 
 
-@pytest.mark.skipif(not torch.cuda._is_compiled() or sys.platform != "linux" or not shutil.which("gcc"), reason="for builds with CUDA; needs gcc")
-@pytest.mark.parametrize("ask, lost", [("accelerator()", 0), ("learnkit.DataBunch.create(TensorDataset(x, y), bs=4)", 0),
-                                       ("torch.cuda.is_available()", 1)])
+@pytest.mark.skipif(
+    not torch.cuda._is_compiled() or sys.platform != "linux" or not shutil.which("gcc"),
+    reason="for builds with CUDA; needs gcc",
+)
+@pytest.mark.parametrize(
+    "ask, lost",
+    [
+        ("accelerator()", 0),
+        ("learnkit.DataBunch.create(TensorDataset(x, y), bs=4)", 0),
+        ("torch.cuda.is_available()", 1),
+    ],
+)
 def test_devices_that_the_driver_lists_are_found_without_starting_cuda(ask, lost, tmp_path: Path):
     """The driver's list is made up, torch's handling of it and of forks is torch's."""
     (tmp_path / "nvml.c").write_text(FAKE_NVML)

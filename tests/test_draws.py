@@ -1,4 +1,5 @@
 """Draws are a pure function of (seed, epoch, sample), uniform, and independent of each other."""
+
 import math
 
 import pytest
@@ -18,6 +19,7 @@ def test_scramble_is_the_finalizer_of_splitmix64():
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
+
     numbers = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF, 0xFEDCBA9876543210]
     signed = [n - 2**64 if n >= 2**63 else n for n in numbers]
     assert [n % 2**64 for n in scramble(torch.tensor(signed)).tolist()] == [by_hand(n) for n in numbers]
@@ -48,7 +50,8 @@ def test_uniform_numbers_are_uniform_and_uncorrelated():
     counts = torch.histc(x, 100, 0, 1)
     chi2 = ((counts - n / 100).square() / (n / 100)).sum().item()
     assert abs(chi2 - 99) < 4.5 * math.sqrt(2 * 99)
-    for a, b in ((x, y), (x[1:], x[:-1])): assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 4.5 / math.sqrt(n)
+    for a, b in ((x, y), (x[1:], x[:-1])):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 4.5 / math.sqrt(n)
     within = draws(*range(1000)).uniform(0, 1, 100)
     assert abs(torch.corrcoef(within.T)[0, 1:]).max() < 4.5 / math.sqrt(1000)
 
@@ -64,7 +67,8 @@ def test_uniform_stays_within_its_range():
 
 
 class Shift(SampleTransform):
-    def __call__(self, x, draws): return x + draws.uniform()
+    def __call__(self, x, draws):
+        return x + draws.uniform()
 
 
 def test_a_loader_hands_out_the_draws_of_its_samples_and_plain_functions_still_work():
@@ -76,9 +80,14 @@ def test_a_loader_hands_out_the_draws_of_its_samples_and_plain_functions_still_w
 
 
 def test_batches_of_every_size_share_and_place_have_the_same_draws():
-    def seen(loaders): return sorted((int(i), float(v)) for loader in loaders for xb, ib in loader for v, i in zip(xb, ib, strict=False))
+    def seen(loaders):
+        return sorted(
+            (int(i), float(v)) for loader in loaders for xb, ib in loader for v, i in zip(xb, ib, strict=False)
+        )
 
-    def loader(bs): return TensorLoader((torch.zeros(12), torch.arange(12)), bs=bs, shuffle=True, seed=1, batch_tfms=[Shift()])
+    def loader(bs):
+        return TensorLoader((torch.zeros(12), torch.arange(12)), bs=bs, shuffle=True, seed=1, batch_tfms=[Shift()])
+
     whole, rest = seen([loader(12)]), seen([loader(3).rest(6)])
     assert whole == seen([loader(3)]) == seen([loader(3).sharded(rank, 2, even=True) for rank in range(2)])
     assert set(rest) < set(whole) and len(rest) == 6
@@ -92,7 +101,8 @@ def test_in_order_keeps_the_seed():
 def test_batches_cut_ahead_are_the_same_ones():
     tensors = (torch.randn(50), torch.arange(50))
     plain, early = (TensorLoader(tensors, bs=8, shuffle=True, seed=2, batch_tfms=[Shift()], n_ahead=n) for n in (0, 2))
-    for a, b in zip(plain, early, strict=True): assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    for a, b in zip(plain, early, strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
 def test_batches_cut_ahead_go_to_the_device_while_the_tensors_stay():
@@ -108,10 +118,12 @@ def test_ahead_raises_what_was_raised_in_its_place_and_ends_its_thread():
     def items():
         yield 1
         raise KeyError("two")
+
     before = threading.active_count()
     reader = ahead(items(), 3)
     assert next(reader) == 1
-    with pytest.raises(KeyError, match="two"): next(reader)
+    with pytest.raises(KeyError, match="two"):
+        next(reader)
     endless = ahead(iter(int, 1), 2)
     next(endless)
     endless.close()
@@ -119,5 +131,7 @@ def test_ahead_raises_what_was_raised_in_its_place_and_ends_its_thread():
 
 
 def test_no_index_is_made_for_transforms_that_do_not_ask():
-    def refuse(): raise AssertionError
+    def refuse():
+        raise AssertionError
+
     assert transform_batch(torch.ones(2), [torch.neg], 0, 0, refuse).tolist() == [-1, -1]

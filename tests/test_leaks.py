@@ -1,4 +1,5 @@
 """A thousand fits leave nothing behind: no memory, no tensor, no thread, no open file."""
+
 import gc
 import os
 import threading
@@ -17,8 +18,12 @@ from learnkit import Callback, DataBunch, Learner, accuracy
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 
-def resident_bytes() -> int: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-def n_open_files() -> int: return len(os.listdir("/proc/self/fd"))
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def n_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def n_tensors() -> int:
@@ -33,39 +38,50 @@ def make_learner(**options: Any) -> Learner:
 
 def new_learner() -> None:
     learn = make_learner()
-    with learn.no_logging(): learn.fit_one_cycle(1)
+    with learn.no_logging():
+        learn.fit_one_cycle(1)
 
 
 def same_learner() -> Callable[[], Any]:
     learn = make_learner()
 
     def fit() -> None:
-        with learn.no_logging(): learn.fit(1)
+        with learn.no_logging():
+            learn.fit(1)
         learn.validate()
         learn.get_preds()
+
     return fit
 
 
 class Breaks(Callback):
-    def after_backward(self, learn: Learner) -> None: raise LookupError("lost")
+    def after_backward(self, learn: Learner) -> None:
+        raise LookupError("lost")
 
 
 def broken() -> Callable[[], Any]:
     learn = make_learner()
 
     def fit() -> None:
-        with learn.no_logging(), pytest.raises(LookupError, match="lost"): learn.fit(1, callbacks=[Breaks()])
+        with learn.no_logging(), pytest.raises(LookupError, match="lost"):
+            learn.fit(1, callbacks=[Breaks()])
+
     return fit
 
 
 @linux
-@pytest.mark.parametrize("make, n", [(lambda: new_learner, 1_000), (same_learner, 500), (broken, 300)],
-                         ids=["new learners", "one learner", "broken fits"])
+@pytest.mark.parametrize(
+    "make, n",
+    [(lambda: new_learner, 1_000), (same_learner, 500), (broken, 300)],
+    ids=["new learners", "one learner", "broken fits"],
+)
 def test_many_fits_grow_neither_memory_nor_tensors_nor_files_nor_threads(make: Callable[[], Callable[[], Any]], n: int):
     fit = make()
-    for _ in range(50): fit()
+    for _ in range(50):
+        fit()
     tensors, files, threads, memory = n_tensors(), n_open_files(), threading.active_count(), resident_bytes()
-    for _ in range(n): fit()
+    for _ in range(n):
+        fit()
     assert n_tensors() <= tensors + 2
     assert n_open_files() <= files and threading.active_count() <= threads
     assert resident_bytes() - memory < 20e6
@@ -86,7 +102,8 @@ def test_fits_with_workers_leave_no_process_file_or_thread():
     files, threads, processes = n_open_files(), threading.active_count(), children()
     for _ in range(3):
         learn.fit(1)
-        with pytest.raises(LookupError, match="lost"): learn.fit(1, callbacks=[Breaks()])
+        with pytest.raises(LookupError, match="lost"):
+            learn.fit(1, callbacks=[Breaks()])
     gc.collect()
     assert n_open_files() <= files and threading.active_count() <= threads and len(children()) <= len(processes)
 
@@ -107,9 +124,11 @@ def test_the_graph_of_a_batch_is_free_before_the_next_one_is_built():
         refs: list[weakref.ref[Any]] = []
 
         def before_forward(self, learn: Learner) -> None:
-            if learn.training: alive.append(sum(ref() is not None for ref in self.refs))
+            if learn.training:
+                alive.append(sum(ref() is not None for ref in self.refs))
 
-        def after_forward(self, learn: Learner) -> None: self.refs.append(weakref.ref(learn.pred))
+        def after_forward(self, learn: Learner) -> None:
+            self.refs.append(weakref.ref(learn.pred))
 
     make_learner(callbacks=Count()).fit(2)
     assert alive == [0] * len(alive)
@@ -125,5 +144,6 @@ def test_predictions_do_not_keep_the_graph_or_the_batches():
 def test_an_interrupted_fit_keeps_no_gradients_and_no_activations():
     learn = make_learner()
     for _ in range(2):
-        with pytest.raises(LookupError, match="lost"): learn.fit(1, callbacks=[Breaks()])
+        with pytest.raises(LookupError, match="lost"):
+            learn.fit(1, callbacks=[Breaks()])
         assert all(p.grad is None for p in learn.model.parameters()) and learn.loss is None

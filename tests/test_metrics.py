@@ -65,25 +65,37 @@ def notes_of(error: BaseException) -> str:
 class Counter:
     """An own metric: the number of samples; not a mean, no tensor."""
 
-    def __init__(self) -> None: self.n = 0
-    def reset(self) -> None: self.n = 0
-    def update(self, pred: Tensor, target: Tensor) -> None: self.n += len(pred)
-    def compute(self) -> int: return self.n
+    def __init__(self) -> None:
+        self.n = 0
+
+    def reset(self) -> None:
+        self.n = 0
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        self.n += len(pred)
+
+    def compute(self) -> int:
+        return self.n
 
 
 class Extremes:
     """Two columns."""
 
-    def __init__(self) -> None: self.seen: list[Tensor] = []
-    def reset(self) -> None: self.seen.clear()
-    def update(self, pred: Tensor, target: Tensor) -> None: self.seen.append(pred)
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def reset(self) -> None:
+        self.seen.clear()
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        self.seen.append(pred)
 
     def compute(self) -> dict[str, Tensor]:
         low, high = torch.cat(self.seen).aminmax()
         return {"low": low, "high": high}
 
 
-# ---------------------------------------------------------------- functions
+# --- functions ---------------------------------------------------------------
 
 
 def test_examples_in_the_docstrings_run():
@@ -173,7 +185,7 @@ def test_top_k_refuses_a_k_that_cannot_be():
         top_k_accuracy()(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
 
 
-# ---------------------------------------------------------------- Mean
+# --- Mean --------------------------------------------------------------------
 
 
 def test_a_mean_weighs_samples_not_batches():
@@ -265,7 +277,7 @@ def test_what_was_added_in_inference_mode_can_be_read_outside():
     assert mean.compute() == 1.5
 
 
-# ---------------------------------------------------------------- Metric
+# --- Metric ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", [accuracy, error_rate, top_k_accuracy(2), lambda pred, target: pred.mean()])
@@ -368,7 +380,8 @@ def test_an_object_is_moved_to_the_device_of_the_first_batch_after_each_reset():
             super().__init__()
             self.moves: list[str] = []
 
-        def to(self, device: torch.device) -> None: self.moves.append(device.type)
+        def to(self, device: torch.device) -> None:
+            self.moves.append(device.type)
 
     movable = Movable()
     metric = as_metric(movable)
@@ -387,7 +400,8 @@ def test_torchmetrics_follows_its_batches_to_another_device():
 
 def test_torchmetrics_is_updated_never_called():
     class Strict(torchmetrics.MeanSquaredError):
-        def forward(self, *args: Any, **kwargs: Any) -> Any: raise AssertionError("forward computes on every batch")
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("forward computes on every batch")
 
     assert over_batches(Strict(), torch.ones(23), torch.zeros(23)) == {"strict": 1.0}
 
@@ -414,7 +428,8 @@ def test_a_plain_zero_for_some_batches_mixes_with_tensors_of_a_device():
     [(torch.zeros(3), r"float32 \(3,\)"), (None, "NoneType"), ({"a": 1.0}, r"\{'a': float\}"), ("high", "str")],
 )
 def test_a_function_that_returns_no_single_number_is_named(value: Any, got: str):
-    def per_class(pred: Tensor, target: Tensor) -> Any: return value
+    def per_class(pred: Tensor, target: Tensor) -> Any:
+        return value
 
     with pytest.raises(ValueError, match=rf"^The metric per_class returned {got}, expected one number: average it"):
         as_metric(per_class).update(torch.zeros(3), None, 3)
@@ -428,10 +443,12 @@ def test_an_object_that_computes_one_number_per_class_is_named():
 
 
 def test_an_error_inside_a_metric_stays_itself_with_a_note_of_who_and_what():
-    def faulty(pred: Tensor, target: Tensor) -> Tensor: return pred[99]
+    def faulty(pred: Tensor, target: Tensor) -> Tensor:
+        return pred[99]
 
     class Faulty(Counter):
-        def update(self, pred: Tensor, target: Tensor) -> None: raise KeyError(1)
+        def update(self, pred: Tensor, target: Tensor) -> None:
+            raise KeyError(1)
 
     with pytest.raises(IndexError, match="index 99 is out of bounds") as caught:
         as_metric(faulty).update(torch.zeros(4, 3), torch.zeros(4), 4)
@@ -446,7 +463,8 @@ def test_an_error_inside_a_metric_stays_itself_with_a_note_of_who_and_what():
 
 def test_an_error_in_compute_names_the_metric():
     class Empty(Counter):
-        def compute(self) -> int: return 1 // self.n
+        def compute(self) -> int:
+            return 1 // self.n
 
     with pytest.raises(ZeroDivisionError) as caught:
         as_metric(Empty()).compute()
@@ -467,16 +485,19 @@ def test_means_inside_metrics_are_found_and_become_the_whole_worlds():
     assert not as_metric(Counter()).summable
 
 
-# ---------------------------------------------------------------- names
+# --- names -------------------------------------------------------------------
 
 
-def _private(pred: Tensor, target: Tensor) -> Tensor: return pred.mean()
+def _private(pred: Tensor, target: Tensor) -> Tensor:
+    return pred.mean()
 
 
 class WeightedAUROC:
-    def __call__(self, pred: Tensor, target: Tensor) -> Tensor: return pred.mean()
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        return pred.mean()
 
-    def score(self, pred: Tensor, target: Tensor) -> Tensor: return pred.mean()
+    def score(self, pred: Tensor, target: Tensor) -> Tensor:
+        return pred.mean()
 
 
 class WithName(WeightedAUROC):
@@ -510,8 +531,12 @@ def test_a_metric_is_called_what_its_function_or_class_is(thing: Any, name: str)
 def test_equal_names_get_the_suffixes_2_and_3():
     metrics = as_metrics([accuracy, MulticlassAccuracy(6), accuracy, MulticlassAccuracy(6, average="micro"), accuracy])
     assert [metric.names[0] for metric in metrics] == [
-        "accuracy", "multiclass_accuracy", "accuracy_2", "multiclass_accuracy_2", "accuracy_3",
-    ]  # fmt: skip
+        "accuracy",
+        "multiclass_accuracy",
+        "accuracy_2",
+        "multiclass_accuracy_2",
+        "accuracy_3",
+    ]
     pred, target = scores()
     for metric in metrics:
         metric.update(pred, target, 23)
@@ -521,11 +546,14 @@ def test_equal_names_get_the_suffixes_2_and_3():
 
 
 def test_suffixes_avoid_names_that_exist():
-    def accuracy_2(pred: Tensor, target: Tensor) -> Tensor: return pred.mean()
+    def accuracy_2(pred: Tensor, target: Tensor) -> Tensor:
+        return pred.mean()
 
     assert [metric.names for metric in as_metrics([accuracy_2, accuracy, accuracy])] == [
-        ("accuracy_2",), ("accuracy",), ("accuracy_3",),
-    ]  # fmt: skip
+        ("accuracy_2",),
+        ("accuracy",),
+        ("accuracy_3",),
+    ]
     assert as_metrics(accuracy, taken=["accuracy", "valid_loss"])[0].names == ("accuracy_2",)
 
 
@@ -552,7 +580,7 @@ def test_the_kinds_are_told_apart():
     assert as_metric(metric) is metric
 
 
-# ---------------------------------------------------------------- refusals
+# --- refusals ----------------------------------------------------------------
 
 
 def test_a_class_is_refused_add_parentheses():
@@ -580,7 +608,8 @@ def test_an_object_with_some_of_the_methods_is_told_which_it_lacks():
 
         def reset(self) -> None: ...
         def update(self, pred: Tensor, target: Tensor) -> None: ...
-        def __call__(self, pred: Tensor, target: Tensor) -> Tensor: return pred.mean()
+        def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+            return pred.mean()
 
     with pytest.raises(TypeError, match=r"Half object at .* lacks compute: expected all of reset, update and compute"):
         as_metric(Half())
@@ -608,7 +637,7 @@ def test_one_object_given_twice_is_refused():
         as_metrics([metric, accuracy, metric])
 
 
-# ---------------------------------------------------------------- read
+# --- read --------------------------------------------------------------------
 
 
 def test_read_keeps_names_order_and_values_of_mixed_types():
@@ -651,7 +680,7 @@ def test_a_whole_validation_reads_the_device_once():
     assert reads.calls == ["tolist"]
 
 
-# ---------------------------------------------------------------- import
+# --- import ------------------------------------------------------------------
 
 
 def test_importing_schedules_needs_no_torch_and_importing_metrics_only_its_core():

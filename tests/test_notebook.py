@@ -1,4 +1,7 @@
-"""In a notebook: bars, the table of epochs, and with Progress(graph=True) a picture of the losses; executed without a head."""
+"""In a notebook: bars, the table of epochs, and with Progress(graph=True) a picture of the losses; executed without a
+head.
+"""
+
 import base64
 import importlib.util
 import json
@@ -37,9 +40,12 @@ nbformat.write(book, sys.argv[1])
 
 
 def outputs_of(cell: str) -> list[Any]:
-    """What the cell's outputs are when a kernel has run it; in processes of their own, as this one is to be no notebook."""
+    """What the cell's outputs are when a kernel has run it; in processes of their own, as this one is to be no
+    notebook.
+    """
     for name in ("nbclient", "nbformat", "ipykernel"):
-        if importlib.util.find_spec(name) is None: pytest.skip(f"{name} is not installed")
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
     code = {"cell_type": "code", "source": cell, "metadata": {}, "outputs": [], "execution_count": None, "id": "a"}
     Path("book.ipynb").write_text(json.dumps({"cells": [code], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -55,4 +61,5 @@ def test_a_fit_shows_its_table_and_a_picture_of_its_losses():
     assert tables and all(name in tables[-1] for name in ("train_loss", "valid_loss", "accuracy", "time"))
     pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
     assert pictures and pictures[0].startswith(b"\x89PNG")
-    if keep := os.environ.get("KEEP_PICTURE"): Path(keep).write_bytes(pictures[-1])
+    if keep := os.environ.get("KEEP_PICTURE"):
+        Path(keep).write_bytes(pictures[-1])

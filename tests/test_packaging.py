@@ -1,4 +1,5 @@
 """What is installed is what is in the tree, under the name learnkit and no other, however the tree was checked out."""
+
 import json
 import re
 import sys
@@ -80,8 +81,9 @@ def test_an_editable_install_runs_the_tree_itself(links: bool, tmp_path: Path):
 
 
 def test_a_stray_import_of_the_folder_gives_the_same_classes():
-    stray, proper = run_python(ROOT, "-c", "import callbacks, learnkit.callbacks as proper\n"
-                                           "print(id(callbacks.Progress), id(proper.Progress))").split()
+    stray, proper = run_python(
+        ROOT, "-c", "import callbacks, learnkit.callbacks as proper\nprint(id(callbacks.Progress), id(proper.Progress))"
+    ).split()
     assert stray == proper
 
 
@@ -107,7 +109,8 @@ def test_import_learnkit_adds_at_most_60_modules_to_torch(modules: tuple[set[str
 
 
 def test_import_learnkit_adds_only_modules_of_its_own_of_torch_and_of_the_standard_library(
-        modules: tuple[set[str], set[str]]):
+    modules: tuple[set[str], set[str]],
+):
     before, added = modules
     known = {name.partition(".")[0] for name in before} | sys.stdlib_module_names | {"learnkit"}
     assert {name for name in added if name.partition(".")[0] not in known} == set()
@@ -124,6 +127,9 @@ INSTALLS_THE_NAME = re.compile(r"(pip3? install|uv add)\b[^\n@]*[\s'\"`]learnkit
 
 def test_nothing_tells_anyone_to_install_the_name_from_the_index():
     """On the package index the name learnkit is somebody else's."""
-    files = [path for pattern in ("*.md", "docs/**/*.md", "examples/**/*.py", "learnkit/**/*.py", "callbacks/**/*.py")
-             for path in ROOT.glob(pattern)]
+    files = [
+        path
+        for pattern in ("*.md", "docs/**/*.md", "examples/**/*.py", "learnkit/**/*.py", "callbacks/**/*.py")
+        for path in ROOT.glob(pattern)
+    ]
     assert [str(path) for path in files if INSTALLS_THE_NAME.search(path.read_text(encoding="utf-8"))] == []

@@ -1,4 +1,5 @@
 """A type checker sees the installed library as a user's editor does: right scripts pass, and wrong ones are marked."""
+
 import json
 import os
 import subprocess
@@ -113,8 +114,13 @@ def marked(installed_python: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "right.py").write_text(RIGHT)
     (folder / "wrong.py").write_text(WRONG)
-    done = subprocess.run([sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", str(installed_python)],
-                          cwd=folder, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", str(installed_python)],
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found: dict[str, list[tuple[int, str]]] = {"right.py": [], "wrong.py": []}
     for fault in json.loads(done.stdout)["generalDiagnostics"]:

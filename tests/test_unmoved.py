@@ -1,4 +1,7 @@
-"""What only looks leaves no trace in the global generators of Python, numpy and torch, whatever the data and the model draw from them."""
+"""What only looks leaves no trace in the global generators of Python, numpy and torch, whatever the data and the model
+draw from them.
+"""
+
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +17,24 @@ from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.vision import ImageDataBunch, interpret, tta
 
 
-def draw() -> float: return random.random() + float(np.random.rand()) + float(torch.rand(()))
+def draw() -> float:
+    return random.random() + float(np.random.rand()) + float(torch.rand(()))
 
 
 class Drawn(Dataset[Any]):
     """Pictures with noise from all three generators."""
 
-    def __len__(self) -> int: return 24
-    def __getitem__(self, i: int) -> Any: return torch.full((3, 8, 8), i / 24) + draw(), i % 3
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> Any:
+        return torch.full((3, 8, 8), i / 24) + draw(), i % 3
 
 
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
-        for i in range(24): yield Drawn()[i]
+        for i in range(24):
+            yield Drawn()[i]
 
 
 class Model(nn.Module):
@@ -36,17 +44,25 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.draws = nn.Linear(3 * 8 * 8, 3), draws
 
-    def forward(self, x: Tensor) -> Tensor: return self.layer(x.flatten(1)) + (draw() if self.draws else 0.)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1)) + (draw() if self.draws else 0.0)
 
 
 SOURCES: dict[str, Callable[[], Any]] = {
     "DataBunch.create": lambda: DataBunch.create(Drawn(), Drawn(), bs=8, num_workers=0),
     "DataLoader": lambda: DataBunch(DataLoader(Drawn(), 8, shuffle=True), DataLoader(Drawn(), 8)),
-    "own generator": lambda: DataBunch(DataLoader(Drawn(), 8, shuffle=True, generator=torch.Generator().manual_seed(1)), DataLoader(Drawn(), 8)),
+    "own generator": lambda: DataBunch(
+        DataLoader(Drawn(), 8, shuffle=True, generator=torch.Generator().manual_seed(1)), DataLoader(Drawn(), 8)
+    ),
     "IterableDataset": lambda: DataBunch(DataLoader(Stream(), 8), DataLoader(Stream(), 8)),
-    "a transform": lambda: DataBunch.from_tensors((torch.rand(24, 3, 8, 8), torch.arange(24) % 3), (torch.rand(24, 3, 8, 8), torch.arange(24) % 3),
-                                                  bs=8, batch_tfms=lambda x: x + draw()),
-    "pictures": lambda: ImageDataBunch.create(Drawn(), Drawn(), bs=8, num_workers=0)}
+    "a transform": lambda: DataBunch.from_tensors(
+        (torch.rand(24, 3, 8, 8), torch.arange(24) % 3),
+        (torch.rand(24, 3, 8, 8), torch.arange(24) % 3),
+        bs=8,
+        batch_tfms=lambda x: x + draw(),
+    ),
+    "pictures": lambda: ImageDataBunch.create(Drawn(), Drawn(), bs=8, num_workers=0),
+}
 
 
 def learner(source: str, *, draws: bool = True) -> Learner:
@@ -54,18 +70,30 @@ def learner(source: str, *, draws: bool = True) -> Learner:
 
 
 LOOKS: dict[str, Callable[[Learner], Any]] = {
-    "validate": lambda learn: learn.validate(), "validate the training data": lambda learn: learn.validate(learn.data.train_dl),
-    "get_preds": lambda learn: learn.get_preds(with_loss=True), "predict": lambda learn: learn.predict(torch.rand(3, 8, 8)),
-    "one_batch": lambda learn: learn.data.one_batch(), "summary": lambda learn: learn.summary(),
-    "lr_find": lambda learn: learn.lr_find(num_it=4), "fast_run": lambda learn: learn.fast_run(),
-    "overfit_batches": lambda learn: learn.overfit_batches(steps=2), "batch_size_find": lambda learn: learn.batch_size_find(8),
-    "interpret": lambda learn: interpret(learn).plot_top_losses(2), "save": lambda learn: learn.save("here"), "hooks": lambda learn: str(learn.hooks())}
+    "validate": lambda learn: learn.validate(),
+    "validate the training data": lambda learn: learn.validate(learn.data.train_dl),
+    "get_preds": lambda learn: learn.get_preds(with_loss=True),
+    "predict": lambda learn: learn.predict(torch.rand(3, 8, 8)),
+    "one_batch": lambda learn: learn.data.one_batch(),
+    "summary": lambda learn: learn.summary(),
+    "lr_find": lambda learn: learn.lr_find(num_it=4),
+    "fast_run": lambda learn: learn.fast_run(),
+    "overfit_batches": lambda learn: learn.overfit_batches(steps=2),
+    "batch_size_find": lambda learn: learn.batch_size_find(8),
+    "interpret": lambda learn: interpret(learn).plot_top_losses(2),
+    "save": lambda learn: learn.save("here"),
+    "hooks": lambda learn: str(learn.hooks()),
+}
 
 
 def states(learn: Learner) -> list[Any]:
     own = learn.data.train_dl.generator if isinstance(learn.data.train_dl, DataLoader) else None
-    return [torch.get_rng_state().tolist(), random.getstate(), [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
-            None if own is None or type(own) is not torch.Generator else own.get_state().tolist()]
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        None if own is None or type(own) is not torch.Generator else own.get_state().tolist(),
+    ]
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -73,7 +101,7 @@ def states(learn: Learner) -> list[Any]:
 def test_no_trace(source: str, look: str, tmp_path: Path):
     learn = learner(source)
     learn.path = tmp_path
-    given = torch.rand(3, 8, 8)         # before the states are taken
+    given = torch.rand(3, 8, 8)  # before the states are taken
     before = states(learn)
     learn.predict(given) if look == "predict" else LOOKS[look](learn)
     assert states(learn) == before
@@ -100,12 +128,11 @@ def test_no_trace_of_pictures_that_are_shown():
 
 def test_an_evaluation_within_a_fit_does_not_change_it():
     class Looks(Callback):
-        def after_step(self, learn: Learner) -> None: learn.validate(), learn.predict(torch.ones(3, 8, 8)), learn.get_preds()
+        def after_step(self, learn: Learner) -> None:
+            learn.validate(), learn.predict(torch.ones(3, 8, 8)), learn.get_preds()
 
     weights = []
     for callbacks in ([], [Looks()]):
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
         weights.append(learner("DataLoader").fit(2, callbacks=callbacks).model.layer.weight)
     assert torch.equal(*weights)
-
-

@@ -1,4 +1,7 @@
-"""The floor that everything written stands on: hashed while it is written, on the disk when it is said to be, verified when read."""
+"""The floor that everything written stands on: hashed while it is written, on the disk when it is said to be, verified
+when read.
+"""
+
 from __future__ import annotations
 
 import errno
@@ -20,10 +23,12 @@ from torch import Tensor
 
 from learnkit.devices.staging import on_host
 
-CHUNK = 1 << 18         # stays in a core's cache between reading and hashing: 1 MB took 5 % more processor time (2026-11-21)
-LARGE = 1 << 16         # bytes from which a piece is worth waking another thread
-PARTIAL = re.compile(r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part")     # the second is what format 1 began with
-SEAL = b"sha256:"       # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
+CHUNK = 1 << 18  # stays in a core's cache between reading and hashing: 1 MB took 5 % more processor time (2026-11-21)
+LARGE = 1 << 16  # bytes from which a piece is worth waking another thread
+PARTIAL = re.compile(
+    r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part"
+)  # the second is what format 1 began with
+SEAL = b"sha256:"  # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
 BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
 _switch, _n_without, _crc32_before = threading.Lock(), 0, True
 
@@ -37,7 +42,7 @@ class Damaged(ValueError):
     """A file that does not verify; the message says which one and why."""
 
 
-# ---------------------------------------------------------------------- writing
+# --- writing -----------------------------------------------------------------
 class Growing:
     """A new file that is hashed in another thread as it grows, from what it holds: the pages were written a moment ago.
 
@@ -52,36 +57,43 @@ class Growing:
         self.digest: Future[str] = helpers.submit(self.hash, path)
 
     def write(self, data: Any) -> int:
-        try: n = self.file.write(data)
+        try:
+            n = self.file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        if n >= LARGE: self.grown.set()
+        if n >= LARGE:
+            self.grown.set()
         return n
 
-    def flush(self) -> None: self.file.flush()
+    def flush(self) -> None:
+        self.file.flush()
 
     def hash(self, path: Path) -> str:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with path.open("rb", buffering=0) as file:
             while True:
-                self.grown.clear()              # before the looks, so that whatever comes after them sets it again
-                last = self.ended.is_set()      # before it is read: then nothing follows
-                while n := file.readinto(buffer): digest.update(buffer[:n])
-                if last: return digest.hexdigest()
+                self.grown.clear()  # before the looks, so that whatever comes after them sets it again
+                last = self.ended.is_set()  # before it is read: then nothing follows
+                while n := file.readinto(buffer):
+                    digest.update(buffer[:n])
+                if last:
+                    return digest.hexdigest()
                 self.grown.wait()
 
     def save(self, state: Any, *, crc32: bool) -> None:
         """torch.save, into the system's memory."""
         try:
             with nullcontext() if crc32 else without_crc32():
-                torch.save(state, self)         # type: ignore[arg-type]
+                torch.save(state, self)  # type: ignore[arg-type]
             self.file.flush()
             self.n_bytes = self.file.tell()
         except Exception:
-            if self.error is not None: raise self.error from None       # torch makes an internal error of it
+            if self.error is not None:
+                raise self.error from None  # torch makes an internal error of it
             raise
-        finally: self.end()
+        finally:
+            self.end()
 
     def end(self) -> None:
         self.ended.set()
@@ -91,11 +103,12 @@ class Growing:
         """Durable and closed when it returns; the hash is still computed while the disk works."""
         with self.file as file:
             os.fsync(file.fileno())
-            if seal: self.put_seal()
+            if seal:
+                self.put_seal()
 
     def put_seal(self) -> None:
         comment = SEAL + self.digest.result().encode()
-        self.file.seek(-2, os.SEEK_END)         # the zip's last two bytes are the length of its comment, which is 0
+        self.file.seek(-2, os.SEEK_END)  # the zip's last two bytes are the length of its comment, which is 0
         self.file.write(len(comment).to_bytes(2, "little") + comment)
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -103,39 +116,46 @@ class Growing:
 
 @contextmanager
 def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[Path, dict[str, Any]]]:
-    """torch.save of each to a new file; yields {"sha256", "bytes"} of each, while the disk works. Durable when the block is over.
+    """torch.save of each to a new file; yields {"sha256", "bytes"} of each, while the disk works. Durable when the
+    block is over.
 
-    While one is written, those before it are hashed and flushed. Tensors of a device are copied to the host, one state after the other.
-    `seal` puts the hash at the end of the file.
+    While one is written, those before it are hashed and flushed. Tensors of a device are copied to the host, one state
+    after the other. `seal` puts the hash at the end of the file.
     """
-    for path, state in states.items(): check_plain(state, f"the state for {path.name}")
+    for path, state in states.items():
+        check_plain(state, f"the state for {path.name}")
     with ExitStack() as open_files, ThreadPoolExecutor(2 * len(states) or 1, "files") as helpers:
         files, settled = {}, []
         for path, state in states.items():
             files[path] = file = Growing(path, helpers)
             open_files.callback(file.file.close)
-            file.save(on_host(state), crc32=seal)       # a sealed file is for other tools too, which may look at it
+            file.save(on_host(state), crc32=seal)  # a sealed file is for other tools too, which may look at it
             settled.append(helpers.submit(file.settle, seal=seal))
         yield {path: {"sha256": file.digest.result(), "bytes": file.n_bytes} for path, file in files.items()}
-        for done in settled: done.result()
+        for done in settled:
+            done.result()
 
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """torch.save computes no checksums of its own: a third of its time, for what sha256 does better, and what torch.load never reads.
+    """torch.save computes no checksums of its own: a third of its time, for what sha256 does better, and what
+    torch.load never reads.
 
     The switch is the whole process's, and threads may write at once: the last one puts it back.
     """
     global _n_without, _crc32_before
     with _switch:
-        if _n_without == 0: _crc32_before = torch.serialization.get_crc32_options()
+        if _n_without == 0:
+            _crc32_before = torch.serialization.get_crc32_options()
         _n_without += 1
         torch.serialization.set_crc32_options(False)
-    try: yield
+    try:
+        yield
     finally:
         with _switch:
             _n_without -= 1
-            if _n_without == 0: torch.serialization.set_crc32_options(_crc32_before)
+            if _n_without == 0:
+                torch.serialization.set_crc32_options(_crc32_before)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -153,43 +173,62 @@ def partial(path: Path) -> Path:
 
 def clean(folder: Path, name: str = "") -> None:
     """Remove what processes that were killed left unfinished in a folder, of all or of one name."""
-    if not folder.is_dir(): return
+    if not folder.is_dir():
+        return
     for path in folder.iterdir():
         match = PARTIAL.fullmatch(path.name)
-        if match is None or not path.name.startswith(f".{name}") or is_running(int(match[1] or match[3]), match[2]): continue
-        if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+        if match is None or not path.name.startswith(f".{name}") or is_running(int(match[1] or match[3]), match[2]):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(OSError): path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
 
 def is_running(pid: int, begun: str | None) -> bool:
     """Whether the process that began then runs; another one may have its number now."""
     from learnkit.distributed.process import is_alive
-    if begun is None: return pid != os.getpid() and is_alive(pid)
+
+    if begun is None:
+        return pid != os.getpid() and is_alive(pid)
     return is_alive(pid) and started(pid) in (int(begun), None)
 
 
 def started(pid: int) -> int | None:
     """When a process of this machine began, in clock ticks since the machine did; None where that cannot be read."""
-    try: return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError: return None
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created and renamed in it survive a power cut; there is nothing to do where folders cannot be opened."""
-    if os.name != "posix": return
+    """Make what was created and renamed in it survive a power cut; there is nothing to do where folders cannot be
+    opened.
+    """
+    if os.name != "posix":
+        return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def explained_os_error(error: OSError, path: Path, need: int) -> OSError:
     """The same error, with what was to be written, what it needs, what is free, and what to do."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     advice = f"It needs about {need / 1e6:.1f} MB; {shutil.disk_usage(place).free / 1e6:.1f} MB are free there. "
-    advice += "Make room, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else \
-        "See that the folder exists and may be written to"
-    return OSError(error.errno, f"could not write {path}: {error.strerror or error}. {advice}; what was written there before is intact")
+    advice += (
+        "Make room, or choose another folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "See that the folder exists and may be written to"
+    )
+    return OSError(
+        error.errno,
+        f"could not write {path}: {error.strerror or error}. {advice}; what was written there before is intact",
+    )
 
 
 def size_of(state: Any) -> int:
@@ -198,54 +237,74 @@ def size_of(state: Any) -> int:
 
 
 def tensors_to_write(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor): yield value
+    if isinstance(value, Tensor):
+        yield value
     elif isinstance(value, Mapping):
-        for v in value.values(): yield from tensors_to_write(v)
+        for v in value.values():
+            yield from tensors_to_write(v)
     elif isinstance(value, (list, tuple)):
-        for v in value: yield from tensors_to_write(v)
+        for v in value:
+            yield from tensors_to_write(v)
 
 
 def check_plain(value: Any, name: str) -> None:
     """Refuse, before it is written, what could not be read again without executing code."""
-    if value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype)): return
+    if value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype)):
+        return
     if isinstance(value, Mapping):
         for key, v in value.items():
-            if not isinstance(key, (str, int, float, bool, tuple)): raise not_plain_error(key, f"a key of {name}")
+            if not isinstance(key, (str, int, float, bool, tuple)):
+                raise not_plain_error(key, f"a key of {name}")
             check_plain(v, f"{name}[{key!r}]")
     elif type(value) in (list, tuple, torch.Size):
-        for i, v in enumerate(value): check_plain(v, f"{name}[{i}]")
-    else: raise not_plain_error(value, name)
+        for i, v in enumerate(value):
+            check_plain(v, f"{name}[{i}]")
+    else:
+        raise not_plain_error(value, name)
 
 
 def not_plain_error(value: Any, name: str) -> TypeError:
-    return TypeError(f"{name} is a {type(value).__name__}, which a file cannot keep: expected None, a bool, number, string or tensor, or a "
-                     "list, tuple or dict of them. Convert it in state_dict(), and back in load_state_dict().")
+    return TypeError(
+        f"{name} is a {type(value).__name__}, which a file cannot keep: expected None, a bool, number, string or "
+        f"tensor, or a list, tuple or dict of them. Convert it in state_dict(), and back in load_state_dict()."
+    )
 
 
-# ---------------------------------------------------------------------- reading
+# --- reading -----------------------------------------------------------------
 def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """What torch.save wrote, if it is nothing but tensors and plain types; nothing in it is executed."""
     check_records(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # torch's own, before it refuses
+            warnings.simplefilter("ignore")  # torch's own, before it refuses
             return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                          # of many kinds, where a file was made to mislead
+    except Exception as error:  # of many kinds, where a file was made to mislead
         found = re.search(r"GLOBAL [\w.]+|Unsupported (operand|class) [\w.]+", str(error))
-        raise unsafe(path, f"it is damaged, or holds other objects ({found[0] if found else type(error).__name__})") from None
+        raise unsafe(
+            path, f"it is damaged, or holds other objects ({found[0] if found else type(error).__name__})"
+        ) from None
 
 
 def check_records(path: Path) -> None:
-    """torch stores its records as they are: a packed one could unfold to any size, and of two of one name only one would be read."""
-    if not is_zip(path): return                 # of torch's format before 1.6, or nothing of torch's
+    """torch stores its records as they are: a packed one could unfold to any size, and of two of one name only one
+    would be read.
+    """
+    if not is_zip(path):
+        return  # of torch's format before 1.6, or nothing of torch's
     try:
-        with zipfile.ZipFile(path) as archive: records = archive.infolist()
-    except BAD_ZIP as error: raise unsafe(path, f"it was cut off or changed: {error}") from None
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except BAD_ZIP as error:
+        raise unsafe(path, f"it was cut off or changed: {error}") from None
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-            raise unsafe(path, f"{record.filename} in it is packed, {record.compress_size} bytes that would unfold to {record.file_size}, "
-                               "which torch.save never does")
-    if len({record.filename for record in records}) < len(records): raise unsafe(path, "it has two records of one name")
+            raise unsafe(
+                path,
+                f"{record.filename} in it is packed, {record.compress_size} bytes that would unfold to "
+                f"{record.file_size}, which torch.save never does",
+            )
+    if len({record.filename for record in records}) < len(records):
+        raise unsafe(path, "it has two records of one name")
 
 
 def unsafe(path: Path, why: str) -> Damaged:
@@ -254,8 +313,10 @@ def unsafe(path: Path, why: str) -> Damaged:
 
 def is_zip(path: Path) -> bool:
     try:
-        with path.open("rb") as file: return file.read(2) == b"PK"
-    except OSError: return False                # torch will say why
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"
+    except OSError:
+        return False  # torch will say why
 
 
 def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
@@ -265,14 +326,17 @@ def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
         while chunk := file.read(CHUNK if left is None else min(CHUNK, left)):
             digest.update(chunk)
             n_read += len(chunk)
-            if left is not None: left -= len(chunk)
-    if n is not None: digest.update(b"\0\0")
+            if left is not None:
+                left -= len(chunk)
+    if n is not None:
+        digest.update(b"\0\0")
     return digest.hexdigest(), n_read
 
 
 def check_seal(path: Path) -> None:
     """Raise Damaged where a sealed file was changed. One that others wrote has no seal, but its zip's own checksums."""
-    if not is_zip(path): return
+    if not is_zip(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             comment = archive.comment
@@ -281,6 +345,8 @@ def check_seal(path: Path) -> None:
         raise Damaged(f"{path} was cut off or changed after it was written: {error}. Nothing was loaded.") from None
     if comment and whole:
         n = path.stat().st_size - len(comment) - 2
-        with path.open("rb") as file: length = file.seek(n) and file.read(2)
+        with path.open("rb") as file:
+            length = file.seek(n) and file.read(2)
         whole = comment == SEAL + hash_file(path, n)[0].encode() and length == len(comment).to_bytes(2, "little")
-    if not whole: raise Damaged(f"{path} was changed after it was written: its checksum differs. Nothing was loaded.")
+    if not whole:
+        raise Damaged(f"{path} was changed after it was written: its checksum differs. Nothing was loaded.")

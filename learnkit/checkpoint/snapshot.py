@@ -4,11 +4,13 @@
         000007-step-1200/           appears by one rename, when every byte of it is on the disk
             manifest.json           format, sha256 and size of each file, what the run says about it, sha256 of all that
             model.pt, …             torch.save of plain types and tensors: torch.load(…, weights_only=True) reads them
-            shard-….safetensors     of a model that is spread over ranks, by choice: each rank's own rows; model.pt has their shapes
+            shard-….safetensors     of a model that is spread over ranks, by choice: each rank's own rows; model.pt has
+            their shapes
 
-The newest one is that of the highest serial number which verifies. Not promised on network file systems and object stores, whose
-renames are not atomic.
+The newest one is that of the highest serial number which verifies. Not promised on network file systems and object
+stores, whose renames are not atomic.
 """
+
 from __future__ import annotations
 
 import errno
@@ -40,14 +42,15 @@ from learnkit.checkpoint.files import (
 from learnkit.devices.dtensor import is_shard
 from learnkit.devices.staging import bytes_of, fetch_bytes, is_simple
 
-SNAPSHOT_FORMAT = 2      # 1: all in .pt files
+SNAPSHOT_FORMAT = 2  # 1: all in .pt files
 SNAPSHOT_NAME = re.compile(r"(\d{6,})-step-(\d+)")
 FILE = re.compile(r"\w[\w-]*\.(pt|safetensors)")
 
 
-# ---------------------------------------------------------------------- writing
+# --- writing -----------------------------------------------------------------
 def write_snapshot(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and space.
+    """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and
+    space.
 
     Where another process has taken the name meanwhile, it is the next free one. Returns its path.
     """
@@ -63,16 +66,28 @@ def begin_snapshot(folder: Path, step: int, need: int) -> tuple[Path, Path]:
 def made(final: Path, need: int) -> Path:
     """The hidden folder in which a snapshot of `need` bytes is written."""
     hidden = partial(final)
-    try: hidden.mkdir(parents=True)
-    except OSError as error: raise explained_os_error(error, final, need) from error
+    try:
+        hidden.mkdir(parents=True)
+    except OSError as error:
+        raise explained_os_error(error, final, need) from error
     return hidden
 
 
-def finish_snapshot(final: Path, hidden: Path, parts: Mapping[str, Any], about: Mapping[str, Any], *, others: Mapping[str, Any] | None = None,
-           error: OSError | None = None) -> Path:
-    """Write `parts` beside the files that `others` tells of, and put all in place; or clean up after the `error` of another."""
+def finish_snapshot(
+    final: Path,
+    hidden: Path,
+    parts: Mapping[str, Any],
+    about: Mapping[str, Any],
+    *,
+    others: Mapping[str, Any] | None = None,
+    error: OSError | None = None,
+) -> Path:
+    """Write `parts` beside the files that `others` tells of, and put all in place; or clean up after the `error` of
+    another.
+    """
     try:
-        if error is not None: raise error
+        if error is not None:
+            raise error
         with writing({hidden / f"{part}.pt": state for part, state in parts.items()}) as files:
             told = {**(others or {}), **{path.name: told for path, told in files.items()}}
             manifest = {"format": 2 if others else 1, "files": told, "about": dict(about)}
@@ -83,22 +98,26 @@ def finish_snapshot(final: Path, hidden: Path, parts: Mapping[str, Any], about: 
     except BaseException as raised:
         shutil.rmtree(hidden, ignore_errors=True)
         need = size_of(parts) + sum(told["bytes"] for told in (others or {}).values())
-        if isinstance(raised, OSError): raise explained_os_error(raised, final, need) from raised
+        if isinstance(raised, OSError):
+            raise explained_os_error(raised, final, need) from raised
         raise
     return final
 
 
 def put_in_place(hidden: Path, final: Path) -> Path:
     while True:
-        try: os.rename(hidden, final)       # over an empty folder too, but never over a snapshot
+        try:
+            os.rename(hidden, final)  # over an empty folder too, but never over a snapshot
         except OSError as error:
             match = SNAPSHOT_NAME.fullmatch(final.name)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or match is None: raise
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or match is None:
+                raise
             final = final.with_name(next_name(final.parent, int(match[2])))
-        else: return final
+        else:
+            return final
 
 
-# ---------------------------------------------------------------------- reading
+# --- reading -----------------------------------------------------------------
 def read_snapshot(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(parts, about) of a snapshot that verifies; raises Damaged, and executes nothing."""
     manifest = verify_snapshot(path)
@@ -110,14 +129,20 @@ def verify_snapshot(path: Path) -> dict[str, Any]:
     """The manifest, if every file is there with every byte as it was written."""
     manifest = read_manifest(path)
     for name in manifest["files"]:
-        if not FILE.fullmatch(name): raise Damaged(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
+        if not FILE.fullmatch(name):
+            raise Damaged(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
     extra = {file.name for file in path.iterdir()} - {*manifest["files"], "manifest.json"}
-    if extra: raise Damaged(f"{path} has {', '.join(sorted(extra))}, which the manifest does not name.")
+    if extra:
+        raise Damaged(f"{path} has {', '.join(sorted(extra))}, which the manifest does not name.")
     for name, told in manifest["files"].items():
-        try: digest, n = hash_file(own_file(path / name))
-        except OSError as error: raise Damaged(f"{path / name} cannot be read: {error.strerror or error}.") from None
-        if n != told["bytes"]: raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it was cut off, or replaced.")
-        if digest != told["sha256"]: raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
+        try:
+            digest, n = hash_file(own_file(path / name))
+        except OSError as error:
+            raise Damaged(f"{path / name} cannot be read: {error.strerror or error}.") from None
+        if n != told["bytes"]:
+            raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it was cut off, or replaced.")
+        if digest != told["sha256"]:
+            raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
     return manifest
 
 
@@ -126,63 +151,88 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         text = own_file(file).read_bytes()
         content = json.loads(text)
-    except OSError as error: raise Damaged(f"{path} has no manifest.json that can be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError): raise Damaged(f"{file} is no JSON.") from None
-    if not isinstance(content, dict) or set(content) != {"manifest", "sha256"} or hash_of(content["manifest"]) != content["sha256"]:
+    except OSError as error:
+        raise Damaged(f"{path} has no manifest.json that can be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError):
+        raise Damaged(f"{file} is no JSON.") from None
+    if (
+        not isinstance(content, dict)
+        or set(content) != {"manifest", "sha256"}
+        or hash_of(content["manifest"]) != content["sha256"]
+    ):
         raise Damaged(f"{file} was changed after it was written (sha256 differs).")
-    if as_text(content) != text: raise Damaged(f"{file} was changed after it was written: it says the same in other bytes.")
+    if as_text(content) != text:
+        raise Damaged(f"{file} was changed after it was written: it says the same in other bytes.")
     manifest = content["manifest"]
-    if not is_manifest(manifest): raise Damaged(f"{file} is no manifest of a checkpoint.")
+    if not is_manifest(manifest):
+        raise Damaged(f"{file} is no manifest of a checkpoint.")
     if manifest["format"] > SNAPSHOT_FORMAT:
-        raise Damaged(f"{path} has format {manifest['format']}, this version of learnkit reads up to {SNAPSHOT_FORMAT}: install a newer one.")
+        raise Damaged(
+            f"{path} has format {manifest['format']}, this version of learnkit reads up to {SNAPSHOT_FORMAT}: install "
+            f"a newer one."
+        )
     return manifest
 
 
 def own_file(path: Path) -> Path:
     """The path of a file that is the folder's own: a link leads elsewhere, and a pipe would be waited for."""
-    if path.is_symlink() or (path.exists() and not path.is_file()): raise OSError("it is a link, a folder or a pipe, not a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError("it is a link, a folder or a pipe, not a file")
     return path
 
 
 def is_manifest(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("format")) is int and isinstance(value.get("about"), dict) \
-        and isinstance(value.get("files"), dict) \
+    return (
+        isinstance(value, dict)
+        and type(value.get("format")) is int
+        and isinstance(value.get("about"), dict)
+        and isinstance(value.get("files"), dict)
         and all(isinstance(told, dict) and set(told) == {"sha256", "bytes"} for told in value["files"].values())
+    )
 
 
-def as_text(content: Any) -> bytes: return json.dumps(content, indent=1).encode()
+def as_text(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
 def hash_of(manifest: Any) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------- the folder
+# --- the folder --------------------------------------------------------------
 def all_in(folder: Path) -> list[Path]:
     """The snapshots in a folder, oldest first, whole or not."""
-    if not folder.is_dir(): return []
+    if not folder.is_dir():
+        return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := SNAPSHOT_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def newest_snapshot(folder: Path, device: torch.device | str = "cpu", *,
-           run: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """(path, parts, about) of the newest snapshot, of this run, that verifies; damaged ones are named in a warning and passed over."""
+def newest_snapshot(
+    folder: Path, device: torch.device | str = "cpu", *, run: str | None = None
+) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """(path, parts, about) of the newest snapshot, of this run, that verifies; damaged ones are named in a warning and
+    passed over.
+    """
     for path in reversed(all_in(folder) if run is None else snapshots_of_run(folder, run)):
-        try: return path, *read_snapshot(path, device)
-        except Damaged as damage: warnings.warn(f"passed over a damaged checkpoint: {damage}", stacklevel=2)
+        try:
+            return path, *read_snapshot(path, device)
+        except Damaged as damage:
+            warnings.warn(f"passed over a damaged checkpoint: {damage}", stacklevel=2)
     return None
 
 
 def snapshots_of_run(folder: Path, run: str, whole: str = "") -> list[Path]:
-    """Those whose manifest says that they are of this run, oldest first; but before them those after `whole`, the newest whole one's name.
+    """Those whose manifest says that they are of this run, oldest first; but before them those after `whole`, the
+    newest whole one's name.
 
     A damaged manifest does not say whose it is.
     """
     found: list[Path] = []
     for path in all_in(folder):
         with suppress(Damaged):
-            if read_manifest(path)["about"].get("run") == run: found.append(path)
+            if read_manifest(path)["about"].get("run") == run:
+                found.append(path)
     n = next((i for i, path in enumerate(found, 1) if path.name == whole), len(found))
     return found[n:] + found[:n]
 
@@ -193,19 +243,27 @@ def next_name(folder: Path, step: int) -> str:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Out of sight by one rename first, so that no half of it is ever taken for a snapshot. Nothing happens if it is gone."""
+    """Out of sight by one rename first, so that no half of it is ever taken for a snapshot. Nothing happens if it is
+    gone.
+    """
     hidden = partial(path)
-    try: os.rename(path, hidden)
-    except FileNotFoundError: return
-    if hidden.is_symlink(): hidden.unlink()     # what it leads to is not ours
-    else: shutil.rmtree(hidden)
+    try:
+        os.rename(path, hidden)
+    except FileNotFoundError:
+        return
+    if hidden.is_symlink():
+        hidden.unlink()  # what it leads to is not ours
+    else:
+        shutil.rmtree(hidden)
 
 
 def copied_to_host(parts: Any, into: Any = None) -> Any:
-    """A copy that training on does not change: tensors on the CPU, one for those that are the same memory. `into`: an earlier copy, which
-    is over; its memory is used again, as new pages cost up to ten times the copy (see docs/decisions.md).
+    """A copy that training on does not change: tensors on the CPU, one for those that are the same memory. `into`: an
+    earlier copy, which is over; its memory is used again, as new pages cost up to ten times the copy (see
+    docs/decisions.md).
 
-    Tensors of a device have the values that what is enqueued there next would find. The host waits for all of them together.
+    Tensors of a device have the values that what is enqueued there next would find. The host waits for all of them
+    together.
     """
     copies = Copies()
     made = copies.of(parts, into)
@@ -217,30 +275,40 @@ class Copies:
     """Those of one snapshot: made on the CPU, asked for of a device."""
 
     def __init__(self) -> None:
-        self.of_memory: dict[Any, Tensor] = {}          # by where it lies and how
-        self.used: set[Any] = set()                     # the memory of the copies
-        self.away: list[tuple[Tensor, Tensor]] = []     # bytes on a device, and where they go
+        self.of_memory: dict[Any, Tensor] = {}  # by where it lies and how
+        self.used: set[Any] = set()  # the memory of the copies
+        self.away: list[tuple[Tensor, Tensor]] = []  # bytes on a device, and where they go
 
     def of(self, parts: Any, earlier: Any) -> Any:
-        if isinstance(parts, Tensor): return self.of_tensor(parts.detach(), earlier)
+        if isinstance(parts, Tensor):
+            return self.of_tensor(parts.detach(), earlier)
         if isinstance(parts, Mapping):
             of_key = earlier if isinstance(earlier, Mapping) else {}
             return {k: self.of(v, of_key.get(k)) for k, v in parts.items()}
         if isinstance(parts, (list, tuple)):
-            of_each = earlier if isinstance(earlier, (list, tuple)) and len(earlier) == len(parts) else [None] * len(parts)
+            of_each = (
+                earlier if isinstance(earlier, (list, tuple)) and len(earlier) == len(parts) else [None] * len(parts)
+            )
             return type(parts)(self.of(v, own) for v, own in zip(parts, of_each, strict=True))
         return parts
 
     def of_tensor(self, tensor: Tensor, earlier: Any) -> Tensor:
-        if tensor.is_meta: return tensor        # of what rank 0 has
+        if tensor.is_meta:
+            return tensor  # of what rank 0 has
         key = memory_of(tensor)
-        if key in self.of_memory: return self.of_memory[key].detach()       # another tensor of the same memory
-        fits = isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype) \
+        if key in self.of_memory:
+            return self.of_memory[key].detach()  # another tensor of the same memory
+        fits = (
+            isinstance(earlier, Tensor)
+            and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype)
             and memory_of(earlier) not in self.used
-        if not is_simple(tensor): made = earlier.copy_(tensor) if fits else tensor.to("cpu", copy=True)
+        )
+        if not is_simple(tensor):
+            made = earlier.copy_(tensor) if fits else tensor.to("cpu", copy=True)
         else:
             made = earlier if fits else torch.empty_like(tensor, device="cpu")
-            if made.stride() != tensor.stride(): tensor = torch.empty_like(made, device=tensor.device).copy_(tensor)    # without gaps
+            if made.stride() != tensor.stride():
+                tensor = torch.empty_like(made, device=tensor.device).copy_(tensor)  # without gaps
             self.away.append((bytes_of(tensor), bytes_of(made)))
         if key is not None:
             self.of_memory[key] = made
@@ -250,5 +318,14 @@ class Copies:
 
 def memory_of(tensor: Tensor) -> Any:
     """What two tensors have in common that are one; None for those that have no memory that could be one."""
-    if tensor.layout is not torch.strided or tensor.numel() == 0 or is_shard(tensor) or tensor.is_meta: return None
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    if tensor.layout is not torch.strided or tensor.numel() == 0 or is_shard(tensor) or tensor.is_meta:
+        return None
+    return (
+        tensor.data_ptr(),
+        tensor.device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

@@ -1,4 +1,5 @@
 """Files of model and optimizer state: written at once or not at all, read without executing anything."""
+
 from __future__ import annotations
 
 import os
@@ -10,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from learnkit.checkpoint.files import check_seal, clean, explained_os_error, partial, read_state, size_of, sync_folder, writing
+from learnkit.checkpoint.files import (
+    check_seal,
+    clean,
+    explained_os_error,
+    partial,
+    read_state,
+    size_of,
+    sync_folder,
+    writing,
+)
 from learnkit.devices.dtensor import is_shard, like, outline, read_on_main
 from learnkit.devices.wrappers import WRAPPED, is_wrapper, plain_keys, plain_state
 
@@ -18,20 +28,24 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 
-
 def write_weights(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save next to `path`, sealed with its hash, and put it in place by one rename when it is on the disk. What
-    is on a device is copied to the host first: a file has the same bytes wherever its tensors were."""
+    """Write `state` with torch.save next to `path`, sealed with its hash, and put it in place by one rename when it is
+    on the disk. What is on a device is copied to the host first: a file has the same bytes wherever its tensors
+    were.
+    """
     part = partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path.parent, path.name)
-        with writing({part: state}, seal=True): pass
+        with writing({part: state}, seal=True):
+            pass
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException as error:
-        with suppress(OSError): part.unlink(missing_ok=True)
-        if isinstance(error, OSError): raise explained_os_error(error, path, size_of(state)) from error
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise explained_os_error(error, path, size_of(state)) from error
         raise
     return path
 
@@ -43,30 +57,43 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no {path}. Saved in that folder: {', '.join(there) or 'nothing'}.")
     check_seal(path)
     state = read_state(path, device)
-    if not isinstance(state, dict): raise ValueError(f"{path} holds {type(state).__name__}, expected a dict of tensors.")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds {type(state).__name__}, expected a dict of tensors.")
     return state
 
 
 def read_for(learn: Learner, path: Path) -> dict[str, Any]:
-    """As `read`, into the CPU's memory: on a device the state would lie twice until it is loaded. Of a model that is sharded over ranks,
-    rank 0 reads the file, and keeps it until it is put into parts."""
+    """As `read`, into the CPU's memory: on a device the state would lie twice until it is loaded. Of a model that is
+    sharded over ranks, rank 0 reads the file, and keeps it until it is put into parts.
+    """
     cpu = torch.device("cpu")
-    if not any(map(is_shard, learn.model.parameters())): return read_weights(path, cpu)
+    if not any(map(is_shard, learn.model.parameters())):
+        return read_weights(path, cpu)
     return read_on_main(learn.ranks, lambda: read_weights(path, cpu), lambda state: outline_of(learn.model, state))
 
 
 def snapshot_from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:
     """[name, parts, …] of a snapshot as rank 0 reads it, on all ranks; what is spread over them as by `read_for`."""
-    if not any(map(is_shard, learn.model.parameters())): return learn.ranks.from_main(read)
-    return read_on_main(learn.ranks, read, lambda found: found and [found[0], outline_of(learn.model, found[1]), *found[2:]])
+    if not any(map(is_shard, learn.model.parameters())):
+        return learn.ranks.from_main(read)
+    return read_on_main(
+        learn.ranks, read, lambda found: found and [found[0], outline_of(learn.model, found[1]), *found[2:]]
+    )
 
 
 def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's state with shapes and dtypes alone where the model is spread over ranks: parameters, and the optimizer's state."""
+    """A file's state with shapes and dtypes alone where the model is spread over ranks: parameters, and the optimizer's
+    state.
+    """
     buffers = {name for name, _ in model.named_buffers()}
     buffers |= {f"{WRAPPED}{name}" for name in buffers}
-    if "model" not in state: return outline(dict(state), buffers)
-    return {**state, "model": outline(dict(state["model"]), buffers), **{k: outline(state[k]) for k in ("opt", "optimizer") if k in state}}
+    if "model" not in state:
+        return outline(dict(state), buffers)
+    return {
+        **state,
+        "model": outline(dict(state["model"]), buffers),
+        **{k: outline(state[k]) for k in ("opt", "optimizer") if k in state},
+    }
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
@@ -74,23 +101,37 @@ def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> N
 
     To a device the tensors are copied one by one from ordinary memory; the host waits for each.
     """
-    if strict: check_model(model, state)
+    if strict:
+        check_model(model, state)
     names, own, given = named(model, state)
-    fitting = {names[key]: like(own[key], value) for key, value in given.items() if key in own and shape_of(value) == shape_of(own[key])}
-    if not fitting: raise ValueError("nothing in the file fits the model: no name and shape agree.")
+    fitting = {
+        names[key]: like(own[key], value)
+        for key, value in given.items()
+        if key in own and shape_of(value) == shape_of(own[key])
+    }
+    if not fitting:
+        raise ValueError("nothing in the file fits the model: no name and shape agree.")
     model.load_state_dict(fitting, strict=False)
 
 
 def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise ValueError that lists every difference between a model and a state."""
     _, own, given = named(model, state)
-    lines = [*(f"{key}: only the model has it" for key in own if key not in given),
-             *(f"{key}: only the file has it" for key in given if key not in own),
-             *sorted(f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
-                     for key in own.keys() & given.keys() if shape_of(given[key]) != shape_of(own[key]))]
+    lines = [
+        *(f"{key}: only the model has it" for key in own if key not in given),
+        *(f"{key}: only the file has it" for key in given if key not in own),
+        *sorted(
+            f"{key}: the file has {shape_of(given[key])}, the model {shape_of(own[key])}"
+            for key in own.keys() & given.keys()
+            if shape_of(given[key]) != shape_of(own[key])
+        ),
+    ]
     if lines:
-        raise ValueError(f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  " + "\n  ".join(lines)
-                         + "\nBuild the same model, or take what fits with strict=False.")
+        raise ValueError(
+            f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  "
+            + "\n  ".join(lines)
+            + "\nBuild the same model, or take what fits with strict=False."
+        )
 
 
 def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
@@ -104,7 +145,9 @@ def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], d
 def has_same_dtypes(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether the model's tensors have the dtypes of a state of the same shapes."""
     _, own, given = named(model, state)
-    return all(value.dtype == given[name].dtype for name, value in own.items() if isinstance(value, Tensor) and name in given)
+    return all(
+        value.dtype == given[name].dtype for name, value in own.items() if isinstance(value, Tensor) and name in given
+    )
 
 
 def shape_of(value: Any) -> Any:

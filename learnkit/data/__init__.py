@@ -1,1 +1,3 @@
-"""From a dataset to the batches of a step: loaders, the order of samples, the random numbers of each, and the forms of a batch."""
+"""From a dataset to the batches of a step: loaders, the order of samples, the random numbers of each, and the forms of
+a batch.
+"""

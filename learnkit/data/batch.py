@@ -1,4 +1,7 @@
-"""The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or `target`."""
+"""The forms that a batch may have: `(x, y)`, `(x1, x2, …, y)`, or a mapping with its target under `labels` or
+`target`.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -20,11 +23,13 @@ def split_batch(batch: Any) -> tuple[Inputs, Any]:
     """
     if isinstance(batch, (tuple, list)):
         n = len(batch)
-        if n == 2: return (batch[0],), batch[1]
+        if n == 2:
+            return (batch[0],), batch[1]
         return (tuple(batch[:-1]), batch[-1]) if n > 1 else (tuple(batch), None)
     if isinstance(batch, Mapping):
         for key in TARGET_KEYS:
-            if key in batch: return {k: v for k, v in batch.items() if k != key}, batch[key]
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
         return dict(batch), None
     return (batch,), None
 
@@ -47,8 +52,12 @@ def prediction(output: Any) -> Any:
 
 def as_batch(x: Any, *, single: bool) -> Any:
     """What predict was given, as a batch without a target; one sample becomes a batch of one."""
-    def lift(value: Any) -> Any: return value.unsqueeze(0) if single and isinstance(value, Tensor) else value
-    if isinstance(x, Mapping): return {k: lift(v) for k, v in x.items()}
+
+    def lift(value: Any) -> Any:
+        return value.unsqueeze(0) if single and isinstance(value, Tensor) else value
+
+    if isinstance(x, Mapping):
+        return {k: lift(v) for k, v in x.items()}
     return tuple(lift(v) for v in (x if isinstance(x, (tuple, list)) else (x,)))
 
 

@@ -1,8 +1,9 @@
 """The sources of randomness that a user's loaders, samplers and datasets own: found, read as plain types, and put back.
 
-Those are a torch.Generator, a random.Random, a numpy Generator or RandomState, under any name, and a sampler or dataset with state_dict
-and load_state_dict.
+Those are a torch.Generator, a random.Random, a numpy Generator or RandomState, under any name, and a sampler or dataset
+with state_dict and load_state_dict.
 """
+
 from __future__ import annotations
 
 import random
@@ -19,14 +20,29 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from learnkit.data.order import Around, EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
 
-MOST = 64       # entries of a container that is looked into: the indices or samples of a data set are no generators
-DEEPEST = 6     # attributes from a loader down to a generator
-NOT_LOOKED_INTO = (str, bytes, int, float, complex, bool, type(None), Tensor, nn.Module, Optimizer, type, ModuleType, FunctionType)
+MOST = 64  # entries of a container that is looked into: the indices or samples of a data set are no generators
+DEEPEST = 6  # attributes from a loader down to a generator
+NOT_LOOKED_INTO = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    Tensor,
+    nn.Module,
+    Optimizer,
+    type,
+    ModuleType,
+    FunctionType,
+)
 
 
 def order_generators(loader: Any) -> list[Any]:
-    """Those that decide a loader's order: its own, its samplers', and those of loaders within it; its dataset's too, where it is read
-    again up to a place: a stream, or a loader of the user's own kind."""
+    """Those that decide a loader's order: its own, its samplers', and those of loaders within it; its dataset's too,
+    where it is read again up to a place: a stream, or a loader of the user's own kind.
+    """
     loader = inner(loader)
     is_indexed = isinstance(loader, DataLoader) and not is_stream(loader)
     return once(sources_in(loader, leave_out=Dataset if is_indexed else ()))
@@ -35,7 +51,8 @@ def order_generators(loader: Any) -> list[Any]:
 def sample_generators(loader: Any) -> list[Any]:
     """Those with which a loader's dataset draws its samples in this process."""
     loader = inner(loader)
-    if not isinstance(loader, DataLoader) or loader.num_workers or is_stream(loader): return []     # each worker has copies of its own
+    if not isinstance(loader, DataLoader) or loader.num_workers or is_stream(loader):
+        return []  # each worker has copies of its own
     of_order = order_generators(loader)
     return [found for found in once(sources_in(loader.dataset)) if not any(found is other for other in of_order)]
 
@@ -45,28 +62,40 @@ def inner(loader: Any) -> Any:
     return inner(loader.loader) if isinstance(loader, Around) else loader
 
 
-def once(found: Iterable[Any]) -> list[Any]: return list({id(generator): generator for generator in found}.values())
+def once(found: Iterable[Any]) -> list[Any]:
+    return list({id(generator): generator for generator in found}.values())
 
 
-def sources_in(thing: Any, leave_out: type | tuple[()] = (), depth: int = 0, seen: set[int] | None = None) -> Iterator[Any]:
-    """The sources of randomness in what an object keeps, in the order of its attributes; without those in objects of a kind."""
+def sources_in(
+    thing: Any, leave_out: type | tuple[()] = (), depth: int = 0, seen: set[int] | None = None
+) -> Iterator[Any]:
+    """The sources of randomness in what an object keeps, in the order of its attributes; without those in objects of a
+    kind.
+    """
     seen = set() if seen is None else seen
-    if isinstance(thing, (NOT_LOOKED_INTO, leave_out)) or id(thing) in seen or depth > DEEPEST: return
+    if isinstance(thing, (NOT_LOOKED_INTO, leave_out)) or id(thing) in seen or depth > DEEPEST:
+        return
     seen.add(id(thing))
     if is_generator(thing):
-        if not isinstance(thing, PrivateGenerator): yield thing
+        if not isinstance(thing, PrivateGenerator):
+            yield thing
         return
     if isinstance(thing, (list, tuple, Mapping)):
         parts = list(thing.values() if isinstance(thing, Mapping) else thing) if len(thing) <= MOST else []
     else:
-        if has_state(thing): yield thing
-        left_out = ("dataset", "data_source", "_iterator") if leave_out else ("_iterator",)     # workers that live on have copies
+        if has_state(thing):
+            yield thing
+        left_out = (
+            ("dataset", "data_source", "_iterator") if leave_out else ("_iterator",)
+        )  # workers that live on have copies
         parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name not in left_out]
-    for part in parts: yield from sources_in(part, leave_out, depth + 1, seen)
+    for part in parts:
+        yield from sources_in(part, leave_out, depth + 1, seen)
 
 
 def is_generator(thing: Any) -> bool:
-    if isinstance(thing, random.SystemRandom): return False     # it has no state
+    if isinstance(thing, random.SystemRandom):
+        return False  # it has no state
     return isinstance(thing, (torch.Generator, random.Random)) or is_numpys(thing)
 
 
@@ -77,50 +106,68 @@ def is_numpys(thing: Any) -> bool:
 
 def has_state(thing: Any) -> bool:
     """Whether a sampler or dataset says itself how to go on. A loader would begin to load, to be asked."""
-    if not isinstance(thing, (Sampler, Dataset)) or isinstance(thing, IterableDataset): return False    # a stream is read again
+    if not isinstance(thing, (Sampler, Dataset)) or isinstance(thing, IterableDataset):
+        return False  # a stream is read again
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
 def generator_state(generator: Any) -> Any:
     """As tensors and plain types."""
-    if isinstance(generator, torch.Generator): return generator.get_state()
-    if isinstance(generator, random.Random): return plain(generator.getstate())
-    if not is_numpys(generator): return generator.state_dict()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return plain(generator.getstate())
+    if not is_numpys(generator):
+        return generator.state_dict()
     return plain(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())
 
 
 def put_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator): generator.set_state(state.cpu())
-    elif isinstance(generator, random.Random): generator.setstate((state[0], tuple(state[1]), state[2]))
-    elif not is_numpys(generator): generator.load_state_dict(state)
-    elif hasattr(generator, "bit_generator"): generator.bit_generator.state = state
-    else: generator.set_state(tuple(state))
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate((state[0], tuple(state[1]), state[2]))
+    elif not is_numpys(generator):
+        generator.load_state_dict(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(tuple(state))
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, Mapping): return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def put_states(generators: Sequence[Any], states: Sequence[Any], what: str) -> None:
     """Raises ValueError where there are not as many as a checkpoint has. `what` they decide."""
     if len(generators) != len(states):
-        raise ValueError(f"the checkpoint has the states of {len(states)} random generators that decide {what}; the loaders of this fit "
-                         f"have {len(generators)}. Resume with the same loaders, samplers and datasets.")
-    for generator, state in zip(generators, states, strict=True): put_state(generator, state)
+        raise ValueError(
+            f"the checkpoint has the states of {len(states)} random generators that decide {what}; the loaders of this "
+            f"fit have {len(generators)}. Resume with the same loaders, samplers and datasets."
+        )
+    for generator, state in zip(generators, states, strict=True):
+        put_state(generator, state)
 
 
 @contextmanager
 def unmoved_loaders(*loaders: Any) -> Iterator[None]:
-    """Whatever is read from these loaders in the block, and however it ends: afterwards their epochs are the same, and so are their
-    generators and those of their datasets in this process."""
+    """Whatever is read from these loaders in the block, and however it ends: afterwards their epochs are the same, and
+    so are their generators and those of their datasets in this process.
+    """
     parts = [part for loader in loaders for part in parts_of(loader)]
     epochs = [(part, part.epoch) for part in parts if isinstance(part, EpochOrder)]
     private = [generator for part in parts if (generator := generator_of(part)) is not None]
     owners = [generator for loader in loaders for generator in (*order_generators(loader), *sample_generators(loader))]
     states = [(generator, generator_state(generator)) for generator in once((*private, *owners))]
-    try: yield
+    try:
+        yield
     finally:
-        for part, epoch in epochs: part.epoch = epoch
-        for generator, state in states: put_state(generator, state)
+        for part, epoch in epochs:
+            part.epoch = epoch
+        for generator, state in states:
+            put_state(generator, state)

@@ -1,4 +1,5 @@
 """Batches made by a thread while the model works on those before."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,8 @@ T = TypeVar("T")
 class Failed:
     """What ended the thread."""
 
-    def __init__(self, error: BaseException) -> None: self.error = error
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 def ahead(items: Iterable[T], n: int) -> Iterator[T]:
@@ -26,7 +28,8 @@ def ahead(items: Iterable[T], n: int) -> Iterator[T]:
     thread.start()
     try:
         while (item := queue.get()) is not end:
-            if isinstance(item, Failed): raise item.error
+            if isinstance(item, Failed):
+                raise item.error
             yield item
     finally:
         left.set()
@@ -36,7 +39,8 @@ def ahead(items: Iterable[T], n: int) -> Iterator[T]:
 def feed(items: Iterable[Any], queue: Queue[Any], left: Event, end: object) -> None:
     try:
         for item in items:
-            if not put_item(item, queue, left): return
+            if not put_item(item, queue, left):
+                return
         put_item(end, queue, left)
     except BaseException as error:
         put_item(Failed(error), queue, left)
@@ -45,7 +49,9 @@ def feed(items: Iterable[Any], queue: Queue[Any], left: Event, end: object) -> N
 def put_item(item: Any, queue: Queue[Any], left: Event) -> bool:
     """Whether there was a place for it before the reader left."""
     while not left.is_set():
-        try: queue.put(item, timeout=.1)
-        except Full: continue
+        try:
+            queue.put(item, timeout=0.1)
+        except Full:
+            continue
         return True
     return False

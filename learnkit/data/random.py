@@ -1,4 +1,7 @@
-"""Random numbers for the samples of a batch: a pure function of (seed, epoch, sample), whatever batch, rank or run a sample is in."""
+"""Random numbers for the samples of a batch: a pure function of (seed, epoch, sample), whatever batch, rank or run a
+sample is in.
+"""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from learnkit.data.order import mix
 
-GOLDEN_RATIO_SIGNED = -7046029254386353131        # 2**64 / golden ratio, odd, as a signed number
+GOLDEN_RATIO_SIGNED = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed number
 
 
 class Draws:
@@ -30,13 +33,16 @@ class Draws:
         self.seed, self.epoch, self.index, self.place = seed, epoch, index, place
         self.n_drawn = 0
 
-    def __len__(self) -> int: return len(self.index)
+    def __len__(self) -> int:
+        return len(self.index)
 
     def at(self, *, epoch: int | None = None, place: int | None = None) -> Draws:
         """Those of another epoch, or for another transform, from their beginning."""
-        return Draws(self.seed, self.epoch if epoch is None else epoch, self.index, self.place if place is None else place)
+        return Draws(
+            self.seed, self.epoch if epoch is None else epoch, self.index, self.place if place is None else place
+        )
 
-    def uniform(self, low: float = 0., high: float = 1., *shape: int) -> Tensor:
+    def uniform(self, low: float = 0.0, high: float = 1.0, *shape: int) -> Tensor:
         """New numbers in [low, high), one a sample, or `shape` of them: float32 (n, *shape)."""
         return low + (high - low) * (self.bits(*shape) & 0xFFFFFF).float() * 2**-24
 
@@ -55,17 +61,21 @@ class Draws:
     def bits(self, *shape: int) -> Tensor:
         """64 new random bits: int64 (n, *shape)."""
         n_each = 1
-        for size in shape: n_each *= size
+        for size in shape:
+            n_each *= size
         key = mix(self.seed, self.epoch, self.place, self.n_drawn)
         self.n_drawn += 1
         bits = scramble(scramble(self.index + 1) ^ key)
-        if not shape: return bits
+        if not shape:
+            return bits
         within = torch.arange(n_each, device=bits.device) * GOLDEN_RATIO_SIGNED
         return scramble(bits.unsqueeze(1) + within).view(-1, *shape)
 
 
 def scramble(z: Tensor) -> Tensor:
-    """The finalizer of splitmix64, on int64; torch's wraps around, and its shifts drag the sign along, hence the masks."""
+    """The finalizer of splitmix64, on int64; torch's wraps around, and its shifts drag the sign along, hence the
+    masks.
+    """
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
@@ -87,12 +97,16 @@ class SampleTransform(ABC):
 BatchTransform = Callable[[Tensor], Tensor] | SampleTransform
 
 
-def transform_batch(x: Tensor, transforms: Sequence[BatchTransform], seed: int, epoch: int, index: Callable[[], Tensor]) -> Tensor:
+def transform_batch(
+    x: Tensor, transforms: Sequence[BatchTransform], seed: int, epoch: int, index: Callable[[], Tensor]
+) -> Tensor:
     """`x` after all transforms, in order. `index`: gives the samples' numbers, where a transform asks for draws."""
     draws: Draws | None = None
     for place, transform in enumerate(transforms):
         if isinstance(transform, SampleTransform):
-            if draws is None: draws = Draws(seed, epoch, index())
+            if draws is None:
+                draws = Draws(seed, epoch, index())
             x = transform(x, draws.at(place=place))
-        else: x = transform(x)
+        else:
+            x = transform(x)
     return x

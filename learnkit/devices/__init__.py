@@ -1,1 +1,3 @@
-"""What training runs on: the accelerator of this machine, copies between it and the host, its memory, and the ranks beside this one."""
+"""What training runs on: the accelerator of this machine, copies between it and the host, its memory, and the ranks
+beside this one.
+"""

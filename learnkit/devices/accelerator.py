@@ -1,4 +1,5 @@
 """The accelerator of this machine, and what a device can do: asked here once, the same way for every backend."""
+
 from __future__ import annotations
 
 import ctypes
@@ -13,35 +14,42 @@ import torch
 def accelerator() -> torch.device | None:
     """The accelerator that this machine has, without an index (`device(type='cuda')`); None where it has none.
 
-    Asking must not use the device: a process that has called `torch.cuda.is_available()` cannot fork children that use CUDA (torch
-    2.15), and `launch` and the workers of a DataLoader fork. So this counts devices as the driver lists them (NVML, amdsmi, Level
-    Zero Sysman), which does not start CUDA. That torch can use them, e.g. that the driver is new enough, shows at the first use.
-    Where the driver has no such list (Jetson, CUDA_VISIBLE_DEVICES=MIG-…, ROCm without amdsmi, XPU without pyzes) the runtime is
-    asked, and `launch` then starts its ranks by spawn.
+    Asking must not use the device: a process that has called `torch.cuda.is_available()` cannot fork children that use
+    CUDA (torch 2.15), and `launch` and the workers of a DataLoader fork. So this counts devices as the driver lists
+    them (NVML, amdsmi, Level Zero Sysman), which does not start CUDA. That torch can use them, e.g. that the driver is
+    new enough, shows at the first use. Where the driver has no such list (Jetson, CUDA_VISIBLE_DEVICES=MIG-…, ROCm
+    without amdsmi, XPU without pyzes) the runtime is asked, and `launch` then starts its ranks by spawn.
     """
-    kind = torch.accelerator.current_accelerator()      # the one that torch was built for: this asks no device
-    if kind is None: return None
+    kind = torch.accelerator.current_accelerator()  # the one that torch was built for: this asks no device
+    if kind is None:
+        return None
     listed = kind.type == "cuda" and sys.platform != "win32" and not torch.cuda.is_initialized()
     return kind if (_lists_cuda() if listed else torch.accelerator.is_available()) else None
 
 
 def _lists_cuda() -> bool:
     """Whether the driver lists a CUDA or ROCm device; CUDA is started only where the driver has no list."""
-    if not has_driver(): return False      # else torch would ask the runtime, which ends forking for no device at all
-    with warnings.catch_warnings():         # "Can't initialize NVML": the runtime, which is asked then, decides
+    if not has_driver():
+        return False  # else torch would ask the runtime, which ends forking for no device at all
+    with warnings.catch_warnings():  # "Can't initialize NVML": the runtime, which is asked then, decides
         warnings.simplefilter("ignore", UserWarning)
         return torch.cuda.device_count() > 0
 
 
 def has_driver() -> bool:
-    """Whether a driver for CUDA or ROCm is installed on this Linux: without one there is no device, and nothing to ask."""
-    if torch.version.hip: return os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")      # dxg: under Windows (WSL)
+    """Whether a driver for CUDA or ROCm is installed on this Linux: without one there is no device, and nothing to
+    ask.
+    """
+    if torch.version.hip:
+        return os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")  # dxg: under Windows (WSL)
     return any(map(_loads, ("libnvidia-ml.so.1", "libcuda.so.1")))
 
 
 def _loads(library: str) -> bool:
-    try: ctypes.CDLL(library)
-    except OSError: return False
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
     return True
 
 
@@ -61,25 +69,32 @@ def widest_float(device: torch.device) -> torch.dtype:
 def can_pin(device: torch.device) -> bool:
     """Whether copies to `device` gain from pinned host memory: CUDA, ROCm, XPU and backends with an allocator for it.
 
-    False for the CPU, MPS (shares its memory with the CPU; torch warns of pinning) and any device that is not this process's accelerator.
+    False for the CPU, MPS (shares its memory with the CPU; torch warns of pinning) and any device that is not this
+    process's accelerator.
     """
     kind = torch.accelerator.current_accelerator()
     return kind is not None and device.type == kind.type and _pins(device.type)
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether `device` has streams besides its default one, so that a copy can run while it computes. False for the CPU and MPS."""
+    """Whether `device` has streams besides its default one, so that a copy can run while it computes. False for the CPU
+    and MPS.
+    """
     return _has_second_stream(device.type)
 
 
 @cache
 def _computes_float64(kind: str) -> bool:
-    if kind in ("cpu", "cuda", "meta"): return True
-    if kind == "mps": return False
-    if kind == "xpu": return bool(torch.xpu.get_device_properties().has_fp64)
-    try: _add(kind, torch.float64)
-    except (RuntimeError, TypeError):           # NotImplementedError is a RuntimeError
-        _add(kind, torch.float32)               # raises where the device does not work at all
+    if kind in ("cpu", "cuda", "meta"):
+        return True
+    if kind == "mps":
+        return False
+    if kind == "xpu":
+        return bool(torch.xpu.get_device_properties().has_fp64)
+    try:
+        _add(kind, torch.float64)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        _add(kind, torch.float32)  # raises where the device does not work at all
         return False
     return True
 
@@ -90,15 +105,23 @@ def _add(kind: str, dtype: torch.dtype) -> None:
 
 @cache
 def _pins(kind: str) -> bool:
-    if kind in ("cuda", "xpu"): return True     # known without using the device, see accelerator()
-    if kind in ("cpu", "mps", "meta"): return False
-    try: return torch.empty(1).pin_memory().is_pinned()
-    except RuntimeError: return False           # the backend has no allocator for it
+    if kind in ("cuda", "xpu"):
+        return True  # known without using the device, see accelerator()
+    if kind in ("cpu", "mps", "meta"):
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except RuntimeError:
+        return False  # the backend has no allocator for it
 
 
 @cache
 def _has_second_stream(kind: str) -> bool:
-    if kind in ("cuda", "xpu"): return True
-    if kind in ("cpu", "mps", "meta"): return False
-    try: return torch.Stream(kind) != torch.Stream(kind)
-    except RuntimeError: return False           # the backend has no streams
+    if kind in ("cuda", "xpu"):
+        return True
+    if kind in ("cpu", "mps", "meta"):
+        return False
+    try:
+        return torch.Stream(kind) != torch.Stream(kind)
+    except RuntimeError:
+        return False  # the backend has no streams

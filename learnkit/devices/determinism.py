@@ -1,4 +1,5 @@
 """The same numbers in every run, also on a GPU."""
+
 from __future__ import annotations
 
 import os
@@ -13,15 +14,21 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(*, warn_only: bool = False) -> Iterator[None]:
-    """For the length of a with block torch takes deterministic algorithms alone; afterwards its switches are as they were.
+    """For the length of a with block torch takes deterministic algorithms alone; afterwards its switches are as they
+    were.
 
-    An operation that has none raises RuntimeError, or warns with `warn_only`. cuBLAS reads its variable when it is first used in a
-    process: where a GPU has computed before the block, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the script starts.
+    An operation that has none raises RuntimeError, or warns with `warn_only`. cuBLAS reads its variable when it is
+    first used in a process: where a GPU has computed before the block, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the
+    script starts.
     """
     cudnn: Any = torch.backends.cudnn
     workspace = os.environ.get(WORKSPACE)
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              cudnn.deterministic, cudnn.benchmark)
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
     os.environ.setdefault(WORKSPACE, ":4096:8")
     try:
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
@@ -30,4 +37,5 @@ def deterministic(*, warn_only: bool = False) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.deterministic, cudnn.benchmark = before[2:]
-        if workspace is None: os.environ.pop(WORKSPACE, None)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)

@@ -1,7 +1,10 @@
-"""What the processes that train together tell each other, as the core and callbacks ask for it. Alone, there is nothing to tell.
+"""What the processes that train together tell each other, as the core and callbacks ask for it. Alone, there is nothing
+to tell.
 
-Sums and counts travel, never means. All ranks must call the same of these in the same order, and none on an exception's path.
+Sums and counts travel, never means. All ranks must call the same of these in the same order, and none on an exception's
+path.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -29,7 +32,9 @@ class Ranks(Protocol):
         ...
 
     def on_main(self, action: Callable[[], object], name: str) -> None:
-        """Do something on rank 0 only; the others that come here wait for it, and raise if it fails. `name` says what."""
+        """Do something on rank 0 only; the others that come here wait for it, and raise if it fails. `name` says
+        what.
+        """
         ...
 
     def gather(self, state: Any) -> list[Any]:
@@ -59,14 +64,32 @@ class Ranks(Protocol):
 
 class Alone:
     """A world of one."""
+
     apart = False
 
-    def all_sum(self, tensors: Any) -> Any: return tensors
-    def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]: return rows
-    def on_main(self, action: Callable[[], object], name: str) -> None: action()
-    def gather(self, state: Any) -> list[Any]: return [state]
-    def gather_on_main(self, state: Any) -> list[Any]: return [state]
-    def from_main(self, action: Callable[[], Any]) -> Any: return action()
-    def share(self, tensors: Sequence[Tensor]) -> None: pass
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]: return list(tensors)
-    def agree(self, flag: bool) -> bool: return flag
+    def all_sum(self, tensors: Any) -> Any:
+        return tensors
+
+    def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        return rows
+
+    def on_main(self, action: Callable[[], object], name: str) -> None:
+        action()
+
+    def gather(self, state: Any) -> list[Any]:
+        return [state]
+
+    def gather_on_main(self, state: Any) -> list[Any]:
+        return [state]
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def agree(self, flag: bool) -> bool:
+        return flag

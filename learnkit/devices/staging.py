@@ -1,4 +1,5 @@
 """Tensors of a device copied to the host with few waits, through a bounded amount of pinned memory."""
+
 from __future__ import annotations
 
 import copy
@@ -12,46 +13,56 @@ from torch import Tensor
 from learnkit.devices.nested import tensors_in
 from learnkit.devices.transfer import is_asynchronous
 
-ROOM = 1 << 27      # bytes of a buffer: 128 MiB take 5 ms over PCIe 4 (25 GB/s), many times what a wait costs
+ROOM = 1 << 27  # bytes of a buffer: 128 MiB take 5 ms over PCIe 4 (25 GB/s), many times what a wait costs
 
-Pair = tuple[Tensor, Tensor]        # (bytes on a device, bytes on the host where they go): uint8 (n,)
+Pair = tuple[Tensor, Tensor]  # (bytes on a device, bytes on the host where they go): uint8 (n,)
 
 
 def fetch_bytes(pairs: Iterable[Pair]) -> None:
-    """Copy bytes of devices to the host, with the values that they have for what is enqueued next on each one's current stream.
+    """Copy bytes of devices to the host, with the values that they have for what is enqueued next on each one's current
+    stream.
 
-    Waits once for each ROOM bytes. Two buffers are pinned at most, one of which is filled while the other is emptied. From a device
-    without pinned memory or streams (MPS), each copy waits.
+    Waits once for each ROOM bytes. Two buffers are pinned at most, one of which is filled while the other is emptied.
+    From a device without pinned memory or streams (MPS), each copy waits.
     """
     of_devices: dict[torch.device, list[Pair]] = {}
-    for pair in pairs: of_devices.setdefault(pair[0].device, []).append(pair)
+    for pair in pairs:
+        of_devices.setdefault(pair[0].device, []).append(pair)
     for device, own in of_devices.items():
-        if is_asynchronous(device): fetch_by_buffers(own, torch.accelerator.current_stream(device))
+        if is_asynchronous(device):
+            fetch_by_buffers(own, torch.accelerator.current_stream(device))
         else:
-            for source, into in own: into.copy_(source)
+            for source, into in own:
+                into.copy_(source)
 
 
 def fetch_by_buffers(pairs: list[Pair], stream: torch.Stream) -> None:
     n_bytes = sum(len(source) for source, _ in pairs)
-    free = [torch.empty(min(n_bytes, ROOM), dtype=torch.uint8, pin_memory=True) for _ in range(2 if n_bytes > ROOM else 1)]
+    free = [
+        torch.empty(min(n_bytes, ROOM), dtype=torch.uint8, pin_memory=True) for _ in range(2 if n_bytes > ROOM else 1)
+    ]
     filled: deque[tuple[Tensor, list[Pair], torch.Event]] = deque()
 
     def empty_first() -> None:
         buffer, parts, arrival = filled.popleft()
-        arrival.synchronize()       # waits for the device
-        for part, into in parts: into.copy_(part)
+        arrival.synchronize()  # waits for the device
+        for part, into in parts:
+            into.copy_(part)
         free.append(buffer)
 
     for load in loads(pairs, ROOM):
-        if not free: empty_first()
+        if not free:
+            empty_first()
         buffer = free.pop()
         sizes = [len(source) for source, _ in load]
-        parts = [(part, into) for part, (_, into) in zip(buffer[:sum(sizes)].split(sizes), load, strict=True)]
-        for (part, _), (source, _) in zip(parts, load, strict=True): part.copy_(source, non_blocking=True)
+        parts = [(part, into) for part, (_, into) in zip(buffer[: sum(sizes)].split(sizes), load, strict=True)]
+        for (part, _), (source, _) in zip(parts, load, strict=True):
+            part.copy_(source, non_blocking=True)
         arrival = torch.Event(stream.device)
         arrival.record(stream)
         filled.append((buffer, parts, arrival))
-    while filled: empty_first()
+    while filled:
+        empty_first()
 
 
 def loads(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
@@ -66,37 +77,52 @@ def loads(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
             if left == 0:
                 yield load
                 load, left = [], size
-    if load: yield load
+    if load:
+        yield load
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The memory of a tensor without gaps: uint8 (bytes,), not a copy."""
     first = tensor.storage_offset() * tensor.element_size()
-    return bytes_in(tensor.untyped_storage())[first:first + tensor.numel() * tensor.element_size()]
+    return bytes_in(tensor.untyped_storage())[first : first + tensor.numel() * tensor.element_size()]
 
 
-def bytes_in(storage: torch.UntypedStorage) -> Tensor: return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def bytes_in(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def on_host(state: Any) -> Any:
-    """`state` with the tensors of a device in host memory; those that share memory there share it here. A file of it is the one that the
-    CPU would write. The same object where nothing is on a device; tensors that are more than their elements are left to torch.save."""
+    """`state` with the tensors of a device in host memory; those that share memory there share it here. A file of it is
+    the one that the CPU would write. The same object where nothing is on a device; tensors that are more than their
+    elements are left to torch.save.
+    """
     tensors = list(tensors_in(state))
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if is_simple(t)}
-    if not storages: return state
+    if not storages:
+        return state
     copies = {key: torch.UntypedStorage(storage.nbytes()) for key, storage in storages.items()}
     fetch_bytes((bytes_in(storage), bytes_in(copies[key])) for key, storage in storages.items())
 
     def hosted(t: Tensor) -> Tensor:
-        if not is_simple(t): return t
-        return torch.empty(0, dtype=t.dtype).set_(copies[t.untyped_storage()._cdata], t.storage_offset(), t.size(), t.stride())
-    return copy.deepcopy(state, {id(t): hosted(t) for t in tensors})        # what is around the tensors, with its kinds and attributes
+        if not is_simple(t):
+            return t
+        return torch.empty(0, dtype=t.dtype).set_(
+            copies[t.untyped_storage()._cdata], t.storage_offset(), t.size(), t.stride()
+        )
+
+    return copy.deepcopy(
+        state, {id(t): hosted(t) for t in tensors}
+    )  # what is around the tensors, with its kinds and attributes
 
 
 def is_simple(tensor: Tensor) -> bool:
     """Whether it is a view of memory of a device, and nothing more."""
-    return type(tensor) is Tensor and tensor.device.type not in ("cpu", "meta") and tensor.layout is torch.strided \
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type not in ("cpu", "meta")
+        and tensor.layout is torch.strided
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or vars(tensor))
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -105,6 +131,10 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The bytes of a dense tensor in the order of its elements, uint8 (bytes,): its own memory where it `is_plain`, else a copy."""
+    """The bytes of a dense tensor in the order of its elements, uint8 (bytes,): its own memory where it `is_plain`,
+    else a copy.
+    """
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)      # torch leaves any stride to a dimension of one row or of none
+    return plain.as_strided((plain.numel(),), (1,)).view(
+        torch.uint8
+    )  # torch leaves any stride to a dimension of one row or of none

@@ -1,4 +1,5 @@
 """A model inside wrappers: the names that its parameters have without torch.compile and DDP."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -6,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
-COMPILED, WRAPPED = "_orig_mod.", "module."     # what torch.compile and DDP put before the names of a model's parameters
+COMPILED, WRAPPED = "_orig_mod.", "module."  # what torch.compile and DDP put before the names of a model's parameters
 
 
 def plain_keys(keys: Iterable[str], *, wrapped: bool) -> dict[str, str]:
-    """{plain name: key}; `wrapped`: the keys are of a DDP module. A layer that is itself called `module` keeps its name."""
+    """{plain name: key}; `wrapped`: the keys are of a DDP module. A layer that is itself called `module` keeps its
+    name.
+    """
     return {key.replace(COMPILED, "").removeprefix(WRAPPED if wrapped else ""): key for key in keys}
 
 

@@ -1,11 +1,12 @@
 """Ranks and worlds: the same numbers on one process, on many, and on many machines. Everything is a no-op when alone.
 
-    from learnkit.distributed import *
+from learnkit.distributed import *
 
-    init_process_group(seed=42)                       # torchrun, torch.distributed.launch, SLURM, launch(), or alone
-    model = prepare_model(Net())
-    loader = prepare_data_loader(loader, seed=42)
+init_process_group(seed=42)                       # torchrun, torch.distributed.launch, SLURM, launch(), or alone
+model = prepare_model(Net())
+loader = prepare_data_loader(loader, seed=42)
 """
+
 import sys as _sys
 
 import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
@@ -52,7 +53,8 @@ from learnkit.distributed.world import init_process_group as init_process_group
 from learnkit.distributed.world import is_main as is_main
 from learnkit.distributed.world import seed_by_rank as seed_by_rank
 
-if any(argument.startswith(_world.SPELLINGS) for argument in _sys.argv[1:]): _world.accept_both_spellings()
+if any(argument.startswith(_world.SPELLINGS) for argument in _sys.argv[1:]):
+    _world.accept_both_spellings()
 
 __all__ = [  # the submodules stay out of a star import
     "GlobalBatchNorm",

@@ -1,4 +1,7 @@
-"""What must be equal on all ranks is compared before the first step: a rank with another rate trains on, quietly wrong."""
+"""What must be equal on all ranks is compared before the first step: a rank with another rate trains on, quietly
+wrong.
+"""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -11,18 +14,23 @@ MISSING = "(not there)"
 
 
 def check_same(facts: Mapping[str, Fact]) -> None:
-    """Raises ValueError on every rank where the facts of the ranks differ, naming each odd rank, the entry and the values.
+    """Raises ValueError on every rank where the facts of the ranks differ, naming each odd rank, the entry and the
+    values.
 
-    All ranks must call it. The value that most ranks have is taken for the right one; rank 0's, where none has a majority. Where all is
-    equal two numbers travel; the facts themselves only where it is not.
+    All ranks must call it. The value that most ranks have is taken for the right one; rank 0's, where none has a
+    majority. Where all is equal two numbers travel; the facts themselves only where it is not.
     """
     own = digest_of_facts(facts)
     largest, negative = agree_all([own, -own])
-    if largest == -negative: return
+    if largest == -negative:
+        return
     differences = differing(gather_objects(dict(facts)))
     if differences:
-        raise ValueError("the ranks disagree on what must be equal everywhere:\n  " + "\n  ".join(differences) +
-                         "\nStart every rank with the same script, arguments, seed and versions.")
+        raise ValueError(
+            "the ranks disagree on what must be equal everywhere:\n  "
+            + "\n  ".join(differences)
+            + "\nStart every rank with the same script, arguments, seed and versions."
+        )
 
 
 def digest_of_facts(facts: Mapping[str, Fact]) -> int:
@@ -38,7 +46,9 @@ def differing(by_rank: Sequence[Mapping[str, Fact]]) -> list[str]:
 
 
 def sentence(name: str, values: Sequence[str]) -> str:
-    """`lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0 differ, nan equals nan."""
+    """`lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0 differ, nan equals
+    nan.
+    """
     usual = Counter(values).most_common(1)[0][0]  # of equally frequent ones the first that was met: rank 0's
     odd = {value: [rank for rank, v in enumerate(values) if v == value] for value in values if value != usual}
     told = "; ".join(f"{listed_ranks(ranks)} {value}" for value, ranks in odd.items())
@@ -46,5 +56,6 @@ def sentence(name: str, values: Sequence[str]) -> str:
 
 
 def listed_ranks(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1: return f"rank {ranks[0]} has"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
     return f"ranks {', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''} have"

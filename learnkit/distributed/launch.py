@@ -1,5 +1,6 @@
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 """Starts ranks on this machine from a notebook or a plain script, and ends them all together."""
+
 from __future__ import annotations
 
 import faulthandler
@@ -37,9 +38,13 @@ from learnkit.distributed.process import (
 )
 from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
 
-END_GRACE = 1.0  # seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then SIGTERM
+# seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then
+# SIGTERM
+END_GRACE = 1.0
 KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
-IN_USE = "{} is in use in this process already, or was asked for in a way that starts it, such as torch.cuda.is_available()"
+IN_USE = (
+    "{} is in use in this process already, or was asked for in a way that starts it, such as torch.cuda.is_available()"
+)
 
 
 class RankFailed(RuntimeError):
@@ -55,8 +60,14 @@ class RankFailed(RuntimeError):
         self.rank = rank
 
 
-def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None, every_rank: bool = False,
-           start_method: str | None = None) -> Any:
+def launch(
+    fn: Callable[..., Any],
+    nprocs: int,
+    *args: Any,
+    timeout: float | None = None,
+    every_rank: bool = False,
+    start_method: str | None = None,
+) -> Any:
     """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned, its tensors on the CPU.
 
     `every_rank=True` returns the list of what all returned. In `fn`, `init_process_group()` or
@@ -72,13 +83,17 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
     method = start_method or choose_start_method(fn)
     with tempfile.TemporaryDirectory(prefix="learnkit-") as folder:
         store = open_store()
-        try: results = RankProcesses(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
-        finally: del store  # an error's traceback would keep its server running
+        try:
+            results = RankProcesses(fn, args, nprocs, store.port, Path(folder), method).run(timeout)
+        finally:
+            del store  # an error's traceback would keep its server running
     return results if every_rank else results[0]
 
 
 def open_store() -> dist.TCPStore:
-    """Served by this process, to this machine alone (left to itself, TCPStore listens to all). Port 0: one that is free."""
+    """Served by this process, to this machine alone (left to itself, TCPStore listens to all). Port 0: one that is
+    free.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -87,60 +102,78 @@ def open_store() -> dist.TCPStore:
 def choose_start_method(fn: Callable[..., Any]) -> str:
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     lost = lost_by_fork()
-    if can_fork and lost is None: return "fork"
+    if can_fork and lost is None:
+        return "fork"
     if not can_import(fn):
         why = IN_USE.format(lost) if can_fork else "this system does not fork processes"
-        raise RuntimeError(f"launch cannot start {fn!r}: {why}, so ranks must import the function, and one of a notebook, a lambda "
-                           "or one that is defined in another function cannot be imported. Restart the kernel and use the accelerator "
-                           "only inside the function, or move the function into a .py file.")
+        raise RuntimeError(
+            f"launch cannot start {fn!r}: {why}, so ranks must import the function, and one of a notebook, a lambda "
+            "or one that is defined in another function cannot be imported. Restart the kernel and use the accelerator "
+            "only inside the function, or move the function into a .py file."
+        )
     return "spawn"
 
 
 def can_import(fn: Callable[..., Any]) -> bool:
     """Whether a new process finds the function; a script is run there once more, without its main guard's block."""
-    if getattr(fn, "__module__", None) == "__main__" and getattr(sys.modules["__main__"], "__file__", None) is None: return False
-    try: pickle.dumps(fn)
-    except (pickle.PicklingError, AttributeError, TypeError): return False
+    if getattr(fn, "__module__", None) == "__main__" and getattr(sys.modules["__main__"], "__file__", None) is None:
+        return False
+    try:
+        pickle.dumps(fn)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
     return True
 
 
 def lost_by_fork() -> torch.device | None:
     """The accelerator of this machine that a forked child of this process could not use; None: there is none.
 
-    Whoever asks torch for a GPU may have started CUDA, with `torch.cuda.is_available()` too, of which `torch.cuda.is_initialized()`
-    says nothing (torch 2.15). A forked child knows: it takes about 15 ms, and none where there is no driver or torch was built for
-    the CPU alone. The accelerator is asked for only if that child is lost, as the question may be what loses it.
+    Whoever asks torch for a GPU may have started CUDA, with `torch.cuda.is_available()` too, of which
+    `torch.cuda.is_initialized()` says nothing (torch 2.15). A forked child knows: it takes about 15 ms, and none where
+    there is no driver or torch was built for the CPU alone. The accelerator is asked for only if that child is lost, as
+    the question may be what loses it.
 
     MPS is not asked about: a machine has one such device, which ranks cannot share, so theirs is the CPU.
     """
     kind = torch.accelerator.current_accelerator()
-    if kind is None or kind.type == "mps" or not hasattr(os, "fork"): return None
-    if kind.type == "cuda" and not has_driver(): return None
+    if kind is None or kind.type == "mps" or not hasattr(os, "fork"):
+        return None
+    if kind.type == "cuda" and not has_driver():
+        return None
     is_lost = getattr(torch.get_device_module(kind), "_is_in_bad_fork", None)
-    if is_lost is None or not in_forked_child(is_lost): return None
+    if is_lost is None or not in_forked_child(is_lost):
+        return None
     return kind if torch.accelerator.is_available() else None
 
 
 def in_forked_child(ask: Callable[[], bool]) -> bool:
-    with forking(): child = os.fork()
+    with forking():
+        child = os.fork()
     if child == 0:
         answer = 1
-        try: answer = int(ask())
-        finally: os._exit(answer)  # flushes nothing, and runs no handler of the parent's
+        try:
+            answer = int(ask())
+        finally:
+            os._exit(answer)  # flushes nothing, and runs no handler of the parent's
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
 def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str | None) -> None:
-    if not callable(fn): raise TypeError(f"launch(fn, nprocs): fn is {fn!r}, expected a function.")
+    if not callable(fn):
+        raise TypeError(f"launch(fn, nprocs): fn is {fn!r}, expected a function.")
     if isinstance(nprocs, bool) or not isinstance(nprocs, int) or nprocs < 1:
         raise ValueError(f"launch(fn, nprocs): nprocs={nprocs!r}, expected a whole number of 1 or more.")
     if nprocs > 1 and (has_group() or get_world_size() > 1):
-        raise RuntimeError(f"launch would start {nprocs} ranks inside rank {get_rank()} of {get_world_size()}: this "
-                           "process is in a group already. Call the function itself, or start the script without a "
-                           "launcher.")
+        raise RuntimeError(
+            f"launch would start {nprocs} ranks inside rank {get_rank()} of {get_world_size()}: this "
+            "process is in a group already. Call the function itself, or start the script without a "
+            "launcher."
+        )
     if nprocs > 1 and method == "fork" and (lost := lost_by_fork()) is not None:
-        raise RuntimeError(f"launch cannot fork: {IN_USE.format(lost)}. Leave start_method out, or use the accelerator only "
-                           "inside the function.")
+        raise RuntimeError(
+            f"launch cannot fork: {IN_USE.format(lost)}. Leave start_method out, or use the accelerator only "
+            "inside the function."
+        )
 
 
 class RankProcesses:
@@ -151,8 +184,9 @@ class RankProcesses:
     not. It lives as long as the ranks, as the kernel kills them when the thread that started them ends.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int, port: int, folder: Path,
-                 method: str) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], nprocs: int, port: int, folder: Path, method: str
+    ) -> None:
         self.fn, self.args, self.nprocs, self.port, self.folder = fn, args, nprocs, port, folder
         self.context: Any = multiprocessing.get_context(method)
         self.n_threads = max(1, min(torch.get_num_threads(), n_cores() // nprocs))
@@ -164,31 +198,46 @@ class RankProcesses:
         self.cancelled, self.finished = threading.Event(), threading.Event()
 
     def run(self, timeout: float | None) -> list[Any]:
-        for stream in (sys.stdout, sys.stderr): stream.flush()  # else each rank prints what is waiting once more
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else each rank prints what is waiting once more
         thread = threading.Thread(target=self.supervise, args=(timeout,), name="launch")
         thread.start()
-        try: self.finished.wait()
+        try:
+            self.finished.wait()
         finally:  # Ctrl-C, say
             self.cancelled.set()
             thread.join()
-        if self.error is not None: raise self.error
+        if self.error is not None:
+            raise self.error
         return [pickle.loads(self.answers[rank]) for rank in range(self.nprocs)]  # from our own children
 
     def supervise(self, timeout: float | None) -> None:
         try:
-            for rank in range(self.nprocs): self.start(rank)
+            for rank in range(self.nprocs):
+                self.start(rank)
             self.all_started.set()
             self.watch(None if timeout is None else time.monotonic() + timeout, timeout)
-        except BaseException as error: self.error = error
+        except BaseException as error:
+            self.error = error
         finally:
             self.end()
             self.finished.set()
 
     def start(self, rank: int) -> None:
         receiver, sender = self.context.Pipe(duplex=False)
-        arguments = (self.environment(rank), os.getpid(), gc.isenabled(), self.n_threads, self.all_started, sender, self.fn, self.args)
+        arguments = (
+            self.environment(rank),
+            os.getpid(),
+            gc.isenabled(),
+            self.n_threads,
+            self.all_started,
+            sender,
+            self.fn,
+            self.args,
+        )
         process = self.context.Process(target=run_rank, args=arguments, name=f"rank {rank}")
-        with forking(): process.start()
+        with forking():
+            process.start()
         sender.close()
         self.processes.append(process)
         self.receivers.append(receiver)
@@ -196,11 +245,21 @@ class RankProcesses:
     def environment(self, rank: int) -> dict[str, str]:
         """As torchrun sets it; the store is served by this process, as torchrun's is by its agent."""
         n = str(self.nprocs)
-        return {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n,
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "GLOO_SOCKET_IFNAME": loopback(), ERROR_FILE: str(self.note(rank))}
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": n,
+            "LOCAL_WORLD_SIZE": n,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "GLOO_SOCKET_IFNAME": loopback(),
+            ERROR_FILE: str(self.note(rank)),
+        }
 
-    def note(self, rank: int) -> Path: return self.folder / f"rank_{rank}.json"
+    def note(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.json"
 
     def watch(self, deadline: float | None, timeout: float | None) -> None:
         while len(self.answers) < self.nprocs and not self.cancelled.is_set():
@@ -208,20 +267,27 @@ class RankProcesses:
             connection.wait(waiting, 0.05)
             # An exit code is asked for first: what a rank sent before it ended is then there to be read.
             codes = [process.exitcode for process in self.processes]
-            for rank in range(self.nprocs): self.receive(rank)
+            for rank in range(self.nprocs):
+                self.receive(rank)
             ended = [rank for rank, code in enumerate(codes) if code is not None and rank not in self.answers]
-            if ended: raise self.failure()
-            if deadline is not None and time.monotonic() > deadline: raise self.too_late(timeout)
+            if ended:
+                raise self.failure()
+            if deadline is not None and time.monotonic() > deadline:
+                raise self.too_late(timeout)
 
     def receive(self, rank: int) -> None:
-        if rank in self.answers or not self.receivers[rank].poll(): return
+        if rank in self.answers or not self.receivers[rank].poll():
+            return
         with suppress(EOFError):  # it ended without an answer
             self.answers[rank] = self.receivers[rank].recv_bytes()
 
     def failure(self) -> RankFailed:
-        """Names the first to fail. The others fail because of it, perhaps sooner noticed; a killed one leaves no note."""
+        """Names the first to fail. The others fail because of it, perhaps sooner noticed; a killed one leaves no
+        note.
+        """
         deadline = time.monotonic() + 0.5
-        while not (culprits := self.culprits()) and time.monotonic() < deadline: time.sleep(0.02)
+        while not (culprits := self.culprits()) and time.monotonic() < deadline:
+            time.sleep(0.02)
         notes = culprits or self.notes()
         rank = min(notes, key=lambda r: notes[r]["time"])
         return RankFailed(rank, self.nprocs, notes[rank]["message"], notes[rank]["stack"])
@@ -230,10 +296,13 @@ class RankProcesses:
         """What each failed rank left: its note, else how it ended."""
         notes = {rank: read_failure(str(self.note(rank))) for rank in range(self.nprocs)}
         for rank, process in enumerate(self.processes):
-            if notes[rank] is not None or process.exitcode is None: continue
+            if notes[rank] is not None or process.exitcode is None:
+                continue
             self.receive(rank)
             if rank not in self.answers:
-                told = [f" ({note['message']})" for note in notes.values() if note is not None and note["dragged_along"]]
+                told = [
+                    f" ({note['message']})" for note in notes.values() if note is not None and note["dragged_along"]
+                ]
                 ended = f"it ended with {exit_reason(process.exitcode)}{''.join(told[:1])}"
                 notes[rank] = {"message": ended, "stack": "", "time": time.time(), "dragged_along": False}
         return {rank: note for rank, note in notes.items() if note is not None}
@@ -246,16 +315,23 @@ class RankProcesses:
         for rank in late:
             os.kill(self.processes[rank].pid, signal.SIGUSR1)  # shows where it is, on standard error
             time.sleep(0.2)  # written piece by piece: two at a time would mix
-        return TimeoutError(f"launch: ranks {late} of {self.nprocs} were still running after {timeout:g} s; "
-                            "where they were stands on standard error.")
+        return TimeoutError(
+            f"launch: ranks {late} of {self.nprocs} were still running after {timeout:g} s; "
+            "where they were stands on standard error."
+        )
 
     def end(self) -> None:
-        if isinstance(self.error, RankFailed): wait_for_processes(self.processes, END_GRACE)
-        for process in self.processes: process.terminate()
+        if isinstance(self.error, RankFailed):
+            wait_for_processes(self.processes, END_GRACE)
+        for process in self.processes:
+            process.terminate()
         wait_for_processes(self.processes, KILL_AFTER)
-        for process in self.processes: process.kill()
-        for process in self.processes: process.join()
-        for receiver in self.receivers: receiver.close()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for receiver in self.receivers:
+            receiver.close()
 
 
 @contextmanager
@@ -267,24 +343,35 @@ def forking() -> Iterator[None]:
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        if collecting: gc.enable()
+        if collecting:
+            gc.enable()
 
 
-def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threads: int, all_started: Any, sender: Any,
-             fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def run_rank(
+    environment: dict[str, str],
+    parent: int,
+    collecting: bool,
+    n_threads: int,
+    all_started: Any,
+    sender: Any,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     """What each new process does."""
     die_with_parent(parent)
-    # The store's thread asks for the name of each rank that connects; a copy made meanwhile has the resolver's lock held
-    # for ever, and hangs in its own TCPStore (glibc, torch 2.15: 1 of 700 launches of 3 ranks).
+    # The store's thread asks for the name of each rank that connects; a copy made meanwhile has the resolver's lock
+    # held for ever, and hangs in its own TCPStore (glibc, torch 2.15: 1 of 700 launches of 3 ranks).
     all_started.wait()
     # What came along from the parent is never collected here: objects that own a thread there, such as a store of an
     # earlier group in a cycle of garbage, have none here, and their destructors crash (torch 2.15: segmentation fault).
     gc.freeze()
-    if collecting: gc.enable()
+    if collecting:
+        gc.enable()
     os.environ.update(environment)
     os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
     torch.set_num_threads(n_threads)
-    if "SIGUSR1" in signal.Signals.__members__: faulthandler.register(signal.SIGUSR1, file=2)
+    if "SIGUSR1" in signal.Signals.__members__:
+        faulthandler.register(signal.SIGUSR1, file=2)
     try:
         sender.send_bytes(as_answer(result_of(fn, args)))
         destroy_process_group()
@@ -295,35 +382,44 @@ def run_rank(environment: dict[str, str], parent: int, collecting: bool, n_threa
 
 def result_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """A function written like a script may end with sys.exit(0)."""
-    try: return fn(*args)
+    try:
+        return fn(*args)
     except SystemExit as leave:
-        if leave.code: raise
+        if leave.code:
+            raise
         return None
 
 
 def as_answer(result: Any) -> bytes:
     answer = io.BytesIO()
-    try: Answer(answer, pickle.HIGHEST_PROTOCOL).dump(result)
+    try:
+        Answer(answer, pickle.HIGHEST_PROTOCOL).dump(result)
     except Exception as error:
-        raise TypeError(f"rank {get_rank()} returned a {type(result).__name__} that cannot be sent back: "
-                        f"{one_line(error)}. Return numbers, tensors, or a state_dict.") from error
+        raise TypeError(
+            f"rank {get_rank()} returned a {type(result).__name__} that cannot be sent back: "
+            f"{one_line(error)}. Return numbers, tensors, or a state_dict."
+        ) from error
     return answer.getvalue()
 
 
 class Answer(pickle.Pickler):
-    """What a rank returns, with the tensors of its device on the CPU: else the parent would use each rank's device, and could then
-    not fork ranks that do."""
+    """What a rank returns, with the tensors of its device on the CPU: else the parent would use each rank's device, and
+    could then not fork ranks that do.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor) or obj.device.type in ("cpu", "meta") or type(obj) not in (Tensor, Parameter): return NotImplemented
+        if not isinstance(obj, Tensor) or obj.device.type in ("cpu", "meta") or type(obj) not in (Tensor, Parameter):
+            return NotImplemented
         here = obj.detach().cpu()
-        if isinstance(obj, Parameter): return Parameter, (here, obj.requires_grad)
+        if isinstance(obj, Parameter):
+            return Parameter, (here, obj.requires_grad)
         return here.requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def wait_for_processes(processes: list[Any], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline: time.sleep(0.01)
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def exit_reason(code: int) -> str:

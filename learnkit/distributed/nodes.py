@@ -1,4 +1,5 @@
 """How many nodes torchrun was told that a job may have, and whether more can come."""
+
 from __future__ import annotations
 
 import os
@@ -8,14 +9,19 @@ from collections.abc import Sequence
 
 from learnkit.distributed.process import parent_arguments, parent_is_torchrun
 
-NO_NODE_CAN_JOIN = ("torchrun was started with --nnodes={nodes}, but torch (2.15) does not tell a node that joins later where the job's "
-                    "store is: all of it would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun.")
+NO_NODE_CAN_JOIN = (
+    "torchrun was started with --nnodes={nodes}, but torch (2.15) does not tell a node that joins later where the "
+    "job's store is: all of it would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun."
+)
 
 
 def warn_where_no_node_can_join() -> None:
-    """Where the number of nodes may change, torchelastic must not share its store: only the first to start tells others where it is."""
+    """Where the number of nodes may change, torchelastic must not share its store: only the first to start tells others
+    where it is.
+    """
     nodes = os.environ.get("PET_NNODES") or (elastic_nodes(parent_arguments()) if parent_is_torchrun() else "")
-    if is_range(nodes): warnings.warn(NO_NODE_CAN_JOIN.format(nodes=nodes), stacklevel=4)
+    if is_range(nodes):
+        warnings.warn(NO_NODE_CAN_JOIN.format(nodes=nodes), stacklevel=4)
 
 
 def elastic_nodes(arguments: Sequence[str]) -> str:

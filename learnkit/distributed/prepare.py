@@ -1,4 +1,5 @@
 """A model and an optimizer for a loop of one's own: what `learn.to_distributed` does to them, with the same options."""
+
 from __future__ import annotations
 
 import re
@@ -18,62 +19,91 @@ from learnkit.distributed.reduce import needs_group
 from learnkit.distributed.weights import reduce_after_backward, share_weights
 from learnkit.distributed.world import get_device, take_device
 
-UNPREPARED = ("algorithm={name!r} averages the weights after the optimizer's steps, and knows no optimizer of this model yet: write "
-              "optimizer = prepare_optimizer(optimizer, model) before the loop.")
+UNPREPARED = (
+    "algorithm={name!r} averages the weights after the optimizer's steps, and knows no optimizer of this model yet: "
+    "write optimizer = prepare_optimizer(optimizer, model) before the loop."
+)
 
 
-def prepare_model(model: nn.Module, *, local_rank: int | str | None = None, device: torch.device | None = None,
-                  algorithm: str | Hook = "allreduce", period: int | None = None, warmup_steps: int | None = None, rank: int | None = None,
-                  sync_bn: bool = False, delay_allreduce: bool = False, mixed_precision: torch.dtype | None = None,
-                  gradient_order: Sequence[str] = (), **ddp_options: Any) -> nn.Module:
-    """The model on this rank's device, wrapped in DistributedDataParallel unless alone; rank 0's weights and buffers become everybody's.
+def prepare_model(
+    model: nn.Module,
+    *,
+    local_rank: int | str | None = None,
+    device: torch.device | None = None,
+    algorithm: str | Hook = "allreduce",
+    period: int | None = None,
+    warmup_steps: int | None = None,
+    rank: int | None = None,
+    sync_bn: bool = False,
+    delay_allreduce: bool = False,
+    mixed_precision: torch.dtype | None = None,
+    gradient_order: Sequence[str] = (),
+    **ddp_options: Any,
+) -> nn.Module:
+    """The model on this rank's device, wrapped in DistributedDataParallel unless alone; rank 0's weights and buffers
+    become everybody's.
 
     device          another one than `get_device(local_rank)`
-    algorithm, period, warmup_steps, rank, sync_bn      as in `Learner.to_distributed`; those that average weights need `prepare_optimizer`
-    delay_allreduce one reduction of all gradients when a backward pass is over, of which a step may have several; the model is not wrapped
-    mixed_precision torch.bfloat16 or torch.float16: forward passes by autocast, outputs in float32; float16 needs a torch.amp.GradScaler
+    algorithm, period, warmup_steps, rank, sync_bn      as in `Learner.to_distributed`; those that average weights need
+                                                        `prepare_optimizer`
+    delay_allreduce one reduction of all gradients when a backward pass is over, of which a step may have several; the
+    model is not wrapped mixed_precision torch.bfloat16 or torch.float16: forward passes by autocast, outputs in
+    float32; float16 needs a torch.amp.GradScaler
     gradient_order  what `gradient_order_of` has said of the model in an earlier run, from which this one resumes
     ddp_options     DistributedDataParallel's; gradients are views into its buckets unless you say otherwise
 
-    Build the optimizer from the model afterwards. A model without trainable weights is not wrapped. For a model that no rank can hold,
-    `shard_model`. What the algorithm keeps from step to step is in `communication_of(model).state_dict(optimizer)`.
+    Build the optimizer from the model afterwards. A model without trainable weights is not wrapped. For a model that no
+    rank can hold, `shard_model`. What the algorithm keeps from step to step is in
+    `communication_of(model).state_dict(optimizer)`.
     """
     chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
-    if delay_allreduce and chosen.name != "allreduce": raise ValueError(ONE_REDUCTION.format(name=chosen.name))
+    if delay_allreduce and chosen.name != "allreduce":
+        raise ValueError(ONE_REDUCTION.format(name=chosen.name))
     if mixed_precision not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected torch.bfloat16, torch.float16 or None.")
     device = get_device(local_rank) if device is None else device
-    if isinstance(model, DistributedDataParallel): raise TypeError("the model is wrapped in DistributedDataParallel already.")
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("the model is wrapped in DistributedDataParallel already.")
     together = needs_group()
-    if together: take_device(device)
+    if together:
+        take_device(device)
     model = model.to(device)
-    if mixed_precision is not None: compute_in(model, mixed_precision, device)
-    if not together: return model
-    if sync_bn: model = sync_batchnorm(model)
-    if not any(p.requires_grad for p in model.parameters()): return model  # which DDP refuses
+    if mixed_precision is not None:
+        compute_in(model, mixed_precision, device)
+    if not together:
+        return model
+    if sync_bn:
+        model = sync_batchnorm(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        return model  # which DDP refuses
     if delay_allreduce:
         share_weights(model)
         reduce_after_backward(model)
         return model
     devices = None if device.type == "cpu" else [device.index]
     options = {"gradient_as_bucket_view": True, **ddp_options}
-    ddp = DistributedDataParallel(model, device_ids=devices, **options) if not gradient_order else \
-        InOrder(model, gradient_order, device_ids=devices, **options)
-    if chosen.name != "allreduce": communicate(ddp, Communication(chosen, ddp))
+    ddp = (
+        DistributedDataParallel(model, device_ids=devices, **options)
+        if not gradient_order
+        else InOrder(model, gradient_order, device_ids=devices, **options)
+    )
+    if chosen.name != "allreduce":
+        communicate(ddp, Communication(chosen, ddp))
     return ddp
 
 
 class InOrder(DistributedDataParallel):
     """DistributedDataParallel whose buckets are from its first step on what they are otherwise from the second one on.
 
-    It collects gradients in buckets in the order in which they are ready, which it learns in its first step. Where a gradient lies in its
-    bucket decides in which order three or more ranks add it up: of a fit that is resumed, the first step would round in another way.
+    It collects gradients in buckets in the order in which they are ready, which it learns in its first step. Where a
+    gradient lies in its bucket decides in which order three or more ranks add it up: of a fit that is resumed, the
+    first step would round in another way.
     """
 
     def __init__(self, model: nn.Module, gradient_order: Sequence[str], **options: Any) -> None:
         self.gradient_order = list(gradient_order)
         super().__init__(model, **options)
-        self.reducer._push_all_rebuilt_params()     # as if they had become ready in the order of the parameters
+        self.reducer._push_all_rebuilt_params()  # as if they had become ready in the order of the parameters
         self.reducer._rebuild_buckets()
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
@@ -84,12 +114,16 @@ class InOrder(DistributedDataParallel):
 
 
 def gradient_order_of(model: nn.Module) -> list[str]:
-    """The names of the parameters of a model that `prepare_model` has wrapped, in the order in which their gradients are collected from its
-    second step on; [] before that is known (with static_graph=True after the second step), or where it is always the same. All ranks must
-    call it, between two steps."""
-    if not isinstance(model, DistributedDataParallel) or model.logger is None: return []
-    if known := model.__dict__.get("gradient_order"): return known
-    if model.reducer._rebuild_buckets(): model._has_rebuilt_buckets = True      # else at the next forward pass
+    """The names of the parameters of a model that `prepare_model` has wrapped, in the order in which their gradients
+    are collected from its second step on; [] before that is known (with static_graph=True after the second step), or
+    where it is always the same. All ranks must call it, between two steps.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.logger is None:
+        return []
+    if known := model.__dict__.get("gradient_order"):
+        return known
+    if model.reducer._rebuild_buckets():
+        model._has_rebuilt_buckets = True  # else at the next forward pass
     model.logger.set_runtime_stats_and_log()
     told = model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")
     names, parameters = parameter_names(model.module), model._build_params_for_reducer()[0]
@@ -98,21 +132,26 @@ def gradient_order_of(model: nn.Module) -> list[str]:
     return order
 
 
-def parameter_names(model: nn.Module) -> dict[int, str]: return {id(p): name for name, p in model.named_parameters()}
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, which algorithm={name!r} has none of: take one."
 
 
 def prepare_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-    """The same optimizer, after whose steps the weights are averaged where the `algorithm` of `prepare_model` does so; else as it is.
+    """The same optimizer, after whose steps the weights are averaged where the `algorithm` of `prepare_model` does so;
+    else as it is.
 
     >>> model = prepare_model(nn.Linear(2, 2), algorithm="local_sgd")
     >>> optimizer = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
     """
     communication = communication_of(model)
     if communication is not None:
-        own, given = set(map(id, communication.parameters)), [p for group in optimizer.param_groups for p in group["params"]]
+        own, given = (
+            set(map(id, communication.parameters)),
+            [p for group in optimizer.param_groups for p in group["params"]],
+        )
         if not any(id(p) in own for p in given):
             raise ValueError("the optimizer has none of this model's parameters: build it from model.parameters().")
         communication.follow(optimizer)
@@ -120,22 +159,30 @@ def prepare_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
 
 
 def communication_of(model: nn.Module) -> Communication | None:
-    """The algorithm at work on a model that `prepare_model` has wrapped; None where gradients are all-reduced, or alone."""
+    """The algorithm at work on a model that `prepare_model` has wrapped; None where gradients are all-reduced, or
+    alone.
+    """
     found = model.__dict__.get("communication")
     return found if isinstance(found, Communication) else None
 
 
 def communicate(ddp: DistributedDataParallel, communication: Communication) -> None:
-    """Keep the algorithm with its model; a training loop that never told it its optimizer hears of it before its second step."""
-    object.__setattr__(ddp, "communication", communication)     # no module, and no part of its state
-    if not communication.algorithm.averages: return
+    """Keep the algorithm with its model; a training loop that never told it its optimizer hears of it before its second
+    step.
+    """
+    object.__setattr__(ddp, "communication", communication)  # no module, and no part of its state
+    if not communication.algorithm.averages:
+        return
     n_forwards = 0
 
     def check(module: nn.Module, args: Any) -> None:
         nonlocal n_forwards
         n_forwards += module.training and torch.is_grad_enabled()
-        if communication.n_followed: handle.remove()
-        elif n_forwards > 1: raise RuntimeError(UNPREPARED.format(name=communication.algorithm.name))
+        if communication.n_followed:
+            handle.remove()
+        elif n_forwards > 1:
+            raise RuntimeError(UNPREPARED.format(name=communication.algorithm.name))
+
     handle = ddp.register_forward_pre_hook(check)
 
 
@@ -145,8 +192,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
     @wraps(forward)
     def cast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device.type, dtype): outputs = forward(*args, **kwargs)     # type: ignore[reportPrivateImportUsage]
+        with torch.autocast(device.type, dtype):
+            outputs = forward(*args, **kwargs)  # type: ignore[reportPrivateImportUsage]
         return map_tensors(as_float32, outputs)
+
     model.forward = cast
 
 

@@ -4,10 +4,12 @@
 Sums and counts travel, never means; lengths travel before rows. Nothing here unpickles what another process sent:
 objects travel as JSON together with the raw bytes of their tensors.
 
-One rule says where tensors travel, the same on all ranks, as a collective on the CPU never meets one on a device: on the CPU,
-unless a rank has something to send that is on its device, which then all use; ranks that have nothing to send, or have it on
-the CPU, follow. A group that has a backend for one of the two alone leaves no choice. Flags, counts and texts are on the host.
+One rule says where tensors travel, the same on all ranks, as a collective on the CPU never meets one on a device: on
+the CPU, unless a rank has something to send that is on its device, which then all use; ranks that have nothing to send,
+or have it on the CPU, follow. A group that has a backend for one of the two alone leaves no choice. Flags, counts and
+texts are on the host.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -36,7 +38,7 @@ _turns: dict[str, tuple[int, int]] = {}  # of on_main, by name: (collectives bef
 _machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> (rank, pid) of this machine's first
 
 
-# --- flags and sums ---------------------------------------------------------------------------------------------------
+# --- flags and sums ----------------------------------------------------------
 
 
 def agree(flag: int) -> int:
@@ -50,7 +52,8 @@ def agree(flag: int) -> int:
 
 def agree_all(numbers: Sequence[int]) -> list[int]:
     """Of each number the largest that a rank gave, in one collective; all give equally many."""
-    if not needs_group(): return list(numbers)
+    if not needs_group():
+        return list(numbers)
     values = torch.tensor(numbers, dtype=torch.int64, device=host())
     finish_collective(dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True), values.device)
     return values.tolist()
@@ -64,10 +67,10 @@ def barrier() -> None:
 def all_sum(tensors: Any) -> Any:
     """The sums over all ranks of a tensor, a number, or a nested list, tuple or dict of them, in the same structure.
 
-    One collective for the sums however many there are, and one number on the CPU before it where the group has backends for the
-    CPU and for a device: a rank may have on the CPU what others have on their device. As float64 (float32 on a device without
-    it), or exactly as int64 if all are whole numbers or bools. What was given stays as it is; results have its shapes, devices
-    and dtypes (bools count as int64, half precision as float32).
+    One collective for the sums however many there are, and one number on the CPU before it where the group has backends
+    for the CPU and for a device: a rank may have on the CPU what others have on their device. As float64 (float32 on a
+    device without it), or exactly as int64 if all are whole numbers or bools. What was given stays as it is; results
+    have its shapes, devices and dtypes (bools count as int64, half precision as float32).
     """
     leaves = list(leaves_of(tensors))
     if not leaves:
@@ -75,7 +78,9 @@ def all_sum(tensors: Any) -> Any:
     whole = not any(is_float(leaf) for leaf in leaves)
     given = [as_real(torch.as_tensor(leaf).detach()) for leaf in leaves]
     device = agreed_device(given) if needs_group() else None
-    parts = [t.reshape(-1).to(device or t.device, torch.int64 if whole else widest_float(device or t.device)) for t in given]
+    parts = [
+        t.reshape(-1).to(device or t.device, torch.int64 if whole else widest_float(device or t.device)) for t in given
+    ]
     if device is not None:
         packed = torch.cat(parts)
         finish_collective(dist.all_reduce(packed, async_op=True), device)
@@ -88,17 +93,20 @@ def is_float(leaf: Any) -> bool:
     return leaf.is_floating_point() or leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, float)
 
 
-def as_real(tensor: Tensor) -> Tensor: return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def as_given(total: Tensor, given: Tensor, leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor): return type(leaf)(total.item()) if not isinstance(leaf, bool) else int(total)
+    if not isinstance(leaf, Tensor):
+        return type(leaf)(total.item()) if not isinstance(leaf, bool) else int(total)
     wider = {torch.bool: torch.int64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
-    if leaf.is_complex(): return torch.view_as_complex(total.reshape(given.shape).to(given.device, given.dtype, copy=True))
+    if leaf.is_complex():
+        return torch.view_as_complex(total.reshape(given.shape).to(given.device, given.dtype, copy=True))
     return total.reshape(given.shape).to(given.device, wider.get(given.dtype, given.dtype), copy=True)
 
 
-# --- rows and objects -------------------------------------------------------------------------------------------------
+# --- rows and objects --------------------------------------------------------
 
 
 def gather_for_metrics(tensors: Any) -> Any:
@@ -110,7 +118,8 @@ def gather_for_metrics(tensors: Any) -> Any:
     not fit.
     """
     shares = [share for share in gather_objects(tensors) if share is not None]
-    if not shares: return None
+    if not shares:
+        return None
     columns = [list(leaves_of(share)) for share in shares]
     if len({len(column) for column in columns}) > 1:
         counts = [len(column) for column in columns]
@@ -122,7 +131,9 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
     """Concatenates; a rank without rows need not know the others' shape or dtype."""
     rows = [t.reshape(1) if t.ndim == 0 else t for t in rows]
     filled = [t for t in rows if len(t)] or [rows[0]]
-    device = next((t.device for t in filled if t.device.type != "cpu"), filled[0].device)     # ranks may have them in either place
+    device = next(
+        (t.device for t in filled if t.device.type != "cpu"), filled[0].device
+    )  # ranks may have them in either place
     filled = [t.to(device) for t in filled]
     if len({(t.dtype, t.shape[1:]) for t in filled}) > 1:
         seen = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in filled)
@@ -137,7 +148,8 @@ def gather_objects(obj: Any) -> list[Any]:
     Tensors of a device arrive on the receiver's own. Other types raise TypeError, on all ranks.
     (`torch.distributed.all_gather_object` takes anything, by pickle.)
     """
-    if not needs_group(): return [obj]
+    if not needs_group():
+        return [obj]
     description, tensors = described(obj)
     descriptions = [json.loads(text) for text in gather_texts(description)]
     raise_for(descriptions)
@@ -147,44 +159,62 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def gather_on_main(obj: Any) -> list[Any]:
-    """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where the group has it."""
-    if not needs_group(): return [obj]
+    """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where
+    the group has it.
+    """
+    if not needs_group():
+        return [obj]
     description, tensors = described(obj)
     text, error = byte_tensor(description.encode()), json.loads(description).get("error", "")
     payload = as_payload(tensors, text.device)
     told = [n.tolist() for n in all_gather(torch.tensor([len(text), len(payload), bool(error)], device=text.device))]
     failed = [rank for rank, (_, _, fails) in enumerate(told) if fails]
-    if failed: raise TypeError(error or f"rank {failed[0]} has something that cannot be sent; its own error says what.")
+    if failed:
+        raise TypeError(error or f"rank {failed[0]} has something that cannot be sent; its own error says what.")
     longest = max(n + m for n, m, _ in told)
     own = torch.cat([text, payload, text.new_zeros(longest - len(text) - len(payload))])
     shares = [torch.empty_like(own) for _ in told] if get_rank() == 0 else []
     finish_collective(dist.gather(own, shares or None, dst=0, async_op=True), own.device)
-    sizes = [n for n, _, _ in told][:len(shares)]
-    return [unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device) for share, n in zip(shares, sizes, strict=True)]
+    sizes = [n for n, _, _ in told][: len(shares)]
+    return [
+        unpacked(json.loads(bytes(share[:n].tolist())), share[n:], land=own.device)
+        for share, n in zip(shares, sizes, strict=True)
+    ]
 
 
 def broadcast_from_main(obj: Any = None) -> Any:
-    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes, which arrive as there."""
-    if not needs_group(): return obj
+    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes, which
+    arrive as there.
+    """
+    if not needs_group():
+        return obj
     description, tensors = described(obj if get_rank() == 0 else None)
     received = json.loads(broadcast_text(description))
     raise_for([received])
     device = device_for([received], tensors)
-    content = as_payload(tensors, device) if get_rank() == 0 else torch.empty(received["bytes"], dtype=torch.uint8, device=device)
-    if received["bytes"]: finish_collective(dist.broadcast(content, 0, async_op=True), device)
+    content = (
+        as_payload(tensors, device)
+        if get_rank() == 0
+        else torch.empty(received["bytes"], dtype=torch.uint8, device=device)
+    )
+    if received["bytes"]:
+        finish_collective(dist.broadcast(content, 0, async_op=True), device)
     return obj if get_rank() == 0 else unpacked(received, content)
 
 
 def broadcast_into(tensors: Sequence[Tensor]) -> None:
     """Puts rank 0's values in the place of these tensors' on every rank, in buckets of up to `BUCKET` bytes.
 
-    Two numbers travel before them, by which ranks know that all have the same shapes, dtypes and devices; where devices alone
-    differ, each tensor travels as the rule above says. Raises ValueError on all ranks where shapes or dtypes differ.
+    Two numbers travel before them, by which ranks know that all have the same shapes, dtypes and devices; where devices
+    alone differ, each tensor travels as the rule above says. Raises ValueError on all ranks where shapes or dtypes
+    differ.
     """
-    if not needs_group() or not tensors: return
+    if not needs_group() or not tensors:
+        return
     on_device = devices_of_all(tensors)
     with torch.no_grad():
-        for bucket, device in in_buckets(tensors, on_device): broadcast_bucket(bucket, device)
+        for bucket, device in in_buckets(tensors, on_device):
+            broadcast_bucket(bucket, device)
 
 
 def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
@@ -193,13 +223,16 @@ def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
     own = [[str(t.dtype).removeprefix("torch."), list(t.shape), always or on_device(t)] for t in tensors]
     found = hashed(own)
     largest, negative = agree_all([found, -found])
-    if largest == -negative: return [places for *_, places in own]
+    if largest == -negative:
+        return [places for *_, places in own]
     of_all = gather_objects(own)
     for rank, rows in enumerate(of_all):
         for k, (first, row) in enumerate(zip_longest(of_all[0], rows)):
             if first is None or row is None or first[:2] != row[:2]:
-                raise ValueError(f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and "
-                                 f"{in_words(row)} on rank {rank}. Build the same model on every rank.")
+                raise ValueError(
+                    f"the ranks have different tensors to share: number {k} is {in_words(first)} on rank 0 and "
+                    f"{in_words(row)} on rank {rank}. Build the same model on every rank."
+                )
     return [any(rows[k][2] for rows in of_all) for k in range(len(own))]
 
 
@@ -218,18 +251,21 @@ def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator
                 yield bucket, device
                 bucket = []
             bucket.append(t)
-        if bucket: yield bucket, device
+        if bucket:
+            yield bucket, device
 
 
 def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
-    if len(tensors) == 1 and tensors[0].device == device and is_dense(tensors[0]):      # perhaps a large one: in place
+    if len(tensors) == 1 and tensors[0].device == device and is_dense(tensors[0]):  # perhaps a large one: in place
         finish_collective(dist.broadcast(packed(tensors[0]), 0, async_op=True), device)
         return
     payload = as_payload(tensors, device)
     finish_collective(dist.broadcast(payload, 0, async_op=True), device)
-    if get_rank() == 0: return
+    if get_rank() == 0:
+        return
     parts = payload.split([t.nbytes for t in tensors])
-    for own, part in zip(tensors, parts, strict=True): own.copy_(tensor_of_bytes(part, own.dtype, own.shape))
+    for own, part in zip(tensors, parts, strict=True):
+        own.copy_(tensor_of_bytes(part, own.dtype, own.shape))
 
 
 def hashed(value: Any) -> int:
@@ -240,35 +276,44 @@ def hashed(value: Any) -> int:
 def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
     """A rank that cannot describe its object says so to all: raising alone would leave the others waiting."""
     errors = [f"rank {rank}: {d['error']}" for rank, d in enumerate(descriptions) if "error" in d]
-    if errors: raise TypeError("; ".join(errors))
+    if errors:
+        raise TypeError("; ".join(errors))
 
 
-# --- descriptions: a structure as JSON, its tensors as bytes ----------------------------------------------------------
+# --- descriptions: a structure as JSON, its tensors as bytes -----------------
 
 
 def described(obj: Any) -> tuple[str, list[Tensor]]:
     """A structure as JSON, and its tensors in the order in which it names them."""
     tensors: list[Tensor] = []
-    try: description: dict[str, Any] = {"is": encoded(obj, tensors), "bytes": sum(t.nbytes for t in tensors)}
-    except TypeError as error: description, tensors = {"error": str(error), "bytes": 0}, []
+    try:
+        description: dict[str, Any] = {"is": encoded(obj, tensors), "bytes": sum(t.nbytes for t in tensors)}
+    except TypeError as error:
+        description, tensors = {"error": str(error), "bytes": 0}, []
     description["on_device"] = any(map(on_device, tensors))
     return json.dumps(description), tensors
 
 
 def encoded(obj: Any, tensors: list[Tensor]) -> Any:
     """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
-    if obj is None or isinstance(obj, (bool, int, float, str)): return obj
-    if isinstance(obj, Tensor) and obj.is_meta: return ["meta", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
+    if obj is None or isinstance(obj, (bool, int, float, str)):
+        return obj
+    if isinstance(obj, Tensor) and obj.is_meta:
+        return ["meta", str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Tensor) and obj.layout == torch.strided:
         tensors.append(obj)
         kind = "tensor" if obj.device.type == "cpu" else "device"
         return [kind, str(obj.dtype).removeprefix("torch."), list(obj.shape)]
     if isinstance(obj, Mapping):
         return ["dict", [[encoded(key, tensors), encoded(value, tensors)] for key, value in obj.items()]]
-    if isinstance(obj, list): return ["list", [encoded(v, tensors) for v in obj]]
-    if isinstance(obj, tuple): return ["tuple", [encoded(v, tensors) for v in obj]]
-    raise TypeError(f"cannot send a {type(obj).__name__} between ranks: expected None, a bool, number, string or dense "
-                    "tensor, or a list, tuple or dict of them.")
+    if isinstance(obj, list):
+        return ["list", [encoded(v, tensors) for v in obj]]
+    if isinstance(obj, tuple):
+        return ["tuple", [encoded(v, tensors) for v in obj]]
+    raise TypeError(
+        f"cannot send a {type(obj).__name__} between ranks: expected None, a bool, number, string or dense "
+        "tensor, or a list, tuple or dict of them."
+    )
 
 
 def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -277,35 +322,49 @@ def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     for source, group in groupby(tensors, lambda t: t.device):
         parts = [packed(t) for t in group]
         rows.append((torch.cat(parts) if len(parts) > 1 else parts[0]).to(device if source != device else source))
-    if len(rows) == 1 and rows[0].data_ptr() != tensors[0].data_ptr(): return rows[0]
-    return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *rows])     # a copy: what was given may change meanwhile
+    if len(rows) == 1 and rows[0].data_ptr() != tensors[0].data_ptr():
+        return rows[0]
+    return torch.cat(
+        [torch.empty(0, dtype=torch.uint8, device=device), *rows]
+    )  # a copy: what was given may change meanwhile
 
 
 def unpacked(description: Mapping[str, Any], payload: Tensor, land: torch.device | None = None) -> Any:
-    """What `described` has put aside, from its bytes. `land`: where all tensors come to; None: each to what it was sent from."""
+    """What `described` has put aside, from its bytes. `land`: where all tensors come to; None: each to what it was sent
+    from.
+    """
     offset = 0
 
     def build(node: Any) -> Any:
         nonlocal offset
-        if not isinstance(node, list): return node
+        if not isinstance(node, list):
+            return node
         kind, *content = node
-        if kind == "dict": return {build(k): build(v) for k, v in content[0]}
-        if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](build(v) for v in content[0])
+        if kind == "dict":
+            return {build(k): build(v) for k, v in content[0]}
+        if kind in ("list", "tuple"):
+            return {"list": list, "tuple": tuple}[kind](build(v) for v in content[0])
         dtype, shape = getattr(torch, content[0]), torch.Size(content[1])
-        if kind == "meta": return torch.empty(shape, dtype=dtype, device="meta")
+        if kind == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
         n_bytes = shape.numel() * dtype.itemsize
         offset += n_bytes
-        tensor = tensor_of_bytes(payload[offset - n_bytes:offset], dtype, shape)
-        return tensor.to(land or (torch.device("cpu") if kind == "tensor" else payload.device if on_device(payload) else own_device()))
+        tensor = tensor_of_bytes(payload[offset - n_bytes : offset], dtype, shape)
+        return tensor.to(
+            land
+            or (torch.device("cpu") if kind == "tensor" else payload.device if on_device(payload) else own_device())
+        )
 
     return build(description["is"])
 
 
 def tensor_of_bytes(part: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return part.clone().view(dtype).reshape(shape)  # clone: a view as another dtype must start at a multiple of its size
+    return (
+        part.clone().view(dtype).reshape(shape)
+    )  # clone: a view as another dtype must start at a multiple of its size
 
 
-# --- the collectives beneath ------------------------------------------------------------------------------------------
+# --- the collectives beneath -------------------------------------------------
 
 
 def gather_texts(text: str) -> list[str]:
@@ -313,7 +372,8 @@ def gather_texts(text: str) -> list[str]:
     data = text.encode()
     heads = [bytes(head.tolist()) for head in all_gather(as_header(data))]
     lengths = [int.from_bytes(head[:8], "big") for head in heads]
-    if max(lengths) <= HEADER - 8: return [head[8:8 + n].decode() for head, n in zip(heads, lengths, strict=True)]
+    if max(lengths) <= HEADER - 8:
+        return [head[8 : 8 + n].decode() for head, n in zip(heads, lengths, strict=True)]
     return [bytes(whole.tolist()).decode() for whole in gather_bytes(byte_tensor(data), lengths)]
 
 
@@ -322,7 +382,8 @@ def broadcast_text(text: str) -> str:
     head = as_header(data)
     finish_collective(dist.broadcast(head, 0, async_op=True), head.device)
     n = int.from_bytes(bytes(head[:8].tolist()), "big")
-    if n <= HEADER - 8: return bytes(head[8:8 + n].tolist()).decode()
+    if n <= HEADER - 8:
+        return bytes(head[8 : 8 + n].tolist()).decode()
     whole = byte_tensor(data if get_rank() == 0 else bytes(n))
     finish_collective(dist.broadcast(whole, 0, async_op=True), whole.device)
     return bytes(whole.tolist()).decode()
@@ -331,7 +392,8 @@ def broadcast_text(text: str) -> str:
 def gather_bytes(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """Every rank's bytes, `lengths` of which all ranks know: unequal all-gathers would yield uninitialised memory."""
     longest = max(lengths)
-    if not longest: return [own.new_empty(0) for _ in lengths]
+    if not longest:
+        return [own.new_empty(0) for _ in lengths]
     shares = all_gather(torch.cat([own, own.new_zeros(longest - len(own))]))
     return [share[:n] for share, n in zip(shares, lengths, strict=True)]
 
@@ -352,22 +414,28 @@ def byte_tensor(data: bytes) -> Tensor:
 
 def needs_group() -> bool:
     """False in a world of one; RuntimeError where the launcher started several ranks that have no group yet."""
-    if has_group(): return get_world_size() > 1
+    if has_group():
+        return get_world_size() > 1
     if get_world_size() > 1:
-        raise RuntimeError(f"this is rank {get_rank()} of {get_world_size()}, but there is no process group yet: call "
-                           f"learnkit.distributed.init_process_group(), or unset what `{COMMAND}` sets.")
+        raise RuntimeError(
+            f"this is rank {get_rank()} of {get_world_size()}, but there is no process group yet: call "
+            f"learnkit.distributed.init_process_group(), or unset what `{COMMAND}` sets."
+        )
     return False
 
 
 def host() -> torch.device:
-    """Where flags, counts and texts travel: on the CPU, so that no device is waited for; on the device where the group has that alone."""
+    """Where flags, counts and texts travel: on the CPU, so that no device is waited for; on the device where the group
+    has that alone.
+    """
     return torch.device("cpu") if "cpu" in backends() else own_device()
 
 
 def agreed_device(tensors: Sequence[Tensor]) -> torch.device:
     """Where these tensors travel: see the rule above. One number on the CPU, where the group leaves a choice."""
     able = backends()
-    if len(able) == 1: return device_if("cpu" not in able, tensors)
+    if len(able) == 1:
+        return device_if("cpu" not in able, tensors)
     return device_if(bool(agree(any(map(on_device, tensors)))), tensors)
 
 
@@ -404,32 +472,41 @@ def finish_collective(work: Any, device: torch.device) -> None:
     work.wait()
 
 
-# --- nested structures ------------------------------------------------------------------------------------------------
+# --- nested structures -------------------------------------------------------
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
     """The tensors and numbers of a nested structure, in order; None holds none."""
-    if tree is None: return
-    if isinstance(tree, (Tensor, int, float)): yield tree
+    if tree is None:
+        return
+    if isinstance(tree, (Tensor, int, float)):
+        yield tree
     elif isinstance(tree, Mapping):
-        for value in tree.values(): yield from leaves_of(value)
+        for value in tree.values():
+            yield from leaves_of(value)
     elif isinstance(tree, (list, tuple)):
-        for value in tree: yield from leaves_of(value)
-    else: raise TypeError(f"got a {type(tree).__name__}, expected a tensor, number, or list, tuple or dict of them.")
+        for value in tree:
+            yield from leaves_of(value)
+    else:
+        raise TypeError(f"got a {type(tree).__name__}, expected a tensor, number, or list, tuple or dict of them.")
 
 
 def rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
     """`tree` with `leaves` in the place of its own."""
-    if tree is None: return None
-    if isinstance(tree, (Tensor, int, float)): return next(leaves)
-    if isinstance(tree, Mapping): return {key: rebuilt(value, leaves) for key, value in tree.items()}
+    if tree is None:
+        return None
+    if isinstance(tree, (Tensor, int, float)):
+        return next(leaves)
+    if isinstance(tree, Mapping):
+        return {key: rebuilt(value, leaves) for key, value in tree.items()}
     values = [rebuilt(value, leaves) for value in tree]
-    if isinstance(tree, list): return values
+    if isinstance(tree, list):
+        return values
     make: Callable[..., Any] = getattr(type(tree), "_make", tuple)  # named tuples
     return make(values)
 
 
-# --- one after the other ----------------------------------------------------------------------------------------------
+# --- one after the other -----------------------------------------------------
 
 
 @contextmanager
@@ -455,7 +532,8 @@ def rank0_first() -> Iterator[None]:
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
             raise
-        finally: store.set(key, outcome)
+        finally:
+            store.set(key, outcome)
     else:
         wait_for_turn(store, key, leader, pid)
         yield
@@ -464,9 +542,9 @@ def rank0_first() -> Iterator[None]:
 def on_main(action: Callable[[], object], name: str) -> None:
     """Does `action` on rank 0 only; the others wait for it, and raise RuntimeError where it fails.
 
-    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done. Its turns are
-    counted from the last collective of this module, which all ranks came to: what rank 0 did alone before a `barrier()`, an
-    epoch or a sum is not taken for what all do after it.
+    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done. Its turns
+    are counted from the last collective of this module, which all ranks came to: what rank 0 did alone before a
+    `barrier()`, an epoch or a sum is not taken for what all do after it.
     """
     store = get_store()
     if store is None:
@@ -483,10 +561,13 @@ def on_main(action: Callable[[], object], name: str) -> None:
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
             raise
-        finally: store.set(key, outcome)
+        finally:
+            store.set(key, outcome)
     else:
-        while not store.check([key]): time.sleep(0.01)
-        if outcome := store.get(key).decode(): raise RuntimeError(f"rank 0 failed to do this: {name}: {outcome}")
+        while not store.check([key]):
+            time.sleep(0.01)
+        if outcome := store.get(key).decode():
+            raise RuntimeError(f"rank 0 failed to do this: {name}: {outcome}")
 
 
 def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:

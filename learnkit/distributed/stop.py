@@ -1,5 +1,6 @@
 # pyright: reportPrivateImportUsage=false
 """One rank wants to stop in the middle of an epoch: all stop after the same step, without a collective per step."""
+
 from __future__ import annotations
 
 import itertools
@@ -20,10 +21,10 @@ class StoppedAlone(Exception):
 class StopTogether:
     """Agrees on the step after which all ranks stop, through the store that they share.
 
-    The rank that wants to stop says so under one key, and waits where it is. Each other rank promises not to pass its next
-    step; its guard's thread does so for it, as its main thread may wait in a collective for the one that has stopped. The
-    latest promise is the step after which all stop. Ranks that want to stop at the same step have promised that step
-    themselves, so they stop there exactly; else it is a step later, within two of the guard's looks.
+    The rank that wants to stop says so under one key, and waits where it is. Each other rank promises not to pass its
+    next step; its guard's thread does so for it, as its main thread may wait in a collective for the one that has
+    stopped. The latest promise is the step after which all stop. Ranks that want to stop at the same step have promised
+    that step themselves, so they stop there exactly; else it is a step later, within two of the guard's looks.
 
     Steps are counted by `passed`, which costs a lock and a comparison.
     """
@@ -44,18 +45,21 @@ class StopTogether:
     def passed(self, wish: str | None, *, complete: bool = True) -> str | None:
         """After each step, with what this rank wants, if anything; returns what all ranks now do, or None: go on.
 
-        A rank that left its step before the others had got from it what they wait for, says that it is not `complete`: then
-        all have to want to stop there. Raises StoppedAlone where they do not within PATIENCE seconds.
+        A rank that left its step before the others had got from it what they wait for, says that it is not `complete`:
+        then all have to want to stop there. Raises StoppedAlone where they do not within PATIENCE seconds.
         """
         with self.lock:
             self.n_done += 1
-            if wish is None and self.promised is None: return None
+            if wish is None and self.promised is None:
+                return None
             if wish is not None:
                 self.store.compare_set(self.key("wish"), "", wish)
                 self.store.set(self.key(f"wished/{self.rank}"), "")
             self.promise(self.store, self.n_done)
-        if not complete: self.wait_for_all_wishes()
-        if self.n_done < self.common_step(): return None
+        if not complete:
+            self.wait_for_all_wishes()
+        if self.n_done < self.common_step():
+            return None
         agreed = self.store.get(self.key("wish")).decode()
         self.end()
         return agreed
@@ -63,28 +67,38 @@ class StopTogether:
     def look(self, store: dist.Store) -> None:
         """Called by the guard's thread again and again, with its own connection: answers for the main thread."""
         wish = self.key("wish")
-        if self.promised is not None or not store.check([wish]): return
+        if self.promised is not None or not store.check([wish]):
+            return
         with self.lock:
-            if wish == self.key("wish"): self.promise(store, self.n_done + 1)  # else that stop has happened meanwhile
+            if wish == self.key("wish"):
+                self.promise(store, self.n_done + 1)  # else that stop has happened meanwhile
 
     def promise(self, store: dist.Store, step: int) -> None:
-        if self.promised is not None: return
+        if self.promised is not None:
+            return
         self.promised = step
         store.set(self.key(f"promise/{self.rank}"), str(step))
 
     def wait_for_all_wishes(self) -> None:
-        keys, deadline = [self.key(f"wished/{rank}") for rank in range(self.world_size)], time.monotonic() + STOP_PATIENCE
+        keys, deadline = (
+            [self.key(f"wished/{rank}") for rank in range(self.world_size)],
+            time.monotonic() + STOP_PATIENCE,
+        )
         while not self.store.check(keys):
-            if time.monotonic() > deadline: raise StoppedAlone
+            if time.monotonic() > deadline:
+                raise StoppedAlone
             time.sleep(LOOK)
 
     def common_step(self) -> int:
         keys = [self.key(f"promise/{rank}") for rank in range(self.world_size)]
-        while not self.store.check(keys): time.sleep(LOOK)
+        while not self.store.check(keys):
+            time.sleep(LOOK)
         return max(int(value) for value in self.store.multi_get(keys))
 
     def end(self) -> None:
         """The stop has happened, or is no longer wanted; all ranks call it at the same step."""
-        with self.lock: self.round, self.promised = self.round + 1, None
+        with self.lock:
+            self.round, self.promised = self.round + 1, None
 
-    def key(self, name: str) -> str: return f"stop/{self.number}/{self.round}/{name}"
+    def key(self, name: str) -> str:
+        return f"stop/{self.number}/{self.round}/{name}"

@@ -1,4 +1,5 @@
 """One model on all ranks: rank 0's weights for each, and the mean of all ranks' gradients."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,13 @@ from learnkit.distributed.world import get_world_size
 
 def share_weights(model: nn.Module) -> None:
     """Rank 0's weights and buffers on every rank; raises ValueError where the ranks have different models."""
-    check_same({"the torch version": torch.__version__, "the model": type(model).__name__, "the model's parameters": model_in_words(model)})
+    check_same(
+        {
+            "the torch version": torch.__version__,
+            "the model": type(model).__name__,
+            "the model's parameters": model_in_words(model),
+        }
+    )
     share_values([t for t in model.state_dict().values() if isinstance(t, Tensor) and not t.is_meta])
 
 
@@ -27,38 +34,48 @@ def share_values(values: Iterable[Any]) -> None:
 
 
 def model_in_words(model: nn.Module) -> str:
-    return ", ".join(f"{name} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}" for name, p in model.named_parameters())
+    return ", ".join(
+        f"{name} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}" for name, p in model.named_parameters()
+    )
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """What DDP does during the backward pass, afterwards and in one collective a dtype: the mean of all ranks' gradients, on all.
+    """What DDP does during the backward pass, afterwards and in one collective a dtype: the mean of all ranks'
+    gradients, on all.
 
-    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each rank's device. A
-    parameter without a gradient counts as 0 where another rank has one; with one number each the ranks tell which have. Only a rank that
-    lacks one reads that.
+    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each
+    rank's device. A parameter without a gradient counts as 0 where another rank has one; with one number each the ranks
+    tell which have. Only a rank that lacks one reads that.
     """
-    if not needs_group(): return
-    for _, alike in groupby(sorted((p for p in parameters if p.requires_grad or p.grad is not None), key=kind_of), key=kind_of):
+    if not needs_group():
+        return
+    for _, alike in groupby(
+        sorted((p for p in parameters if p.requires_grad or p.grad is not None), key=kind_of), key=kind_of
+    ):
         own = list(alike)
         given = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
         lacking = [k for k, p in enumerate(own) if p.grad is None]
         has = given[0].new_ones(len(own))
-        for k in lacking: has[k] = 0.
+        for k in lacking:
+            has[k] = 0.0
         flat = torch.cat([*(g.reshape(-1) for g in given), has]).div_(get_world_size())
         finish_collective(dist.all_reduce(flat, async_op=True), flat.device)
         *parts, has = flat.split([*(g.numel() for g in given), len(own)])
         torch._foreach_copy_(given, [part.view_as(g) for g, part in zip(given, parts, strict=True)])  # type: ignore[reportPrivateImportUsage]
         anywhere = has.tolist() if lacking else []
         for k in lacking:
-            if anywhere[k]: own[k].grad = given[k]
+            if anywhere[k]:
+                own[k].grad = given[k]
 
 
 @torch.no_grad()
 def means(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of each tensor the mean over all ranks, in memory of its own. What all ranks have is its own mean, to the last bit: rank 0's, and
-    the mean of the differences from it. Two collectives a dtype."""
+    """Of each tensor the mean over all ranks, in memory of its own. What all ranks have is its own mean, to the last
+    bit: rank 0's, and the mean of the differences from it. Two collectives a dtype.
+    """
     found = [t.detach().clone() for t in tensors]
-    if not needs_group(): return found
+    if not needs_group():
+        return found
     for _, alike in groupby(sorted((t for t in found if t.is_floating_point()), key=kind_of), key=kind_of):
         group = list(alike)
         own = torch.cat([t.reshape(-1) for t in group])
@@ -66,7 +83,8 @@ def means(tensors: Sequence[Tensor]) -> list[Tensor]:
         finish_collective(dist.broadcast(flat, 0, async_op=True), flat.device)
         own.sub_(flat).div_(get_world_size())
         finish_collective(dist.all_reduce(own, async_op=True), own.device)
-        for t, part in zip(group, flat.add_(own).split([t.numel() for t in group]), strict=True): t.copy_(part.view_as(t))
+        for t, part in zip(group, flat.add_(own).split([t.numel() for t in group]), strict=True):
+            t.copy_(part.view_as(t))
     return found
 
 
@@ -75,7 +93,9 @@ def kind_of(tensor: Tensor) -> tuple[str, str]:
 
 
 def reduce_after_backward(model: nn.Module) -> None:
-    """Whenever a backward pass through the model is over, make its gradients the mean of all ranks' (Apex's delay_allreduce)."""
+    """Whenever a backward pass through the model is over, make its gradients the mean of all ranks' (Apex's
+    delay_allreduce).
+    """
     parameters, under_way = [p for p in model.parameters() if p.requires_grad], [False]
 
     def reduce() -> None:
@@ -83,6 +103,10 @@ def reduce_after_backward(model: nn.Module) -> None:
         average_gradients(parameters)
 
     def note(_: Tensor) -> None:
-        if not under_way[0]: Variable._execution_engine.queue_callback(reduce)  # type: ignore[attr-defined]  # when all gradients are there
+        if not under_way[0]:
+            # when all gradients are there
+            Variable._execution_engine.queue_callback(reduce)  # type: ignore[attr-defined]
         under_way[0] = True
-    for p in parameters: p.register_post_accumulate_grad_hook(note)
+
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(note)

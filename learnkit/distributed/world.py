@@ -1,5 +1,6 @@
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 """Who am I among how many: rank, world, device and process group, read from the group, else from the environment."""
+
 from __future__ import annotations
 
 import argparse
@@ -35,7 +36,7 @@ _stores: dict[tuple[str, int, int, int], dist.Store] = {}
 _n_groups = 0
 
 
-# --- who am I ---------------------------------------------------------------------------------------------------------
+# --- who am I ----------------------------------------------------------------
 
 
 def has_group() -> bool:
@@ -69,7 +70,9 @@ def get_local_world_size() -> int:
     """How many processes of this training run on this machine: `LOCAL_WORLD_SIZE`, else SLURM's, else 1."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "")
     if not given and _n_slurm_tasks(os.environ) > 1:  # such as 2(x3),1: of a mixed one, the first machines'
-        given = re.split(r"\D", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", ""))[0]
+        given = re.split(
+            r"\D", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+        )[0]
     return max(1, int(given)) if given.isdigit() else 1
 
 
@@ -91,7 +94,9 @@ def get_device(local_rank: int | str | None = None) -> torch.device:
 
 
 def own_device() -> torch.device:
-    """The device on which this rank communicates: the one that the group is bound to, else this process's current accelerator."""
+    """The device on which this rank communicates: the one that the group is bound to, else this process's current
+    accelerator.
+    """
     bound = dist.distributed_c10d._get_default_group().bound_device_id if has_group() else None
     if bound is not None:
         return bound
@@ -120,13 +125,16 @@ def check_backend(device: torch.device) -> None:
     else:
         kind, backend = next(iter(pairs.items()))
         wanted, advice = f"cpu:gloo,{kind}:{backend}", f"put the model on the device, with Learner(…, device={kind!r})"
-    raise RuntimeError(f"the process group was made with backend {dist.get_backend_config()!r}, which sends nothing that is on "
-                       f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), leave it to learnkit, which "
-                       f"makes such a one, or {advice}.")
+    raise RuntimeError(
+        f"the process group was made with backend {dist.get_backend_config()!r}, which sends nothing that is on "
+        f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), leave it to learnkit, which "
+        f"makes such a one, or {advice}."
+    )
 
 
 def default_backend(device: torch.device) -> str:
-    """gloo for what is on the CPU, so that flags and counts are agreed without waiting for a device, and the device's own backend.
+    """gloo for what is on the CPU, so that flags and counts are agreed without waiting for a device, and the device's
+    own backend.
 
     Raises RuntimeError where PyTorch has no backend for this kind of device, as for MPS.
     """
@@ -134,8 +142,10 @@ def default_backend(device: torch.device) -> str:
         return "gloo"
     backend = dist.Backend.default_device_backend_map.get(device.type)
     if backend is None or not can_send(backend, device):
-        raise RuntimeError(f"PyTorch {torch.__version__} has no backend by which processes could send what is on {device.type}: train on "
-                           "one process, or on the CPU, with Learner(…, device='cpu').")
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} has no backend by which processes could send what is on {device.type}: train "
+            f"on one process, or on the CPU, with Learner(…, device='cpu')."
+        )
     return f"cpu:gloo,{device.type}:{backend}"
 
 
@@ -148,8 +158,10 @@ def check_bound(device: torch.device) -> None:
     """Refuse a group that is bound to another device than the one on which this rank trains."""
     bound = dist.distributed_c10d._get_default_group().bound_device_id
     if bound is not None and device.type == bound.type and device != bound:
-        raise RuntimeError(f"the process group is bound to {bound} (device_id=…), but this rank trains on {device}: its local_rank is "
-                           f"{device.index}. Give both the same device.")
+        raise RuntimeError(
+            f"the process group is bound to {bound} (device_id=…), but this rank trains on {device}: its local_rank is "
+            f"{device.index}. Give both the same device."
+        )
 
 
 def backends_of_group() -> dict[str, str]:
@@ -158,14 +170,19 @@ def backends_of_group() -> dict[str, str]:
 
 
 def backends() -> dict[str, str]:
-    """{device type: backend} of the process group, such as {"cpu": "gloo", "cuda": "nccl"}, without devices that this machine lacks.
+    """{device type: backend} of the process group, such as {"cpu": "gloo", "cuda": "nccl"}, without devices that this
+    machine lacks.
 
     A device whose backend is gloo counts only where the CPU has none: gloo sends its tensors by way of the CPU anyway.
     """
     pairs = backends_of_group()
-    kind = torch.accelerator.current_accelerator()      # the one that PyTorch was built for: asks no device
+    kind = torch.accelerator.current_accelerator()  # the one that PyTorch was built for: asks no device
     there = ("cpu",) if kind is None else ("cpu", kind.type)
-    return {kind: name for kind, name in pairs.items() if kind in there and (kind == "cpu" or name != "gloo" or "cpu" not in pairs)}
+    return {
+        kind: name
+        for kind, name in pairs.items()
+        if kind in there and (kind == "cpu" or name != "gloo" or "cpu" not in pairs)
+    }
 
 
 def as_local_rank(local_rank: int | str | None) -> int | None:
@@ -176,24 +193,37 @@ def as_local_rank(local_rank: int | str | None) -> int | None:
     if local_rank is None or local_rank in (-1, "-1"):
         return None
     if isinstance(local_rank, bool) or not re.fullmatch(r"\d+", str(local_rank)):
-        raise ValueError(f"local_rank={local_rank!r}: expected this process's number on its machine (0, 1, …), or None "
-                         "to read it from LOCAL_RANK or --local-rank.")
+        raise ValueError(
+            f"local_rank={local_rank!r}: expected this process's number on its machine (0, 1, …), or None "
+            "to read it from LOCAL_RANK or --local-rank."
+        )
     return int(local_rank)
 
 
 def check_local_rank(local_rank: int | str | None) -> None:
-    """Refuse a `local_rank` that is not this process's: two processes would share a device, and wait for each other for ever."""
+    """Refuse a `local_rank` that is not this process's: two processes would share a device, and wait for each other for
+    ever.
+    """
     given = as_local_rank(local_rank)
     if given is None or get_world_size() == 1:
         return
     n_local, told = get_local_world_size(), launch_environment().get("LOCAL_RANK")
-    if told is not None and told.isdigit() and int(told) != given and not (given == 0 and _shows_each_process_its_own_device()):
-        raise ValueError(f"local_rank={given}, but the launcher started this process as LOCAL_RANK={told}: expected {told}. Pass "
-                         "get_local_rank(), or leave local_rank out. To use other devices, set CUDA_VISIBLE_DEVICES (or your device's "
-                         "variable) for the launcher.")
+    if (
+        told is not None
+        and told.isdigit()
+        and int(told) != given
+        and not (given == 0 and _shows_each_process_its_own_device())
+    ):
+        raise ValueError(
+            f"local_rank={given}, but the launcher started this process as LOCAL_RANK={told}: expected {told}. Pass "
+            "get_local_rank(), or leave local_rank out. To use other devices, set CUDA_VISIBLE_DEVICES (or your "
+            "device's variable) for the launcher."
+        )
     if n_local > 1 and given >= n_local:
-        raise ValueError(f"local_rank={given}, but {n_local} processes run on this machine: expected 0 to {n_local - 1}. Pass "
-                         "get_local_rank(), or leave local_rank out.")
+        raise ValueError(
+            f"local_rank={given}, but {n_local} processes run on this machine: expected 0 to {n_local - 1}. Pass "
+            "get_local_rank(), or leave local_rank out."
+        )
 
 
 def _local_rank_in(arguments: list[str]) -> int | None:
@@ -215,11 +245,13 @@ def accept_both_spellings() -> None:
     def add_both(self: Any, *names: Any, **options: Any) -> Any:
         known = self._option_string_actions
         if any(name in SPELLINGS for name in names):
-            if all(name in known for name in names): return known[names[0]]  # added as the other's twin
+            if all(name in known for name in names):
+                return known[names[0]]  # added as the other's twin
             names += tuple(name for name in SPELLINGS if name not in names and name not in known)
         return add_argument(self, *names, **options)
 
-    if add_argument.__name__ != "add_both": argparse._ActionsContainer.add_argument = add_both
+    if add_argument.__name__ != "add_both":
+        argparse._ActionsContainer.add_argument = add_both
 
 
 def _device_index(local_rank: int | None) -> int:
@@ -231,17 +263,26 @@ def _device_index(local_rank: int | None) -> int:
         return index
     if n_devices == 1 and _shows_each_process_its_own_device():
         return 0
-    raise ValueError(f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start as many processes a "
-                     "machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the Learner and its data.")
+    raise ValueError(
+        f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start as many "
+        f"processes a machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the "
+        f"Learner and its data."
+    )
 
 
 def _shows_each_process_its_own_device() -> bool:
     """SLURM's --gpus-per-task and containers hide the other processes' devices: number 0 is then everybody's own."""
-    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
+    names = (
+        "CUDA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "ZE_AFFINITY_MASK",
+        "ASCEND_RT_VISIBLE_DEVICES",
+    )
     return any(os.environ.get(name) and "," not in os.environ[name] for name in names)
 
 
-# --- what the launcher said -------------------------------------------------------------------------------------------
+# --- what the launcher said --------------------------------------------------
 
 
 def launch_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -303,19 +344,27 @@ def _check_environment() -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in given]
     if missing and given.get("WORLD_SIZE") != "1":
         present = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise RuntimeError(f"cannot join a process group: {present} given, but not {', '.join(missing)}. Start the "
-                           f"script with `{COMMAND}`, which sets them all, or unset {', '.join(given)} to train alone.")
+        raise RuntimeError(
+            f"cannot join a process group: {present} given, but not {', '.join(missing)}. Start the "
+            f"script with `{COMMAND}`, which sets them all, or unset {', '.join(given)} to train alone."
+        )
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     if rank >= world_size:
-        raise RuntimeError(f"cannot join a process group: RANK={rank} with WORLD_SIZE={world_size}, expected a rank "
-                           f"of 0 to {world_size - 1}. `{COMMAND}` sets both.")
+        raise RuntimeError(
+            f"cannot join a process group: RANK={rank} with WORLD_SIZE={world_size}, expected a rank "
+            f"of 0 to {world_size - 1}. `{COMMAND}` sets both."
+        )
 
 
-# --- the process group ------------------------------------------------------------------------------------------------
+# --- the process group -------------------------------------------------------
 
 
-def init_process_group(backend: str | None = None, seed: int | None = None, timeout: float | timedelta | None = None,
-                       local_rank: int | str | None = None) -> bool:
+def init_process_group(
+    backend: str | None = None,
+    seed: int | None = None,
+    timeout: float | timedelta | None = None,
+    local_rank: int | str | None = None,
+) -> bool:
     """Joins this process to the others that the launcher started; returns whether a group was made.
 
     Makes none where one exists (it is used and left alone) or in a world of one. `backend`: by default gloo for tensors
@@ -362,7 +411,9 @@ def get_store() -> dist.Store | None:
 
 
 def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None:
-    """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try again."""
+    """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try
+    again.
+    """
     global _n_groups
     choose_interface()
     bound = None if device.type == "cpu" else device
@@ -370,14 +421,24 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
     for attempt in range(N_ATTEMPTS):
         _n_groups += 1  # a second group of the same processes must not meet the first one's keys
         store, start, error = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout)), time.monotonic(), None
-        try: dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
-        except (dist.DistError, RuntimeError) as raised: error = raised
-        may_try = error is not None and "connectFullMesh" in str(error) and time.monotonic() - start < RETRY_WITHIN and attempt < N_ATTEMPTS - 1
+        try:
+            dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
+        except (dist.DistError, RuntimeError) as raised:
+            error = raised
+        may_try = (
+            error is not None
+            and "connectFullMesh" in str(error)
+            and time.monotonic() - start < RETRY_WITHIN
+            and attempt < N_ATTEMPTS - 1
+        )
         store.set(f"joined/{get_rank()}", "yes" if error is None else "again" if may_try else "no")
-        if error is not None and not may_try: raise _cannot_join(error, timeout) from error
+        if error is not None and not may_try:
+            raise _cannot_join(error, timeout) from error
         outcomes = store.multi_get([f"joined/{rank}" for rank in range(get_world_size())])  # waits for each
-        if b"again" not in outcomes: return
-        if has_group(): dist.destroy_process_group()
+        if b"again" not in outcomes:
+            return
+        if has_group():
+            dist.destroy_process_group()
 
 
 def choose_interface() -> None:
@@ -389,16 +450,21 @@ def choose_interface() -> None:
     one_host = get_local_world_size() >= get_world_size() or re.fullmatch(r"localhost|127\..*|::1", address)
     if one_host or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
-    ways = [way for way in map(interface_to, (address, OUTSIDE)) if way not in (None, "lo")]  # the first's name may mean lo to it
+    ways = [
+        way for way in map(interface_to, (address, OUTSIDE)) if way not in (None, "lo")
+    ]  # the first's name may mean lo to it
     if ways:
         os.environ["GLOO_SOCKET_IFNAME"] = ways[0]
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches an IPv4 address or name; None where it does not, or cannot tell."""
+    """The network interface by which this machine reaches an IPv4 address or name; None where it does not, or cannot
+    tell.
+    """
     if sys.platform != "linux":
         return None
     from fcntl import ioctl
+
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # asks the routing table, and sends nothing
         own = socket.inet_aton(probe.getsockname()[0])
@@ -412,8 +478,8 @@ def interface_to(address: str) -> str | None:
 def _rendezvous(timeout: timedelta | None) -> dist.Store:
     """The store of this launch, opened once: torchelastic's if it runs one, else rank 0's.
 
-    torchelastic keeps its store over restarts, and a gloo group that reads a dead one's addresses there fails (4 of 4 with
-    --master-port, torch 2.15): the ranks of each start have a part of their own in it.
+    torchelastic keeps its store over restarts, and a gloo group that reads a dead one's addresses there fails (4 of 4
+    with --master-port, torch 2.15): the ranks of each start have a part of their own in it.
     """
     given = launch_environment()
     place = (given["MASTER_ADDR"], _integer("MASTER_PORT", 0), get_rank(), get_world_size())
@@ -424,9 +490,12 @@ def _rendezvous(timeout: timedelta | None) -> dist.Store:
 
 
 def _own_part(store: dist.Store, timeout: timedelta) -> dist.Store:
-    if not agent_serves(): return dist.PrefixStore("learnkit", store)  # it begins and ends with these ranks
-    try: name = name_of_round(dist.PrefixStore("learnkit/rounds", store), get_rank(), get_world_size(), timeout)
-    except (dist.DistError, RuntimeError, TimeoutError) as error: raise _cannot_join(error, timeout) from error
+    if not agent_serves():
+        return dist.PrefixStore("learnkit", store)  # it begins and ends with these ranks
+    try:
+        name = name_of_round(dist.PrefixStore("learnkit/rounds", store), get_rank(), get_world_size(), timeout)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
+        raise _cannot_join(error, timeout) from error
     return dist.PrefixStore(f"learnkit/{name}", store)
 
 
@@ -448,24 +517,33 @@ def _cannot_join(error: BaseException, timeout: timedelta | None) -> RuntimeErro
     address = f"{given.get('MASTER_ADDR')}:{given.get('MASTER_PORT')}"
     in_use = re.search(r"EADDRINUSE|address already in use", str(error), re.IGNORECASE)
     if in_use:
-        advice = ("the port belongs to another program, perhaps to another training: choose another with --master-port, or "
-                  "use `torchrun --standalone`")
+        advice = (
+            "the port belongs to another program, perhaps to another training: choose another with --master-port, or "
+            "use `torchrun --standalone`"
+        )
     elif "connectFullMesh" in str(error):  # gloo's, once all have met at the store
-        advice = (f"the ranks met there, but do not reach each other over GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')}: "
-                  "set it, on each host, to the interface that the other hosts reach (`ip addr` lists them)")
+        advice = (
+            f"the ranks met there, but do not reach each other over "
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')}: set it, on each host, to the interface that "
+            f"the other hosts reach (`ip addr` lists them)"
+        )
     else:
         advice = f"see that all {get_world_size()} ranks were started, reach {address}, and have not failed before"
     limit = f" within {timeout.total_seconds():g} s" if timeout and not in_use else ""
-    return RuntimeError(f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{limit}: "
-                        f"{advice}. {'' if isinstance(error, TimeoutError) else 'PyTorch says: '}{str(error).splitlines()[0]}")
+    return RuntimeError(
+        f"rank {get_rank()} of {get_world_size()} could not join the group at {address}{limit}: "
+        f"{advice}. {'' if isinstance(error, TimeoutError) else 'PyTorch says: '}{str(error).splitlines()[0]}"
+    )
 
 
 def _checked_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         return default_backend(device)
     if "nccl" in backend.lower() and not torch.cuda.is_available():
-        raise RuntimeError(f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out "
-                           "(gloo is then used), or see that the driver and a CUDA build of PyTorch are installed.")
+        raise RuntimeError(
+            f"backend={backend!r} needs a CUDA device, and PyTorch sees none here: leave backend out "
+            "(gloo is then used), or see that the driver and a CUDA build of PyTorch are installed."
+        )
     return backend
 
 
@@ -473,7 +551,7 @@ def _as_timedelta(seconds: float | timedelta | None) -> timedelta | None:
     return timedelta(seconds=seconds) if isinstance(seconds, (int, float)) else seconds
 
 
-# --- random numbers ---------------------------------------------------------------------------------------------------
+# --- random numbers ----------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:

@@ -1,4 +1,5 @@
 """A picture in a file, as the tensor that an exported model takes."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,13 +10,19 @@ from torch import Tensor
 
 
 def load_picture(path: Path, info: dict[str, Any]) -> Tensor:
-    """Float (channels, height, width): the shorter side resized and the middle cut out, in [0, 1], normalized by the file's stats."""
+    """Float (channels, height, width): the shorter side resized and the middle cut out, in [0, 1], normalized by the
+    file's stats.
+    """
     shapes = [entry["shape"] for entry in info["inputs"]]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
-        raise ValueError(f"the model takes inputs of shape {', '.join(map(str, shapes))}, expected one picture: [1 or 3, height, width].")
+        raise ValueError(
+            f"the model takes inputs of shape {', '.join(map(str, shapes))}, expected one picture: [1 or 3, height, "
+            f"width]."
+        )
     channels, height, width = shapes[0]
     x = pixels_of(path, channels, height, width).float() / 255
-    if info.get("stats") is None: return x
+    if info.get("stats") is None:
+        return x
     mean, std = (torch.tensor(part, dtype=torch.float32)[:, None, None] for part in info["stats"])
     return (x - mean) / std
 
@@ -23,6 +30,13 @@ def load_picture(path: Path, info: dict[str, Any]) -> Tensor:
 def pixels_of(path: Path, channels: int, height: int, width: int) -> Tensor:
     """uint8 (channels, height, width), by the same steps as the pictures of a folder that a model is trained on."""
     from learnkit.vision.decode import fitted_picture, read_picture
-    try: picture = fitted_picture(read_picture(str(path), channels), height, width)
-    except OSError as error: raise ValueError(f"{path} is no picture that can be read: {error}") from None
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, channels).permute(2, 0, 1)
+
+    try:
+        picture = fitted_picture(read_picture(str(path), channels), height, width)
+    except OSError as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+    return (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        .reshape(height, width, channels)
+        .permute(2, 0, 1)
+    )

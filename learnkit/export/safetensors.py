@@ -1,8 +1,10 @@
-"""safetensors files of a model's state, written and read with plain Python: a JSON header, then the bytes of the tensors.
+"""safetensors files of a model's state, written and read with plain Python: a JSON header, then the bytes of the
+tensors.
 
-Format: https://github.com/huggingface/safetensors#format. Every reader of it reads these; `__metadata__` has what the file is,
-and the hash of all the rest.
+Format: https://github.com/huggingface/safetensors#format. Every reader of it reads these; `__metadata__` has what the
+file is, and the hash of all the rest.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,23 +19,38 @@ from torch import Tensor
 from learnkit.checkpoint.files import Damaged
 from learnkit.devices.staging import packed
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-LARGEST_HEADER = 100_000_000    # bytes; as the format's own reader has it
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+LARGEST_HEADER = 100_000_000  # bytes; as the format's own reader has it
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], said: dict[str, Any]) -> bytes:
     header, parts, place = {}, [], 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES: raise TypeError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
         data = packed(tensor.cpu()).numpy().tobytes()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + len(data)]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + len(data)],
+        }
         parts.append(data)
         place += len(data)
     body, text = b"".join(parts), json.dumps(said)
     header["__metadata__"] = {"learnkit": text, "sha256": digest_of_file(header, text, body)}
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)     # tensors begin at a multiple of 8 bytes
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8 bytes
     return len(head).to_bytes(8, "little") + head + body
 
 
@@ -42,8 +59,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     data = path.read_bytes()
     try:
         n = int.from_bytes(data[:8], "little")
-        if not 2 <= n <= min(LARGEST_HEADER, len(data) - 8): raise ValueError("its header is longer than the file")
-        header, body = json.loads(data[8:8 + n]), data[8 + n:]
+        if not 2 <= n <= min(LARGEST_HEADER, len(data) - 8):
+            raise ValueError("its header is longer than the file")
+        header, body = json.loads(data[8 : 8 + n]), data[8 + n :]
         own = header.pop("__metadata__", {})
         if own.get("sha256") != digest_of_file(header, own.get("learnkit", ""), body):
             raise ValueError("its hash differs, or it is of another program")
@@ -57,7 +75,8 @@ def tensor_of(entry: dict[str, Any], body: bytes) -> Tensor:
     start, stop = entry["data_offsets"]
     if not 0 <= start <= stop <= len(body) or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
         raise ValueError("a tensor lies outside of it")
-    if start == stop: return torch.empty(entry["shape"], dtype=dtype)
+    if start == stop:
+        return torch.empty(entry["shape"], dtype=dtype)
     return torch.frombuffer(bytearray(body[start:stop]), dtype=dtype).reshape(entry["shape"])
 
 

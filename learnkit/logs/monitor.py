@@ -1,4 +1,5 @@
 """Watching one value for its best, for the callbacks that decide by it."""
+
 from __future__ import annotations
 
 import difflib
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 # Words of a name whose values are to fall; of all others they are to rise.
-SMALLER_IS_BETTER = re.compile(r"loss|error|perplexity|divergence|(?<![a-z])(mse|mae|rmse|mape|nll|wer|cer|fid|ece|bpb)(?![a-z])")
+SMALLER_IS_BETTER = re.compile(
+    r"loss|error|perplexity|divergence|(?<![a-z])(mse|mae|rmse|mape|nll|wer|cer|fid|ece|bpb)(?![a-z])"
+)
 
 
 class Monitor:
@@ -20,8 +23,9 @@ class Monitor:
     `mode`: "min", "max", or None, which infers it from the name; `str(monitor)` says which it is.
     """
 
-    def __init__(self, name: str, mode: str | None = None, min_delta: float = 0.) -> None:
-        if mode not in (None, "min", "max"): raise ValueError(f"mode={mode!r}: expected 'min', 'max' or None.")
+    def __init__(self, name: str, mode: str | None = None, min_delta: float = 0.0) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"mode={mode!r}: expected 'min', 'max' or None.")
         if not (math.isfinite(min_delta) and min_delta >= 0):
             raise ValueError(f"min_delta={min_delta}: expected a finite number, 0 or more.")
         self.name, self.min_delta = name, min_delta
@@ -34,9 +38,11 @@ class Monitor:
         found = as_measured(self.name, learn.value_names)
         if found is None:
             near = difflib.get_close_matches(self.name, learn.value_names, n=1)
-            raise ValueError(f"there is no value {self.name!r} to monitor{f': did you mean {near[0]}?' if near else '.'} "
-                             f"This fit measures {', '.join(learn.value_names)}"
-                             f"{'; there is no validation data' if learn.data.valid_dl is None else ''}.")
+            raise ValueError(
+                f"there is no value {self.name!r} to monitor{f': did you mean {near[0]}?' if near else '.'} "
+                f"This fit measures {', '.join(learn.value_names)}"
+                f"{'; there is no validation data' if learn.data.valid_dl is None else ''}."
+            )
         self.name = found
 
     def is_measured(self, learn: Learner) -> bool:
@@ -46,14 +52,16 @@ class Monitor:
     def improved(self, learn: Learner) -> bool:
         """Whether the value just measured is better than the best by more than min_delta; if so, it is the best now."""
         value = learn.values[self.name]
-        if math.isnan(value): return False
+        if math.isnan(value):
+            return False
         gain = math.inf if self.best is None else (self.best - value if self.mode == "min" else value - self.best)
         if gain > self.min_delta:
             self.best = value
             return True
         return False
 
-    def __str__(self) -> str: return f"{self.name}, which is to {'fall' if self.mode == 'min' else 'rise'}"
+    def __str__(self) -> str:
+        return f"{self.name}, which is to {'fall' if self.mode == 'min' else 'rise'}"
 
 
 def as_measured(name: str, measured: Sequence[str]) -> str | None:

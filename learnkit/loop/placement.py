@@ -1,4 +1,5 @@
 """Where a model is: on one device, the Learner's."""
+
 from __future__ import annotations
 
 import warnings
@@ -17,18 +18,27 @@ if TYPE_CHECKING:
 
 
 def as_device(device: torch.device | str | int | None) -> torch.device:
-    """The device with its number ("cuda" is the current one, such as cuda:0); None: the accelerator if there is one, else the CPU.
+    """The device with its number ("cuda" is the current one, such as cuda:0); None: the accelerator if there is one,
+    else the CPU.
 
     Raises ValueError where there is no such device, and names those that there are.
     """
     if device is None:
         from learnkit.data.loaders import default_device
+
         return default_device()
     try:
         found = torch.zeros(0, device=device).device
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:      # AssertionError: "Torch not compiled with CUDA enabled"
-        raise ValueError(f"device={device!r}: PyTorch {torch.__version__} cannot use it here ({first_line(error)}). Expected one of "
-                         f"{', '.join(devices())}, or None for the first of them.") from error
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        TypeError,
+    ) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+        raise ValueError(
+            f"device={device!r}: PyTorch {torch.__version__} cannot use it here ({first_line(error)}). Expected one of "
+            f"{', '.join(devices())}, or None for the first of them."
+        ) from error
     if found.type == "meta":
         raise ValueError("device='meta' has no numbers to train on: expected one of " + ", ".join(devices()) + ".")
     return found
@@ -45,7 +55,8 @@ def first_line(error: BaseException) -> str:
 
 
 def place(learn: Learner, device: torch.device) -> None:
-    """Make `device` the Learner's, and move the model, a loss function that is a module, and the optimizer's state there.
+    """Make `device` the Learner's, and move the model, a loss function that is a module, and the optimizer's state
+    there.
 
     A model on the meta device, or sharded by to_fsdp, stays where it is.
     """
@@ -61,8 +72,8 @@ def place(learn: Learner, device: torch.device) -> None:
 def move(module: nn.Module, device: torch.device) -> None:
     """As `module.to(device)`, but parameters are the same objects afterwards, on every device.
 
-    Between the CPU and a device of a backend outside of PyTorch (PrivateUse1), `to` makes new parameters: weights that two layers share
-    would be two, and an optimizer that was built before would train the old ones.
+    Between the CPU and a device of a backend outside of PyTorch (PrivateUse1), `to` makes new parameters: weights that
+    two layers share would be two, and an optimizer that was built before would train the old ones.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if all(t.device == device for t in tensors) or any(t.is_meta or is_shard(t) for t in tensors):
@@ -103,23 +114,31 @@ def check_one_device(module: nn.Module, name: str) -> None:
             by_device.setdefault(str(tensor.device), key)
     if len(by_device) > 1:
         found = ", ".join(f"{key} on {device}" for device, key in by_device.items())
-        raise ValueError(f"{name} ({type(module).__name__}) has its parts on {len(by_device)} devices: {found}. A Learner trains on one: "
-                         "call model.to(device) first, or build all of it on one device. For a model that one device cannot hold, take "
-                         "to_fsdp.")
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has its parts on {len(by_device)} devices: {found}. A Learner trains on "
+            f"one: call model.to(device) first, or build all of it on one device. For a model that one device cannot "
+            f"hold, take to_fsdp."
+        )
 
 
 def check_place(learn: Learner) -> None:
-    """Refuse a model that is not on the Learner's device when a session begins. Raises ValueError with the first tensor that is not."""
+    """Refuse a model that is not on the Learner's device when a session begins. Raises ValueError with the first tensor
+    that is not.
+    """
     device = learn.device
     for key, tensor in tensors_of(learn.model):
         if tensor.device == device or is_shard(tensor):
             continue
         if tensor.is_meta:
-            raise ValueError(f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) gives "
-                             "it some, on one process too.")
-        raise ValueError(f"the model's {key} is on {tensor.device}, but this Learner trains on {device}, where it had put the model: it "
-                         f"was moved or replaced afterwards. Call model.to({str(device)!r}), or build the Learner with "
-                         f"device={str(tensor.device)!r}.")
+            raise ValueError(
+                f"the model ({type(learn.model).__name__}) is on the meta device and has no weights: learn.to_fsdp(…) "
+                f"gives it some, on one process too."
+            )
+        raise ValueError(
+            f"the model's {key} is on {tensor.device}, but this Learner trains on {device}, where it had put the "
+            f"model: it was moved or replaced afterwards. Call model.to({str(device)!r}), or build the Learner with "
+            f"device={str(tensor.device)!r}."
+        )
 
 
 def tensors_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -128,7 +147,9 @@ def tensors_of(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """For the length of a with block, `device` is the current one of its kind: streams, events and compiled code go by that."""
+    """For the length of a with block, `device` is the current one of its kind: streams, events and compiled code go by
+    that.
+    """
     if device.type == "cpu" or torch.accelerator.device_count() == 1:
         return nullcontext()
     return torch.accelerator.device_index(device.index)
@@ -144,5 +165,7 @@ def check_autocast(device: torch.device, dtype: torch.dtype) -> None:
             told.append(error)  # type: ignore[arg-type]
     if told:
         reason = first_line(told[0] if isinstance(told[0], Exception) else told[0].message)  # type: ignore[union-attr]
-        raise ValueError(f"{str(dtype).removeprefix('torch.')} was asked for, which PyTorch {torch.__version__} does not compute by "
-                         f"autocast on {device} ({reason}). Take another precision, to_fp32(), or another device.")
+        raise ValueError(
+            f"{str(dtype).removeprefix('torch.')} was asked for, which PyTorch {torch.__version__} does not compute by "
+            f"autocast on {device} ({reason}). Take another precision, to_fp32(), or another device."
+        )

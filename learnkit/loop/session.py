@@ -1,4 +1,5 @@
 """A session: one fit, validation or prediction, with its hooks resolved, and with all as it was afterwards."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,16 +27,20 @@ def session(learn: Learner, extra: Sequence[Callback] = (), dls: Sequence[Any] =
     learn.running = tuple(everyone)
     learn.stages = Stages(learn, everyone, {stage: getattr(learn, f"_{stage}") for stage in STAGES})
     try:
-        with current(learn.device), private_order(learn.data.train_dl, *dls): yield
+        with current(learn.device), private_order(learn.data.train_dl, *dls):
+            yield
     except ControlFlow as signal:
-        raise RuntimeError(f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
-                           f"{learn.where()}.") from signal
+        raise RuntimeError(
+            f"{type(signal).__name__} was raised where no {signal.stage} stage is under way to be left, "
+            f"{learn.where()}."
+        ) from signal
     except BaseException as error:
         first = surfacing(error, learn.failure)
         note_out_of_memory(learn, first)
         raise first  # noqa: B904
     finally:
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:
+            module.training = mode
         learn.failure = learn.pred = learn.loss = None
         learn._labels_read = []
         learn.stages = None  # type: ignore[assignment]
@@ -53,12 +58,18 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
         if isinstance(callback, type) and issubclass(callback, Callback):
             raise TypeError(f"{callback.__name__} is a class, expected an object: write {callback.__name__}().")
         if not isinstance(callback, Callback):
-            raise TypeError(f"{callback!r} is {type(callback).__name__}, expected a Callback: derive its class from learnkit.Callback.")
+            raise TypeError(
+                f"{callback!r} is {type(callback).__name__}, expected a Callback: derive its class from "
+                f"learnkit.Callback."
+            )
         name = type(callback).__name__
-        if any(callback is other for other in callbacks[:i]): raise ValueError(f"the same {name} was added twice. Add it once.")
+        if any(callback is other for other in callbacks[:i]):
+            raise ValueError(f"the same {name} was added twice. Add it once.")
         if callback.unique and any(type(callback) is type(other) for other in callbacks[:i]):
-            raise ValueError(f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
-                             f"remove_callback({name}).")
+            raise ValueError(
+                f"this Learner has a {name} already, and two would undo each other. Change that one, or remove it with "
+                f"remove_callback({name})."
+            )
     return callbacks
 
 
@@ -67,6 +78,7 @@ def surfacing(error: BaseException, first: BaseException | None) -> BaseExceptio
 
     An error raised with `from` translates the first one on purpose, and stays.
     """
-    if first is None or error is first or error.__cause__ is not None or first not in causes(error): return error
+    if first is None or error is first or error.__cause__ is not None or first not in causes(error):
+        return error
     add_note(first, f"learnkit: cleaning up after this error failed too: {type(error).__name__}: {error}")
     return first

@@ -1,4 +1,5 @@
 """Several optimizers as one."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,27 +14,34 @@ from learnkit.optim.state import load_optimizer
 class Together(Optimizer):
     """Optimizers of different parameters, which step, are scheduled, saved and skipped (in float16) as one.
 
-    Each keeps its own rate where a fit is given none. A loss of its own for one of them is a callback's matter: differentiate it with
-    `learn.differentiate(loss)`, which scales it where float16 needs that. Raises ValueError where two hold the same parameter.
+    Each keeps its own rate where a fit is given none. A loss of its own for one of them is a callback's matter:
+    differentiate it with `learn.differentiate(loss)`, which scales it where float16 needs that. Raises ValueError where
+    two hold the same parameter.
 
     >>> matrices = [p for p in model.parameters() if p.ndim == 2]  # doctest: +SKIP
-    >>> opt = Together(Muon(matrices, lr=0.02), AdamW([p for p in model.parameters() if p.ndim != 2], lr=3e-3))  # doctest: +SKIP
+    >>> rest = [p for p in model.parameters() if p.ndim != 2]  # doctest: +SKIP
+    >>> opt = Together(Muon(matrices, lr=0.02), AdamW(rest, lr=3e-3))  # doctest: +SKIP
     >>> Learner(data, model, opt_func=opt).fit_one_cycle(5)  # doctest: +SKIP
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
-        if not optimizers: raise ValueError("Together() was given no optimizer: give one or more.")
+        if not optimizers:
+            raise ValueError("Together() was given no optimizer: give one or more.")
         for opt in optimizers:
-            if not isinstance(opt, Optimizer): raise TypeError(f"Together got {type(opt).__name__}, expected a torch.optim.Optimizer.")
-        for opt in optimizers: complete_state(opt)
+            if not isinstance(opt, Optimizer):
+                raise TypeError(f"Together got {type(opt).__name__}, expected a torch.optim.Optimizer.")
+        for opt in optimizers:
+            complete_state(opt)
         self.optimizers = optimizers
         groups = [group for opt in optimizers for group in opt.param_groups]
         super().__init__([{"params": group["params"]} for group in groups], {})
-        self.param_groups = groups      # the optimizers' own: a rate that is set here is theirs
+        self.param_groups = groups  # the optimizers' own: a rate that is set here is theirs
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:   # type: ignore[override]
-        if closure is not None: raise ValueError("Together takes no closure: which of its optimizers would call it?")
-        for opt in self.optimizers: opt.step()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("Together takes no closure: which of its optimizers would call it?")
+        for opt in self.optimizers:
+            opt.step()
 
     def state_dict(self) -> dict[str, Any]:
         """As one optimizer's: the parameters of all, numbered through."""
@@ -41,16 +49,23 @@ class Together(Optimizer):
         for opt, first in self.numbered():
             own = opt.state_dict()
             state |= {first + number: value for number, value in own["state"].items()}
-            groups += [{**group, "params": [first + number for number in group["params"]]} for group in own["param_groups"]]
+            groups += [
+                {**group, "params": [first + number for number in group["params"]]} for group in own["param_groups"]
+            ]
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = list(state_dict["param_groups"])
         for opt, first in self.numbered():
-            own, groups = groups[:len(opt.param_groups)], groups[len(opt.param_groups):]
+            own, groups = groups[: len(opt.param_groups)], groups[len(opt.param_groups) :]
             last = first + sum(len(group["params"]) for group in own)
-            load_optimizer(opt, {"state": {n - first: value for n, value in state_dict["state"].items() if first <= n < last},
-                                 "param_groups": [{**group, "params": [n - first for n in group["params"]]} for group in own]})
+            load_optimizer(
+                opt,
+                {
+                    "state": {n - first: value for n, value in state_dict["state"].items() if first <= n < last},
+                    "param_groups": [{**group, "params": [n - first for n in group["params"]]} for group in own],
+                },
+            )
 
     def numbered(self) -> list[tuple[Optimizer, int]]:
         """Each optimizer with the number of its first parameter."""

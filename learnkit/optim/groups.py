@@ -1,4 +1,5 @@
 """From a model to its optimizer: layer groups, decoupled weight decay, fused kernels, hyper-parameters by name."""
+
 from __future__ import annotations
 
 import inspect
@@ -24,24 +25,31 @@ def layer_groups(model: nn.Module, splitter: Splitter | None = None) -> list[lis
     A splitter takes the model and returns a sequence whose items are modules, or iterables of parameters or modules. It
     must name every parameter exactly once.
     """
-    if splitter is None: return [list(model.parameters())]
+    if splitter is None:
+        return [list(model.parameters())]
     groups = [parameters_of(part) for part in splitter(model)]
     found = [id(p) for group in groups for p in group]
     names = {id(p): name for name, p in model.named_parameters()}
     if len(set(found)) < len(found):
         twice = sorted({names.get(i, "?") for i in found if found.count(i) > 1})
-        raise ValueError(f"splitter puts parameters into more than one layer group: {', '.join(twice)}. "
-                         "Each parameter belongs to exactly one group.")
+        raise ValueError(
+            f"splitter puts parameters into more than one layer group: {', '.join(twice)}. "
+            "Each parameter belongs to exactly one group."
+        )
     if set(found) != set(names):
         lost = [name for i, name in names.items() if i not in found] or ["(a parameter that is not the model's)"]
-        raise ValueError(f"splitter does not split the model's parameters: check {', '.join(lost[:5])}. "
-                         "Every parameter of the model belongs to exactly one group.")
+        raise ValueError(
+            f"splitter does not split the model's parameters: check {', '.join(lost[:5])}. "
+            "Every parameter of the model belongs to exactly one group."
+        )
     return groups
 
 
 def parameters_of(part: Any) -> list[Parameter]:
-    if isinstance(part, Parameter): return [part]
-    if isinstance(part, nn.Module): return list(part.parameters())
+    if isinstance(part, Parameter):
+        return [part]
+    if isinstance(part, nn.Module):
+        return list(part.parameters())
     if isinstance(part, str) or not isinstance(part, Iterable):
         raise TypeError(f"splitter gave {part!r}, expected modules, parameters, or lists of them.")
     return [p for item in part for p in parameters_of(item)]
@@ -51,7 +59,8 @@ def norm_and_bias_ids(model: nn.Module) -> set[int]:
     """The ids of all parameters of normalization layers, and of all biases."""
     ids = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     for module in model.modules():
-        if "norm" in type(module).__name__.lower(): ids |= {id(p) for p in module.parameters(recurse=False)}
+        if "norm" in type(module).__name__.lower():
+            ids |= {id(p) for p in module.parameters(recurse=False)}
     return ids
 
 
@@ -62,7 +71,8 @@ def param_groups(model: nn.Module, groups: Sequence[Sequence[Parameter]], *, bn_
     for i, group in enumerate(groups):
         for decays in (True, False):
             params = [p for p in group if (id(p) not in spared) == decays]
-            if params: parts.append({"params": params, "layer_group": i, "decays": decays})
+            if params:
+                parts.append({"params": params, "layer_group": i, "decays": decays})
     return parts
 
 
@@ -73,18 +83,24 @@ def make_optimizer(opt_func: OptFunc, groups: list[dict[str, Any]], lr: float) -
     `1 - lr * wd`. Where the algorithm does not do that itself, a step pre-hook does.
     """
     if isinstance(opt_func, partial) and "weight_decay" in opt_func.keywords:
-        raise ValueError(f"opt_func sets weight_decay={opt_func.keywords['weight_decay']}, which would be overruled: "
-                         "give it to the Learner or to fit as wd=…, where it is decoupled.")
+        raise ValueError(
+            f"opt_func sets weight_decay={opt_func.keywords['weight_decay']}, which would be overruled: "
+            "give it to the Learner or to fit as wd=…, where it is decoupled."
+        )
     accepted = inspect.signature(opt_func).parameters
     extra: dict[str, Any] = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in accepted else {}
-    if can_fuse(opt_func, accepted, groups): extra["fused"] = True
+    if can_fuse(opt_func, accepted, groups):
+        extra["fused"] = True
     own = opt_func.keywords.get("lr") if isinstance(opt_func, partial) else None
     opt = opt_func(groups, lr=torch.full_like(own, lr) if isinstance(own, Tensor) else lr, **extra)
     if not isinstance(opt, Optimizer):
-        raise TypeError(f"opt_func returned {type(opt).__name__}, expected a torch.optim.Optimizer: give a class such as "
-                        "torch.optim.SGD, or functools.partial(torch.optim.SGD, momentum=0.9).")
+        raise TypeError(
+            f"opt_func returned {type(opt).__name__}, expected a torch.optim.Optimizer: give a class such as "
+            "torch.optim.SGD, or functools.partial(torch.optim.SGD, momentum=0.9)."
+        )
     if not is_decoupled(opt):
-        for group in opt.param_groups: group.update({"wd": 0.} | ({"weight_decay": 0.} if "weight_decay" in group else {}))
+        for group in opt.param_groups:
+            group.update({"wd": 0.0} | ({"weight_decay": 0.0} if "weight_decay" in group else {}))
         opt.register_step_pre_hook(decay_weights)
     return opt
 
@@ -94,56 +110,77 @@ KEPT_FOR = {"momentum": "momentum_buffer", "centered": "grad_avg", "amsgrad": "m
 
 
 def complete_state(opt: Optimizer) -> None:
-    """Let each step first add to the optimizer's state what a setting that was changed meanwhile needs, beginning at zero.
+    """Let each step first add to the optimizer's state what a setting that was changed meanwhile needs, beginning at
+    zero.
 
-    torch (2.15) makes a parameter's state at its first step, for the settings of that step: a momentum that a schedule switches on later,
-    `centered` or `amsgrad` end with a KeyError there. Fused SGD takes momentum buffers of all parameters or of none.
+    torch (2.15) makes a parameter's state at its first step, for the settings of that step: a momentum that a schedule
+    switches on later, `centered` or `amsgrad` end with a KeyError there. Fused SGD takes momentum buffers of all
+    parameters or of none.
     """
-    if not type(opt).__module__.startswith("torch.optim."): return      # others keep other things under these names
-    if not any(setting in group for group in opt.param_groups for setting in KEPT_FOR): return
+    if not type(opt).__module__.startswith("torch.optim."):
+        return  # others keep other things under these names
+    if not any(setting in group for group in opt.param_groups for setting in KEPT_FOR):
+        return
     hooks, on_load = opt._optimizer_step_pre_hooks, opt._optimizer_load_state_dict_post_hooks
-    if complete_state not in on_load.values(): opt.register_load_state_dict_post_hook(complete_state)
-    for key in [key for key, hook in hooks.items() if isinstance(hook, CompleteState)]: del hooks[key]
+    if complete_state not in on_load.values():
+        opt.register_load_state_dict_post_hook(complete_state)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, CompleteState)]:
+        del hooks[key]
     is_complete = isinstance(opt, SGD) and all(opt.state.get(p) for group in opt.param_groups for p in group["params"])
-    if not is_complete: opt.register_step_pre_hook(CompleteState())
+    if not is_complete:
+        opt.register_step_pre_hook(CompleteState())
 
 
 class CompleteState:
-    """The step pre-hook of `complete_state`: a group is gone through when its settings have changed, not at every step."""
+    """The step pre-hook of `complete_state`: a group is gone through when its settings have changed, not at every
+    step.
+    """
 
-    def __init__(self) -> None: self.complete: dict[int, list[str]] = {}        # by a group's id: the names that nothing lacks
+    def __init__(self) -> None:
+        self.complete: dict[int, list[str]] = {}  # by a group's id: the names that nothing lacks
 
     def __call__(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         for group in opt.param_groups:
             names = []
-            for setting, name in KEPT_FOR.items():      # a tensor, which is not read, counts as switched on
-                if setting in group and (isinstance(group[setting], Tensor) or group[setting]): names.append(name)
+            for setting, name in KEPT_FOR.items():  # a tensor, which is not read, counts as switched on
+                if setting in group and (isinstance(group[setting], Tensor) or group[setting]):
+                    names.append(name)
             if names and self.complete.get(id(group)) != names and add_missing(opt, group, names):
                 self.complete[id(group)] = names
 
 
 def add_missing(opt: Optimizer, group: dict[str, Any], names: Sequence[str]) -> bool:
-    """Add zeros under these names to the state of each parameter that has one; return whether that is settled for all of them."""
+    """Add zeros under these names to the state of each parameter that has one; return whether that is settled for all
+    of them.
+    """
     params, is_sgd = group["params"], isinstance(opt, SGD)
     begun = is_sgd and group.get("fused") and any(opt.state.get(p) for p in params)
     for p in params:
-        if not (opt.state.get(p) or (begun and p.grad is not None)): continue        # torch makes it, whole
+        if not (opt.state.get(p) or (begun and p.grad is not None)):
+            continue  # torch makes it, whole
         kept = opt.state[p]
         for name in names:
-            if name not in kept: kept[name] = torch.zeros_like(next((v for v in kept.values() if is_like(v, p)), p))
+            if name not in kept:
+                kept[name] = torch.zeros_like(next((v for v in kept.values() if is_like(v, p)), p))
     return not is_sgd or all(opt.state.get(p) for p in params)
 
 
-def is_like(value: Any, p: Tensor) -> bool: return isinstance(value, Tensor) and value.shape == p.shape and value.ndim > 0
+def is_like(value: Any, p: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == p.shape and value.ndim > 0
 
 
 def can_fuse(opt_func: OptFunc, accepted: Any, groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether torch has one fused kernel for all these parameters, and the user did not ask for another implementation."""
+    """Whether torch has one fused kernel for all these parameters, and the user did not ask for another
+    implementation.
+    """
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
     chosen = opt_func.keywords if isinstance(opt_func, partial) else {}
-    if "fused" not in accepted or any(chosen.get(k) is not None for k in ("fused", "foreach", "differentiable")): return False
+    if "fused" not in accepted or any(chosen.get(k) is not None for k in ("fused", "foreach", "differentiable")):
+        return False
     devices, params = _get_fused_kernels_supported_devices(), [p for group in groups for p in group["params"]]
-    if any(map(is_shard, params)) and not can_fuse_shards(opt_func): return False
+    if any(map(is_shard, params)) and not can_fuse_shards(opt_func):
+        return False
     return all(p.is_floating_point() and p.device.type in devices for p in params)
 
 
@@ -164,28 +201,33 @@ def has_modes(opt: Optimizer) -> bool:
     return all(callable(getattr(opt, name, None)) for name in ("train", "eval"))
 
 
-def set_mode(opt: Any, *, training: bool) -> None: opt.train() if training else opt.eval()
+def set_mode(opt: Any, *, training: bool) -> None:
+    opt.train() if training else opt.eval()
 
 
 def decay_weights(opt: Optimizer, args: Any, kwargs: Any) -> None:
     """Multiply the weights that are about to be stepped by `1 - lr * wd`; of tensors, without reading them."""
     for group in opt.param_groups:
-        wd = group.get("wd", 0.)
-        if not isinstance(wd, Tensor) and not wd: continue
+        wd = group.get("wd", 0.0)
+        if not isinstance(wd, Tensor) and not wd:
+            continue
         params = [p for p in group["params"] if p.grad is not None]
         if params:
-            with torch.no_grad(): torch._foreach_mul_(params, 1 - group["lr"] * wd)  # type: ignore[reportPrivateImportUsage]
+            with torch.no_grad():
+                torch._foreach_mul_(params, 1 - group["lr"] * wd)  # type: ignore[reportPrivateImportUsage]
 
 
 def set_weight_decay(opt: Optimizer, wd: float) -> None:
     """Give every group that decays the rate `wd`, under the key that its algorithm reads."""
-    rates = [wd if group.get("decays", True) else 0. for group in opt.param_groups]
+    rates = [wd if group.get("decays", True) else 0.0 for group in opt.param_groups]
     names = ["weight_decay" if "layer_group" not in group or is_decoupled(opt) else "wd" for group in opt.param_groups]
     set_each(opt, names, rates)
 
 
 def set_rates(opt: Optimizer, rates: Sequence[float], name: str = "lr") -> None:
-    """Set a hyper-parameter of every group from one value a layer group; a built optimizer's groups are its layer groups."""
+    """Set a hyper-parameter of every group from one value a layer group; a built optimizer's groups are its layer
+    groups.
+    """
     values = [rates[group.get("layer_group", i)] * scale_of(group, name) for i, group in enumerate(opt.param_groups)]
     set_each(opt, [name] * len(values), values)
 
@@ -193,29 +235,36 @@ def set_rates(opt: Optimizer, rates: Sequence[float], name: str = "lr") -> None:
 def set_each(opt: Optimizer, names: Sequence[str], values: Sequence[float]) -> None:
     """Set a hyper-parameter, of the name that it has there, in each group."""
     if len(set(values)) > 1:
-        for name in set(names): separate(opt, name)
-    for group, name, value in zip(opt.param_groups, names, values, strict=True): set_hyper(group, name, value)
+        for name in set(names):
+            separate(opt, name)
+    for group, name, value in zip(opt.param_groups, names, values, strict=True):
+        set_hyper(group, name, value)
 
 
 def separate(opt: Optimizer, name: str) -> None:
-    """Before groups are given different values: of groups that hold one and the same tensor, as torch's optimizers do with an `lr` that is
-    one (2.15), the first keeps it, and the others get copies."""
+    """Before groups are given different values: of groups that hold one and the same tensor, as torch's optimizers do
+    with an `lr` that is one (2.15), the first keeps it, and the others get copies.
+    """
     seen: set[int] = set()
 
     def own(value: Any) -> Any:
-        if isinstance(value, tuple): return tuple(own(v) for v in value)
-        if not isinstance(value, Tensor): return value
+        if isinstance(value, tuple):
+            return tuple(own(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
         value = value.clone() if id(value) in seen else value
         seen.add(id(value))
         return value
+
     for group in opt.param_groups:
         for key in ("momentum", "betas") if name == "mom" else (name,):
-            if key in group: group[key] = own(group[key])
+            if key in group:
+                group[key] = own(group[key])
 
 
 def scale_of(group: dict[str, Any], name: str) -> float:
     """A group's own factor of the rate: timm's `lr_scale`, as its layer decay gives."""
-    return group.get("lr_scale", 1.) if name == "lr" else 1.
+    return group.get("lr_scale", 1.0) if name == "lr" else 1.0
 
 
 def own_rate(group: dict[str, Any]) -> float:
@@ -225,19 +274,25 @@ def own_rate(group: dict[str, Any]) -> float:
 
 
 def as_number(value: Any) -> Any:
-    """A hyper-parameter's value as a plain number, or a tuple of them; a tensor on a device is read, which waits for it."""
-    if isinstance(value, tuple): return tuple(map(as_number, value))
+    """A hyper-parameter's value as a plain number, or a tuple of them; a tensor on a device is read, which waits for
+    it.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(as_number, value))
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def spread(rate: float | slice, n_groups: int) -> list[float]:
     """One rate per layer group. `slice(lo, hi)`: evenly by ratio from lo (first layers) to hi (last ones);
     `slice(hi)`: hi / 10 for all but the last group; a number: the same for all."""
-    if not isinstance(rate, slice): return [check_rate("lr", rate)] * n_groups
+    if not isinstance(rate, slice):
+        return [check_rate("lr", rate)] * n_groups
     hi = check_rate("the slice's end", rate.stop)
-    if rate.start is None: return [hi / 10] * (n_groups - 1) + [hi]
+    if rate.start is None:
+        return [hi / 10] * (n_groups - 1) + [hi]
     lo = check_rate("the slice's start", rate.start)
-    if lo <= 0 or hi <= 0: raise ValueError(f"lr={rate}: rates are spread by ratio, so both ends must be above 0.")
+    if lo <= 0 or hi <= 0:
+        raise ValueError(f"lr={rate}: rates are spread by ratio, so both ends must be above 0.")
     return [hi if i == n_groups - 1 else lo * (hi / lo) ** (i / (n_groups - 1)) for i in range(n_groups)]
 
 
@@ -251,25 +306,32 @@ def check_rate(name: str, value: Any) -> float:
 
 
 def momentum_name(opt: Optimizer) -> str | None:
-    """What the momentum of the optimizer's last group that has one is called: "momentum" (SGD), "betas" (Adam: the first of them)."""
+    """What the momentum of the optimizer's last group that has one is called: "momentum" (SGD), "betas" (Adam: the
+    first of them).
+    """
     return next((name for group in reversed(opt.param_groups) for name in ("momentum", "betas") if name in group), None)
 
 
 def set_hyper(group: dict[str, Any], name: str, value: float) -> None:
     """Set one hyper-parameter of an optimizer group; "mom" is its momentum, or the first of its betas.
 
-    A tensor stays the same object and takes the value: a captured CUDA graph or a compiled step reads its memory. Nothing is waited for.
+    A tensor stays the same object and takes the value: a captured CUDA graph or a compiled step reads its memory.
+    Nothing is waited for.
     """
     if name == "mom":
         name = "momentum"
         if name not in group:
             first = group["betas"][0] if "betas" in group else None
-            if isinstance(first, Tensor): first.fill_(value)
-            elif first is not None: group["betas"] = (value, *group["betas"][1:])
+            if isinstance(first, Tensor):
+                first.fill_(value)
+            elif first is not None:
+                group["betas"] = (value, *group["betas"][1:])
             return
     held = group.get(name)
-    if isinstance(held, Tensor): held.fill_(value)
-    else: group[name] = value
+    if isinstance(held, Tensor):
+        held.fill_(value)
+    else:
+        group[name] = value
 
 
 def check_hyper(opt: Optimizer, name: str) -> None:
@@ -277,15 +339,20 @@ def check_hyper(opt: Optimizer, name: str) -> None:
     group = opt.param_groups[0]
     known = sorted(k for k in group if k not in ("params", "layer_group", "decays", "lr_scale"))
     if (momentum_name(opt) is None) if name == "mom" else (name not in group):
-        raise ValueError(f"{type(opt).__name__} has no hyper-parameter {name!r} to schedule; it has {', '.join(known)}"
-                         f"{', and mom' if momentum_name(opt) else ''}.")
+        raise ValueError(
+            f"{type(opt).__name__} has no hyper-parameter {name!r} to schedule; it has {', '.join(known)}"
+            f"{', and mom' if momentum_name(opt) else ''}."
+        )
 
 
 def zero_grad_of(opt: Optimizer) -> Callable[[], None]:
     """`opt.zero_grad()` without its profiler scope, which costs more than the work on a small model."""
-    if type(opt).zero_grad is not Optimizer.zero_grad: return opt.zero_grad
+    if type(opt).zero_grad is not Optimizer.zero_grad:
+        return opt.zero_grad
     params = [p for group in opt.param_groups for p in group["params"]]
 
     def zero_grad() -> None:
-        for p in params: p.grad = None
+        for p in params:
+            p.grad = None
+
     return zero_grad

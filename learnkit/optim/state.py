@@ -1,4 +1,5 @@
 """The state of an optimizer, as files hold it: whether it fits, and loading it into the optimizer that is there."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -10,39 +11,66 @@ from torch.optim import Optimizer
 
 from learnkit.devices.dtensor import like
 
-HOW = ("fused", "foreach", "capturable", "differentiable")      # an optimizer's settings that are of the machine, not of the algorithm
+HOW = (
+    "fused",
+    "foreach",
+    "capturable",
+    "differentiable",
+)  # an optimizer's settings that are of the machine, not of the algorithm
 
 
 def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
     """Whether a state is of the same algorithm and of parameters of the same shapes."""
     groups = state.get("param_groups", [])
     own = [p for group in opt.param_groups for p in group["params"]]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]: return False
-    if any(set(a) != set(b) for a, b in zip(groups, opt.param_groups, strict=True)): return False
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]:
+        return False
+    if any(set(a) != set(b) for a, b in zip(groups, opt.param_groups, strict=True)):
+        return False
     shapes = {number: p.shape for number, p in zip((n for g in groups for n in g["params"]), own, strict=True)}
-    flat = torch.Size([sum(shape.numel() for shape in shapes.values())])        # LBFGS keeps vectors of all parameters
-    return all(value.shape == flat or is_of(shapes[number], value.shape) for number, values in state.get("state", {}).items()
-               for value in values.values() if isinstance(value, Tensor))
+    flat = torch.Size([sum(shape.numel() for shape in shapes.values())])  # LBFGS keeps vectors of all parameters
+    return all(
+        value.shape == flat or is_of(shapes[number], value.shape)
+        for number, values in state.get("state", {}).items()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    )
 
 
 def is_of(shape: torch.Size, kept: torch.Size) -> bool:
-    """Whether what is kept is of a parameter of this shape: of each element, of each row or column (Adafactor's), or of it as a whole."""
+    """Whether what is kept is of a parameter of this shape: of each element, of each row or column (Adafactor's), or of
+    it as a whole.
+    """
     return not kept or (len(kept) == len(shape) and all(k in (1, n) for k, n in zip(kept, shape, strict=True)))
 
 
 def load_optimizer(opt: Optimizer, state: Mapping[str, Any], *, same_dtypes: bool = True) -> None:
-    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did; and the state keeps
-    the dtypes that it was saved with, which torch changes to the parameters' (2.15: NAdam's float32 `mu_product` in a float64 model).
+    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did;
+    and the state keeps the dtypes that it was saved with, which torch changes to the parameters' (2.15: NAdam's float32
+    `mu_product` in a float64 model).
 
-    same_dtypes     whether the parameters have the dtypes that they were saved with; where not, what is kept for each element takes theirs
+    same_dtypes     whether the parameters have the dtypes that they were saved with; where not, what is kept for each
+                    element takes theirs
     """
     groups = list(opt.param_groups)
-    own = {number: p for given, group in zip(state["param_groups"], groups, strict=True)
-           for number, p in zip(given["params"], group["params"], strict=True)}
-    values = {number: {name: fitted_to_parameter(own[number], value, same_dtypes) if isinstance(value, Tensor) and value.ndim else value
-                       for name, value in kept.items()} for number, kept in state["state"].items()}
-    given = [{**given, **{name: group[name] for name in HOW if name in group}}
-             for given, group in zip(state["param_groups"], groups, strict=True)]
+    own = {
+        number: p
+        for given, group in zip(state["param_groups"], groups, strict=True)
+        for number, p in zip(given["params"], group["params"], strict=True)
+    }
+    values = {
+        number: {
+            name: fitted_to_parameter(own[number], value, same_dtypes)
+            if isinstance(value, Tensor) and value.ndim
+            else value
+            for name, value in kept.items()
+        }
+        for number, kept in state["state"].items()
+    }
+    given = [
+        {**given, **{name: group[name] for name in HOW if name in group}}
+        for given, group in zip(state["param_groups"], groups, strict=True)
+    ]
     opt.load_state_dict({**state, "state": values, "param_groups": given})
     for number, kept in values.items():
         loaded = opt.state.get(own[number], {})
@@ -50,7 +78,9 @@ def load_optimizer(opt: Optimizer, state: Mapping[str, Any], *, same_dtypes: boo
             if isinstance(value, Tensor) and isinstance(cast := loaded.get(name), Tensor) and cast.dtype != value.dtype:
                 loaded[name] = value.to(cast.device, copy=True)
     for group, loaded in zip(groups, opt.param_groups, strict=True):
-        group.update({name: restored_value(group.get(name), value) for name, value in loaded.items() if name != "params"})
+        group.update(
+            {name: restored_value(group.get(name), value) for name, value in loaded.items() if name != "params"}
+        )
         group["params"] = loaded["params"]
     opt.param_groups[:] = groups
 
@@ -62,8 +92,11 @@ def fitted_to_parameter(own: Tensor, value: Tensor, same_dtypes: bool) -> Tensor
 
 
 def restored_value(own: Any, loaded: Any) -> Any:
-    """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not become one."""
+    """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not
+    become one.
+    """
     if isinstance(own, tuple) and isinstance(loaded, (tuple, list)) and len(own) == len(loaded):
         return tuple(map(restored_value, own, loaded))
-    if isinstance(own, Tensor): return own.fill_(loaded)  # type: ignore[arg-type]
+    if isinstance(own, Tensor):
+        return own.fill_(loaded)  # type: ignore[arg-type]
     return loaded.item() if isinstance(loaded, Tensor) and isinstance(own, (int, float)) else loaded

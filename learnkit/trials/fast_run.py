@@ -1,4 +1,7 @@
-"""Quick looks at a whole fit: one batch of everything, and the same few batches again and again. Nothing is left of either."""
+"""Quick looks at a whole fit: one batch of everything, and the same few batches again and again. Nothing is left of
+either.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -19,17 +22,23 @@ if TYPE_CHECKING:
 class FirstBatches:
     """The first n batches of a loader's pass."""
 
-    def __init__(self, loader: Any, n: int) -> None: self.loader, self.n = loader, n
-    def __iter__(self) -> Iterator[Any]: return islice(iter(self.loader), self.n)
+    def __init__(self, loader: Any, n: int) -> None:
+        self.loader, self.n = loader, n
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.n)
 
 
 class OneOfEach(Callback):
     """One optimizer step an epoch, and one batch in each validation."""
+
     order = Recorder.order - 50
 
-    def before_validate(self, learn: Learner) -> None: learn.dl = FirstBatches(learn.dl, 1)      # the Learner puts its own back
+    def before_validate(self, learn: Learner) -> None:
+        learn.dl = FirstBatches(learn.dl, 1)  # the Learner puts its own back
 
-    def after_step(self, learn: Learner) -> None: raise StopTrain
+    def after_step(self, learn: Learner) -> None:
+        raise StopTrain
 
 
 def fast_run(learn: Learner) -> dict[str, float]:
@@ -46,7 +55,10 @@ def overfit(learn: Learner, n: int, steps: int, lr: Rate | None) -> list[float]:
     with unchanged(learn):
         batches = list(islice(learn.data.train_dl, n * learn.world_size))
         if len(batches) < n * learn.world_size:
-            raise ValueError(f"train_dl has {len(batches)} batches, expected {n} for each of {learn.world_size} ranks: take a smaller n.")
+            raise ValueError(
+                f"train_dl has {len(batches)} batches, expected {n} for each of {learn.world_size} ranks: take a "
+                f"smaller n."
+            )
         learn.data = copy.copy(learn.data)
         learn.data.train_dl, learn.data.valid_dl = batches, None
         learn.fit(steps, lr, callbacks=[recorder := Recorder()], max_steps=steps)

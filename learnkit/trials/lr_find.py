@@ -1,4 +1,5 @@
 """The learning-rate range test: a short fit with a rising rate, whose losses say which rates can be used."""
+
 from __future__ import annotations
 
 import copy
@@ -23,10 +24,10 @@ from learnkit.trials.trial import unchanged
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTHING = 0.98        # of the losses, a debiased moving average, as in fastai v1
-DIVERGED = 4.           # times the best smoothed loss: where a sweep is stopped, as in fastai v1
+SMOOTHING = 0.98  # of the losses, a debiased moving average, as in fastai v1
+DIVERGED = 4.0  # times the best smoothed loss: where a sweep is stopped, as in fastai v1
 SWEEPS = {"exponential": exponential, "linear": linear}
-FEWEST = 10             # steps from which a curve says something
+FEWEST = 10  # steps from which a curve says something
 
 
 class RateFinder:
@@ -46,17 +47,24 @@ class RateFinder:
         self.losses = smoothed(self.raw_losses)
 
     @property
-    def suggestion(self) -> float: return self.suggestions["valley"]
+    def suggestion(self) -> float:
+        return self.suggestions["valley"]
 
     @cached_property
     def suggestions(self) -> dict[str, float]:
         """Rates by three rules. Raises ValueError where the sweep ended too soon for any."""
         lrs, losses = self.trusted()
         if len(lrs) < FEWEST:
-            raise ValueError(f"the sweep ended after {len(self.lrs)} steps, at a rate of {self.lrs[-1] if self.lrs else math.nan:.2g}: "
-                             "too soon to suggest one. Begin lower (start_lr), take more steps (num_it), or check the untrained model's "
-                             "loss.")
-        return {"valley": lrs[valley(losses)], "steep": lrs[steepest(lrs, losses)], "minimum": lrs[losses.index(min(losses))] / 10}
+            raise ValueError(
+                f"the sweep ended after {len(self.lrs)} steps, at a rate of "
+                f"{self.lrs[-1] if self.lrs else math.nan:.2g}: too soon to suggest one. Begin lower (start_lr), take "
+                f"more steps (num_it), or check the untrained model's loss."
+            )
+        return {
+            "valley": lrs[valley(losses)],
+            "steep": lrs[steepest(lrs, losses)],
+            "minimum": lrs[losses.index(min(losses))] / 10,
+        }
 
     def trusted(self) -> tuple[list[float], list[float]]:
         """Without the first tenth, where the average is of few losses, and where it diverged without the last five."""
@@ -66,34 +74,43 @@ class RateFinder:
     def plot(self, ax: Axes | None = None) -> Axes:
         """The smoothed loss by rate, with a point at each suggestion."""
         from learnkit.logs.plots import new_axes, plot_sweep
+
         marks = self.suggestions if len(self.trusted()[0]) >= FEWEST else {}
-        return plot_sweep(ax or new_axes(), self.lrs, self.losses, marks, best=min(self.losses, default=1.))
+        return plot_sweep(ax or new_axes(), self.lrs, self.losses, marks, best=min(self.losses, default=1.0))
 
     def __repr__(self) -> str:
-        found = f"lr_find: {len(self.lrs)} steps" + (f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if self.lrs else "")
-        if len(self.trusted()[0]) < FEWEST: return f"{found}, too few for a suggestion"
+        found = f"lr_find: {len(self.lrs)} steps" + (
+            f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if self.lrs else ""
+        )
+        if len(self.trusted()[0]) < FEWEST:
+            return f"{found}, too few for a suggestion"
         return f"{found}; " + ", ".join(f"{name} {rate:.2e}" for name, rate in self.suggestions.items())
 
 
-# ---------------------------------------------------------------------- the sweep
+# --- the sweep ---------------------------------------------------------------
 def find_rate(learn: Learner, start_lr: float, end_lr: float, num_it: int, *, sweep: str, stop_div: bool) -> RateFinder:
     """What `learn.lr_find` does: see there."""
     check_count("num_it", num_it)
-    for name, rate in {"start_lr": start_lr, "end_lr": end_lr}.items(): check_rate(name, rate)
+    for name, rate in {"start_lr": start_lr, "end_lr": end_lr}.items():
+        check_rate(name, rate)
     if not 0 < start_lr < end_lr:
         raise ValueError(f"start_lr={start_lr}, end_lr={end_lr}: expected two rates above 0, the lower one first.")
-    if sweep not in SWEEPS: raise ValueError(f"sweep={sweep!r}: expected {' or '.join(map(repr, SWEEPS))}.")
+    if sweep not in SWEEPS:
+        raise ValueError(f"sweep={sweep!r}: expected {' or '.join(map(repr, SWEEPS))}.")
     rates = Sweep(SWEEPS[sweep](start_lr, end_lr).values(num_it), stop_div=stop_div)
     with unchanged(learn):
         learn.data = copy.copy(learn.data)
-        learn.data.valid_dl = None                      # nothing is measured between two steps
+        learn.data.valid_dl = None  # nothing is measured between two steps
         learn.fit(num_it, start_lr, callbacks=[rates])  # an epoch has one step at least
-    return RateFinder(rates.lrs[:len(rates.losses)], rates.losses, diverged=rates.diverged)
+    return RateFinder(rates.lrs[: len(rates.losses)], rates.losses, diverged=rates.diverged)
 
 
 class Sweep(Callback):
-    """Gives each step the next rate, and ends the fit after the last one, or where the loss has diverged, on all ranks alike."""
-    order = ParamScheduler.order + 1        # after the schedules that a Learner may have
+    """Gives each step the next rate, and ends the fit after the last one, or where the loss has diverged, on all ranks
+    alike.
+    """
+
+    order = ParamScheduler.order + 1  # after the schedules that a Learner may have
 
     def __init__(self, lrs: Sequence[float], *, stop_div: bool) -> None:
         self.lrs, self.stop_div, self.diverged = list(lrs), stop_div, False
@@ -108,8 +125,10 @@ class Sweep(Callback):
         smooth = self.average.add(loss) if math.isfinite(loss) else math.inf
         self.best = min(self.best, smooth)
         self.diverged = self.stop_div and (smooth > DIVERGED * self.best if self.best > 0 else smooth == math.inf)
-        if math.isfinite(smooth): self.losses.append(loss)
-        if self.diverged or not math.isfinite(smooth) or learn.step == len(self.lrs): raise StopFit
+        if math.isfinite(smooth):
+            self.losses.append(loss)
+        if self.diverged or not math.isfinite(smooth) or learn.step == len(self.lrs):
+            raise StopFit
 
 
 def loss_of_all(learn: Learner) -> float:
@@ -124,7 +143,8 @@ def loss_of_all(learn: Learner) -> float:
 class SmoothedLoss:
     """A debiased moving average."""
 
-    def __init__(self) -> None: self.sum = self.weight = 0.
+    def __init__(self) -> None:
+        self.sum = self.weight = 0.0
 
     def add(self, value: float) -> float:
         self.sum = SMOOTHING * self.sum + (1 - SMOOTHING) * value
@@ -137,17 +157,20 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return [average.add(loss) for loss in losses]
 
 
-# ---------------------------------------------------------------------- reading the curve
+# --- reading the curve -------------------------------------------------------
 def steepest(lrs: Sequence[float], losses: Sequence[float]) -> int:
     """Where the loss falls most for a factor of the rate."""
-    slopes = [(b - a) / math.log(right / left) for (a, b), (left, right) in zip(pairwise(losses), pairwise(lrs), strict=True)]
+    slopes = [
+        (b - a) / math.log(right / left) for (a, b), (left, right) in zip(pairwise(losses), pairwise(lrs), strict=True)
+    ]
     return slopes.index(min(slopes))
 
 
 def valley(losses: Sequence[float]) -> int:
     """The middle of the longest fall: of the longest strictly decreasing subsequence, as an index into `losses`.
 
-    Source: the rule called "valley" of fastai 2 (by ESRI), whose middle is half way along the subsequence, back from its end.
+    Source: the rule called "valley" of fastai 2 (by ESRI), whose middle is half way along the subsequence, back from
+    its end.
     """
     length, end = longest_fall(losses)
     third = length / 3
@@ -155,11 +178,14 @@ def valley(losses: Sequence[float]) -> int:
 
 
 def longest_fall(losses: Sequence[float]) -> tuple[int, int]:
-    """(length, index of its last member) of the longest strictly decreasing subsequence; of several, the one that ends first."""
-    tails: list[float] = []         # tails[k]: the largest last member, negated, of the falls of k + 1 so far
+    """(length, index of its last member) of the longest strictly decreasing subsequence; of several, the one that ends
+    first.
+    """
+    tails: list[float] = []  # tails[k]: the largest last member, negated, of the falls of k + 1 so far
     length, end = 0, 0
     for i, loss in enumerate(losses):
         k = bisect_left(tails, -loss)
-        tails[k:k + 1] = [-loss]
-        if k + 1 > length: length, end = k + 1, i
+        tails[k : k + 1] = [-loss]
+        if k + 1 > length:
+            length, end = k + 1, i
     return length, end

@@ -1,4 +1,5 @@
 """A table of a model's layers, seen by sending one batch through them."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 
 class Row(NamedTuple):
     layer: str
-    shape: str          # of its output
+    shape: str  # of its output
     n_parameters: int
-    n_bytes: int        # of its output
+    n_bytes: int  # of its output
     trained: bool
 
 
 def summarize(learn: Learner) -> str:
-    """One line a layer in the order of the forward pass, and the totals. The model's state and modes stay as they are."""
+    """One line a layer in the order of the forward pass, and the totals. The model's state and modes stay as they
+    are.
+    """
     inputs, _ = split_batch(to_device(first_batch(learn.data.train_dl), learn.device))
     rows: list[Row] = []
 
@@ -32,8 +35,16 @@ def summarize(learn: Learner) -> str:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             tensors, params = tensors_in(output), list(module.parameters())
             shapes = " ".join(str(tuple(t.shape)) for t in tensors) or type(output).__name__
-            rows.append(Row(f"{name} ({type(module).__name__})", shapes, sum(p.numel() for p in params),
-                            sum(t.numel() * t.element_size() for t in tensors), any(p.requires_grad for p in params)))
+            rows.append(
+                Row(
+                    f"{name} ({type(module).__name__})",
+                    shapes,
+                    sum(p.numel() for p in params),
+                    sum(t.numel() * t.element_size() for t in tensors),
+                    any(p.requires_grad for p in params),
+                )
+            )
+
         return module.register_forward_hook(hook)
 
     leaves = [(name or type(m).__name__, m) for name, m in learn.model.named_modules() if not any(m.children())]
@@ -44,8 +55,10 @@ def summarize(learn: Learner) -> str:
         with torch.no_grad(), unmoved(learn.device):
             learn.model(*inputs) if isinstance(inputs, tuple) else learn.model(**inputs)
     finally:
-        for handle in handles: handle.remove()
-        for module, mode in modes: module.training = mode
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
     return table(type(learn.model).__name__, [tuple(t.shape) for t in tensors_in(inputs)], rows, learn.model)
 
 
@@ -58,7 +71,14 @@ def table(title: str, shapes: list[tuple[int, ...]], rows: list[Row], model: nn.
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return "\n".join([
-        f"{title}, input {' '.join(map(str, shapes))}",
-        *(f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in lines),
-        f"{total:,} parameters, {trained:,} trained; {in_bytes(size)} with buffers, outputs {in_bytes(sum(row.n_bytes for row in rows))}"])
+    return "\n".join(
+        [
+            f"{title}, input {' '.join(map(str, shapes))}",
+            *(
+                f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+                for a, b, c, d, e in lines
+            ),
+            f"{total:,} parameters, {trained:,} trained; {in_bytes(size)} with buffers, outputs "
+            f"{in_bytes(sum(row.n_bytes for row in rows))}",
+        ]
+    )

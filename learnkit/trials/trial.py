@@ -1,4 +1,5 @@
 """Trying something out on a Learner and leaving it bit-identical: what range tests and batch size finders stand on."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,87 +22,126 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unchanged(learn: Learner) -> Iterator[None]:
-    """Whatever is trained within the block, and however it ends: afterwards weights, buffers, gradients, the optimizer, random
-    states, the order of the loaders, callbacks and every attribute of the Learner are what they were, bit for bit.
+    """Whatever is trained within the block, and however it ends: afterwards weights, buffers, gradients, the optimizer,
+    random states, the order of the loaders, callbacks and every attribute of the Learner are what they were, bit for
+    bit.
 
-    Callbacks whose class says `in_trials = False` (those that decide, write or draw) do not take part. Of those that do, attributes are put
-    back, what their `state_dict` has, and the state of optimizers, modules and other objects with a `state_dict` that they hold. Costs a
-    copy of all that, of the weights and of the optimizer's state in memory.
+    Callbacks whose class says `in_trials = False` (those that decide, write or draw) do not take part. Of those that
+    do, attributes are put back, what their `state_dict` has, and the state of optimizers, modules and other objects
+    with a `state_dict` that they hold. Costs a copy of all that, of the weights and of the optimizer's state in memory.
     """
-    if learn.is_running: raise RuntimeError("a trial was begun while this Learner runs: do it before or after the fit.")
+    if learn.is_running:
+        raise RuntimeError("a trial was begun while this Learner runs: do it before or after the fit.")
     random = random_state(learn.device)
     attributes = {name: copied_state(value) for name, value in vars(learn).items()}
-    callbacks = [(callback, {name: copied_state(value) for name, value in vars(callback).items()}) for callback in learn.callbacks]
+    callbacks = [
+        (callback, {name: copied_state(value) for name, value in vars(callback).items()})
+        for callback in learn.callbacks
+    ]
     taking_part = [callback for callback in learn.callbacks if callback.in_trials]
     held = [list(vars(callback).values()) for callback in taking_part]
     objects = {id(thing): thing for thing in stateful_in(held)}
     wholes = [whole for whole in (learn.model, learn.loss_func, *objects.values()) if isinstance(whole, nn.Module)]
     modules = {id(module): module for whole in wholes for module in whole.modules()}
-    own = {id(p): p for p in (*(p for module in modules.values() for p in module.parameters(recurse=False)),
-                              *(t for t in tensors_in(held) if t.requires_grad and t.is_leaf))}
+    own = {
+        id(p): p
+        for p in (
+            *(p for module in modules.values() for p in module.parameters(recurse=False)),
+            *(t for t in tensors_in(held) if t.requires_grad and t.is_leaf),
+        )
+    }
     buffers = {id(t): t for module in modules.values() for t in module.buffers(recurse=False)}
     tensors = [(t, t.detach().clone()) for t in (*own.values(), *buffers.values())]
     parameters = [(p, p.grad, p.requires_grad) for p in own.values()]
     modes = [(module, module.training) for module in modules.values()]
-    opts = [(opt, cloned(opt.state_dict())) for opt in {id(opt): opt for opt in (learn.opt, *objects.values())}.values()
-            if isinstance(opt, Optimizer)]
-    others = [(thing, cloned(thing.state_dict())) for thing in objects.values() if not isinstance(thing, (nn.Module, Optimizer))]
+    opts = [
+        (opt, cloned(opt.state_dict()))
+        for opt in {id(opt): opt for opt in (learn.opt, *objects.values())}.values()
+        if isinstance(opt, Optimizer)
+    ]
+    others = [
+        (thing, cloned(thing.state_dict()))
+        for thing in objects.values()
+        if not isinstance(thing, (nn.Module, Optimizer))
+    ]
     kept = [(callback, state) for callback in taking_part if (state := callback_state(callback)) is not None]
     loaders = [dl for dl in (learn.data.train_dl, learn.data.valid_dl) if dl is not None]
     learn.callbacks = taking_part
     try:
-        with unmoved_loaders(*loaders): yield
+        with unmoved_loaders(*loaders):
+            yield
     finally:
         vars(learn).clear()
         vars(learn).update(attributes)
         with torch.no_grad():
-            for tensor, value in tensors: tensor.copy_(value)
-        for p, gradient, trained in parameters: p.grad, p.requires_grad = gradient, trained
-        for module, mode in modes: module.training = mode
-        for opt, state in opts: load_optimizer(opt, state)
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        for p, gradient, trained in parameters:
+            p.grad, p.requires_grad = gradient, trained
+        for module, mode in modes:
+            module.training = mode
+        for opt, state in opts:
+            load_optimizer(opt, state)
         for callback, values in callbacks:
             vars(callback).clear()
             vars(callback).update(values)
-        for thing, state in others: thing.load_state_dict(state)
-        for callback, state in kept: callback.load_state_dict(state)
-        for callback, values in callbacks: vars(callback).update({name: value for name, value in values.items() if is_copy(value)})
+        for thing, state in others:
+            thing.load_state_dict(state)
+        for callback, state in kept:
+            callback.load_state_dict(state)
+        for callback, values in callbacks:
+            vars(callback).update({name: value for name, value in values.items() if is_copy(value)})
         put_random_state(random, learn.device)
 
 
 def callback_state(callback: Callback) -> dict[str, Any] | None:
-    """What a callback keeps by its own account, in objects too; None where it overrides nothing, or what it asks for is made by its
-    first fit, before which its attributes are all there is."""
-    if type(callback).state_dict is Callback.state_dict: return None
-    try: return cloned(callback.state_dict())
-    except Exception: return None
+    """What a callback keeps by its own account, in objects too; None where it overrides nothing, or what it asks for is
+    made by its first fit, before which its attributes are all there is.
+    """
+    if type(callback).state_dict is Callback.state_dict:
+        return None
+    try:
+        return cloned(callback.state_dict())
+    except Exception:
+        return None
 
 
 def stateful_in(value: Any) -> list[Any]:
     """The objects in a nested structure that give their state and take it back: optimizers, modules, schedulers."""
-    if isinstance(value, dict): value = list(value.values())
-    if isinstance(value, (list, tuple, set)): return [thing for part in value for thing in stateful_in(part)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return [thing for part in value for thing in stateful_in(part)]
     is_one = all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
     return [value] if is_one and not isinstance(value, (type, Callback)) else []
 
 
 def cloned(value: Any) -> Any:
     """A state with tensors of its own."""
-    if isinstance(value, dict): return {key: cloned(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"): return type(value)(cloned(v) for v in value)
+    if isinstance(value, dict):
+        return {key: cloned(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(cloned(v) for v in value)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def is_copy(value: Any) -> bool:
     """Whether `copied` has made all of it anew, or it cannot change."""
-    if type(value) is dict: value = list(value.values())
-    if type(value) in (list, tuple, set): return all(is_copy(v) for v in value)
+    if type(value) is dict:
+        value = list(value.values())
+    if type(value) in (list, tuple, set):
+        return all(is_copy(v) for v in value)
     return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def copied_state(value: Any) -> Any:
     """Containers and tensors anew; everything else is the same object."""
-    if isinstance(value, torch.nn.Parameter): return value
-    if isinstance(value, Tensor): return value.detach().clone() if not value.requires_grad else value
-    if type(value) is dict: return {key: copied_state(v) for key, v in value.items()}
-    if type(value) in (list, tuple, set): return type(value)(copied_state(v) for v in value)
+    if isinstance(value, torch.nn.Parameter):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone() if not value.requires_grad else value
+    if type(value) is dict:
+        return {key: copied_state(v) for key, v in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(copied_state(v) for v in value)
     return value

@@ -1,4 +1,7 @@
-"""Pictures: folders, transforms on batches, models, and what else a script needs that begins with `from learnkit.vision import *`."""
+"""Pictures: folders, transforms on batches, models, and what else a script needs that begins with `from learnkit.vision
+import *`.
+"""
+
 from functools import partial as partial
 from pathlib import Path as Path
 

@@ -1,4 +1,7 @@
-"""The decoded pictures of a folder as one file: a header that says of what, checksums, then uint8 pixels. Read as mapped memory."""
+"""The decoded pictures of a folder as one file: a header that says of what, checksums, then uint8 pixels. Read as
+mapped memory.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -20,12 +23,15 @@ from learnkit.checkpoint.files import Damaged, explained_os_error, sync_folder
 from learnkit.vision.decode import Shape
 
 MAGIC = b"learnkit pixels 1\n"
-PAGE = 1 << 16          # mapped memory begins at a multiple of the page size: of no system that is known is it larger
-CHECKSUM_PIECE = 1 << 24         # bytes of one checksum: pieces are hashed by all cores at once
+PAGE = 1 << 16  # mapped memory begins at a multiple of the page size: of no system that is known is it larger
+CHECKSUM_PIECE = 1 << 24  # bytes of one checksum: pieces are hashed by all cores at once
 
 
-def write_pixels(path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], facts: dict[str, Any]) -> dict[int, str]:
-    """Write the file at once or not at all; `fill(buffer)` decodes into it and returns {row: what is wrong} of those left out.
+def write_pixels(
+    path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], facts: dict[str, Any]
+) -> dict[int, str]:
+    """Write the file at once or not at all; `fill(buffer)` decodes into it and returns {row: what is wrong} of those
+    left out.
 
     The room is taken before anything is decoded, so that a full disk is an OSError here, and no dead process later.
     """
@@ -37,7 +43,7 @@ def write_pixels(path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[in
             with mapped(file, mmap.ACCESS_WRITE) as memory:
                 damaged = fill(memory[PAGE:])
                 n_left = close_up(memory[PAGE:], shape.n_bytes, n, damaged)
-                sums = checksums(memory[PAGE:PAGE + n_left * shape.n_bytes])
+                sums = checksums(memory[PAGE : PAGE + n_left * shape.n_bytes])
             file.truncate(PAGE + n_left * shape.n_bytes)
             write_header(file, {**facts, "n": n_left, "shape": asdict(shape)}, sums, damaged)
             os.fsync(file.fileno())
@@ -46,14 +52,17 @@ def write_pixels(path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[in
         sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError): raise explained_os_error(error, path, PAGE + n * shape.n_bytes) from None
+        if isinstance(error, OSError):
+            raise explained_os_error(error, path, PAGE + n * shape.n_bytes) from None
         raise
     return damaged
 
 
 def reserve(file: BinaryIO, n_bytes: int) -> None:
-    if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, n_bytes)
-    else: file.truncate(n_bytes)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+    else:
+        file.truncate(n_bytes)
 
 
 @contextmanager
@@ -62,34 +71,43 @@ def mapped(file: BinaryIO, access: int) -> Iterator[memoryview]:
     view = memoryview(memory)
     try:
         yield view
-        if access == mmap.ACCESS_WRITE: memory.flush()
-    finally: view.release()
+        if access == mmap.ACCESS_WRITE:
+            memory.flush()
+    finally:
+        view.release()
 
 
 def close_up(pixels: memoryview, size: int, n: int, damaged: dict[int, str]) -> int:
     """Move the rows together, over those of damaged pictures; returns how many are left."""
     kept = 0
     for row in range(n):
-        if row in damaged: continue
-        if kept != row: pixels[kept * size:(kept + 1) * size] = pixels[row * size:(row + 1) * size]
+        if row in damaged:
+            continue
+        if kept != row:
+            pixels[kept * size : (kept + 1) * size] = pixels[row * size : (row + 1) * size]
         kept += 1
     return kept
 
 
 def checksums(pixels: memoryview) -> list[str]:
     """sha256 of each piece, by all cores."""
-    pieces = [pixels[first:first + CHECKSUM_PIECE] for first in range(0, len(pixels), CHECKSUM_PIECE)]
-    with ThreadPoolExecutor() as pool: sums = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
-    for piece in pieces: piece.release()
+    pieces = [pixels[first : first + CHECKSUM_PIECE] for first in range(0, len(pixels), CHECKSUM_PIECE)]
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
+    for piece in pieces:
+        piece.release()
     return sums
 
 
 def write_header(file: BinaryIO, facts: dict[str, Any], sums: Sequence[str], damaged: dict[int, str]) -> None:
-    """The facts at the beginning; the checksums, whose number is not bounded, at the end, and theirs among the facts."""
+    """The facts at the beginning; the checksums, whose number is not bounded, at the end, and theirs among the
+    facts.
+    """
     tail = json.dumps({"sums": sums, "damaged": {str(row): why for row, why in damaged.items()}}).encode()
     head = json.dumps({**facts, "tail": len(tail), "tail_sha256": hashlib.sha256(tail).hexdigest()}).encode()
     head = MAGIC + hashlib.sha256(head).hexdigest().encode() + b"\n" + head
-    if len(head) > PAGE: raise ValueError(f"the header of {len(head)} bytes is larger than {PAGE}.")
+    if len(head) > PAGE:
+        raise ValueError(f"the header of {len(head)} bytes is larger than {PAGE}.")
     file.seek(0)
     file.write(head.ljust(PAGE, b" "))
     file.seek(0, os.SEEK_END)
@@ -104,24 +122,35 @@ def read_pixels(path: Path, expected: dict[str, Any]) -> tuple[Tensor, dict[int,
     """
     with path.open("rb") as file:
         facts = read_header(file, path)
-        if any(facts.get(name) != value for name, value in expected.items()): return None
+        if any(facts.get(name) != value for name, value in expected.items()):
+            return None
         shape = Shape(**facts["shape"])
         n_bytes = facts["n"] * shape.n_bytes
-        if os.fstat(file.fileno()).st_size != PAGE + n_bytes + facts["tail"]: raise Damaged(f"{path} was cut off: its size is wrong.")
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)       # a copy: torch wants to be able to write
+        if os.fstat(file.fileno()).st_size != PAGE + n_bytes + facts["tail"]:
+            raise Damaged(f"{path} was cut off: its size is wrong.")
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a copy: torch wants to be able to write
     view = memoryview(memory)
-    tail = bytes(view[PAGE + n_bytes:])
-    if hashlib.sha256(tail).hexdigest() != facts["tail_sha256"]: raise Damaged(f"{path} was changed after it was written.")
+    tail = bytes(view[PAGE + n_bytes :])
+    if hashlib.sha256(tail).hexdigest() != facts["tail_sha256"]:
+        raise Damaged(f"{path} was changed after it was written.")
     more = json.loads(tail)
-    if checksums(view[PAGE:PAGE + n_bytes]) != more["sums"]: raise Damaged(f"{path} was changed: its checksum differs.")
-    pixels = torch.frombuffer(memory, dtype=torch.uint8, offset=PAGE, count=n_bytes) if n_bytes else torch.zeros(0, dtype=torch.uint8)
-    return pixels.view(facts["n"], shape.channels, shape.height, shape.width), {int(row): why for row, why in more["damaged"].items()}
+    if checksums(view[PAGE : PAGE + n_bytes]) != more["sums"]:
+        raise Damaged(f"{path} was changed: its checksum differs.")
+    pixels = (
+        torch.frombuffer(memory, dtype=torch.uint8, offset=PAGE, count=n_bytes)
+        if n_bytes
+        else torch.zeros(0, dtype=torch.uint8)
+    )
+    return pixels.view(facts["n"], shape.channels, shape.height, shape.width), {
+        int(row): why for row, why in more["damaged"].items()
+    }
 
 
 def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     head = file.read(PAGE)
-    magic, checksum, text = head[:len(MAGIC)], head[len(MAGIC):len(MAGIC) + 64], head[len(MAGIC) + 65:].rstrip(b" ")
-    if magic != MAGIC or hashlib.sha256(text).hexdigest().encode() != checksum: raise Damaged(f"{path} has no valid header.")
+    magic, checksum, text = head[: len(MAGIC)], head[len(MAGIC) : len(MAGIC) + 64], head[len(MAGIC) + 65 :].rstrip(b" ")
+    if magic != MAGIC or hashlib.sha256(text).hexdigest().encode() != checksum:
+        raise Damaged(f"{path} has no valid header.")
     return json.loads(text)
 
 

@@ -1,4 +1,5 @@
 """ImageDataBunch: pictures held or streamed, transformed by the batch, normalized, shown."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from learnkit.checkpoint.files import as_path
-from learnkit.data.loaders import DataBunch, TensorLoader, check_batch_size, check_dataset, default_device, default_workers, first_batch
+from learnkit.data.loaders import (
+    DataBunch,
+    TensorLoader,
+    check_batch_size,
+    check_dataset,
+    default_device,
+    default_workers,
+    first_batch,
+)
 from learnkit.data.random import BatchTransform
 from learnkit.vision.folder import read_folder
 from learnkit.vision.pictures import Pictures, free_memory, load_pictures
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Stats = tuple[Sequence[float], Sequence[float]]
-N_AHEAD = 3     # batches cut ahead of time, where the pictures do not lie where they are used
+N_AHEAD = 3  # batches cut ahead of time, where the pictures do not lie where they are used
 
 
 class ImageDataBunch(DataBunch):
@@ -33,57 +42,104 @@ class ImageDataBunch(DataBunch):
     >>> data = ImageDataBunch.from_folder("pets", size=64).normalize(imagenet_stats)  # doctest: +SKIP
     """
 
-    def __init__(self, train_dl: Any, valid_dl: Any = None, test_dl: Any = None, *, loss_func: Callable[..., Tensor] | None = None,
-                 classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        train_dl: Any,
+        valid_dl: Any = None,
+        test_dl: Any = None,
+        *,
+        loss_func: Callable[..., Tensor] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(train_dl, valid_dl, test_dl, loss_func=loss_func, classes=classes)
         self.pictures: dict[str, Pictures] = {}
         self.stats: Stats | None = None
 
     @classmethod
-    def from_folder(cls, path: str | Path, train: str = "train", valid: str | None = "valid", test: str | None = None, *,
-                    ds_tfms: Any = None, size: int | tuple[int, int] | None = None, bs: int = 64, val_bs: int | None = None,
-                    n_channels: int = 3, on_error: str = "raise", cache: str | Path | None = "auto", drop_last: bool = True,
-                    seed: int | None = None, device: torch.device | str | None = None) -> ImageDataBunch:
-        """The pictures of `path/train/<class>/…`, and so on: decoded once with all cores, kept in a cache file, and read from that.
+    def from_folder(
+        cls,
+        path: str | Path,
+        train: str = "train",
+        valid: str | None = "valid",
+        test: str | None = None,
+        *,
+        ds_tfms: Any = None,
+        size: int | tuple[int, int] | None = None,
+        bs: int = 64,
+        val_bs: int | None = None,
+        n_channels: int = 3,
+        on_error: str = "raise",
+        cache: str | Path | None = "auto",
+        drop_last: bool = True,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> ImageDataBunch:
+        """The pictures of `path/train/<class>/…`, and so on: decoded once with all cores, kept in a cache file, and
+        read from that.
 
         ds_tfms     a pair of lists of transforms, for training and for the rest; or one list, for training
-        size        to which all are resized, the shorter side, and cut in the middle; None: they are of one size already
+        size        to which all are resized, the shorter side, and cut in the middle; None: they are of one size
+                    already
         n_channels  3: RGB, 1: grey
         on_error    of damaged pictures: "raise" names them in an error, "skip" in a warning
-        cache       folder of the cache file. "auto": $LEARNKIT_CACHE, else ~/.cache/learnkit/pictures; None: decode anew each time
+        cache       folder of the cache file. "auto": $LEARNKIT_CACHE, else ~/.cache/learnkit/pictures; None: decode
+                    anew each time
         device      None: the accelerator, else the CPU
 
-        Pictures are held on an accelerator where they take at most a quarter of its free memory, else mapped from the cache file:
-        a thread cuts batches ahead of time, and they are copied from pinned memory. On a CPU they are mapped at any rate. Without
-        a cache file (`cache=None`, or a disk that is full) they are decoded into memory, at most half of what is free. Several
-        processes of a machine decode once, and share the file's memory. Raises ValueError, FileNotFoundError, MemoryError.
+        Pictures are held on an accelerator where they take at most a quarter of its free memory, else mapped from the
+        cache file: a thread cuts batches ahead of time, and they are copied from pinned memory. On a CPU they are
+        mapped at any rate. Without a cache file (`cache=None`, or a disk that is full) they are decoded into memory, at
+        most half of what is free. Several processes of a machine decode once, and share the file's memory. Raises
+        ValueError, FileNotFoundError, MemoryError.
         """
-        if on_error not in ("raise", "skip"): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
-        if n_channels not in (1, 3): raise ValueError(f"n_channels={n_channels}: expected 3 (RGB) or 1 (grey).")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
+        if n_channels not in (1, 3):
+            raise ValueError(f"n_channels={n_channels}: expected 3 (RGB) or 1 (grey).")
         check_batch_size("bs", bs)
         names, pair = {"train": train, "valid": valid, "test": test}, None if size is None else as_pair("size", size)
         pictures: dict[str, Pictures] = {}
         for use, name in names.items():
-            if name is None: continue
+            if name is None:
+                continue
             folder = read_folder(as_path(path) / as_path(name), pictures["train"].classes if pictures else None)
             pictures[use] = load_pictures(folder, size=pair, n_channels=n_channels, on_error=on_error, cache=cache)
             check_size(pictures[use], pictures["train"], train, name)
-        return cls.from_pictures(pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device)
+        return cls.from_pictures(
+            pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device
+        )
 
     @classmethod
-    def from_pictures(cls, pictures: dict[str, Pictures], *, ds_tfms: Any = None, bs: int = 64, val_bs: int | None = None,
-                      drop_last: bool = True, seed: int | None = None, device: torch.device | str | None = None) -> ImageDataBunch:
+    def from_pictures(
+        cls,
+        pictures: dict[str, Pictures],
+        *,
+        ds_tfms: Any = None,
+        bs: int = 64,
+        val_bs: int | None = None,
+        drop_last: bool = True,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> ImageDataBunch:
         """Pictures that are in memory already, under "train", "valid" and "test"; see `from_folder`."""
         place = default_device() if device is None else torch.device(device)
         n_ahead = 0 if fits(sum(p.pixels.nbytes for p in pictures.values()), place) else N_AHEAD
         tfms = transforms_of(ds_tfms)
 
         def loader(use: str) -> TensorLoader | None:
-            if use not in pictures: return None
+            if use not in pictures:
+                return None
             tensors = (pictures[use].pixels, pictures[use].labels)
             training = use == "train"
-            own = TensorLoader(tensors, bs=bs if training else val_bs or bs, shuffle=training, drop_last=training and drop_last, seed=seed,
-                               batch_tfms=(*tfms[not training], to_float), n_ahead=n_ahead)
+            own = TensorLoader(
+                tensors,
+                bs=bs if training else val_bs or bs,
+                shuffle=training,
+                drop_last=training and drop_last,
+                seed=seed,
+                batch_tfms=(*tfms[not training], to_float),
+                n_ahead=n_ahead,
+            )
             return own if place.type == "cpu" else own.to(place)
 
         data = cls(loader("train"), loader("valid"), loader("test"), classes=pictures["train"].classes)
@@ -91,47 +147,81 @@ class ImageDataBunch(DataBunch):
         return data
 
     @classmethod
-    def from_dataset(cls, train_ds: Any, valid_ds: Any = None, test_ds: Any = None, *, ds_tfms: Any = None, bs: int = 64,
-                     val_bs: int | None = None, num_workers: int | None = None, drop_last: bool = True, seed: int | None = None,
-                     device: torch.device | str | None = None) -> ImageDataBunch:
+    def from_dataset(
+        cls,
+        train_ds: Any,
+        valid_ds: Any = None,
+        test_ds: Any = None,
+        *,
+        ds_tfms: Any = None,
+        bs: int = 64,
+        val_bs: int | None = None,
+        num_workers: int | None = None,
+        drop_last: bool = True,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> ImageDataBunch:
         """Datasets of (picture, class), such as torchvision's.
 
-        One of torchvision's without transforms, whose pictures are of one size, is decoded once and held. Of any other, samples
-        are made anew in each epoch by `num_workers` processes, with its own transforms, seeded by (seed, epoch, sample).
-        `ds_tfms`: for batches, as in `from_folder`; transforms of torchvision among them are applied picture by picture.
+        One of torchvision's without transforms, whose pictures are of one size, is decoded once and held. Of any other,
+        samples are made anew in each epoch by `num_workers` processes, with its own transforms, seeded by (seed, epoch,
+        sample). `ds_tfms`: for batches, as in `from_folder`; transforms of torchvision among them are applied picture
+        by picture.
         """
-        datasets = {name: ds for name, ds in (("train", train_ds), ("valid", valid_ds), ("test", test_ds)) if ds is not None}
-        for dataset in datasets.values(): check_dataset(dataset)
+        datasets = {
+            name: ds for name, ds in (("train", train_ds), ("valid", valid_ds), ("test", test_ds)) if ds is not None
+        }
+        for dataset in datasets.values():
+            check_dataset(dataset)
         if all(is_plain_dataset(dataset) for dataset in datasets.values()):
             pictures = {name: read_dataset(dataset, num_workers) for name, dataset in datasets.items()}
-            return cls.from_pictures(pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device)
+            return cls.from_pictures(
+                pictures, ds_tfms=ds_tfms, bs=bs, val_bs=val_bs, drop_last=drop_last, seed=seed, device=device
+            )
         place, tfms = default_device() if device is None else torch.device(device), transforms_of(ds_tfms)
 
         def loader(name: str) -> SampleLoader | None:
-            if name not in datasets: return None
+            if name not in datasets:
+                return None
             training = name == "train"
-            return SampleLoader(datasets[name], bs=bs if training else val_bs or bs, shuffle=training, drop_last=training and drop_last,
-                                batch_tfms=(*tfms[not training], to_float), device=place, seed=seed, num_workers=num_workers)
+            return SampleLoader(
+                datasets[name],
+                bs=bs if training else val_bs or bs,
+                shuffle=training,
+                drop_last=training and drop_last,
+                batch_tfms=(*tfms[not training], to_float),
+                device=place,
+                seed=seed,
+                num_workers=num_workers,
+            )
 
         return cls(loader("train"), loader("valid"), loader("test"), classes=getattr(train_ds, "classes", None))
 
     def normalize(self, stats: Stats | None = None) -> ImageDataBunch:
-        """Bring each channel to mean 0 and standard deviation 1: (x - mean) / std. `stats=None`: measured on the training pictures."""
-        if self.stats is not None: raise ValueError(f"the data is normalized already, with {self.stats}. Call normalize once.")
-        if stats is None: stats = self.measured_stats()
+        """Bring each channel to mean 0 and standard deviation 1: (x - mean) / std. `stats=None`: measured on the
+        training pictures.
+        """
+        if self.stats is not None:
+            raise ValueError(f"the data is normalized already, with {self.stats}. Call normalize once.")
+        if stats is None:
+            stats = self.measured_stats()
         last = normalize(*stats)
         n_channels, wanted = first_batch(self.train_dl)[0].shape[1], last.mean.numel()
         if wanted not in (1, n_channels):
-            raise ValueError(f"the statistics are of {wanted} channels, the pictures have {n_channels}: mnist_stats are for grey ones "
-                             "(n_channels=1), cifar_stats and imagenet_stats for RGB.")
+            raise ValueError(
+                f"the statistics are of {wanted} channels, the pictures have {n_channels}: mnist_stats are for grey "
+                f"ones (n_channels=1), cifar_stats and imagenet_stats for RGB."
+            )
         for loader in (self.train_dl, self.valid_dl, self.test_dl):
-            if isinstance(loader, (TensorLoader, SampleLoader)): loader.batch_tfms = (*loader.batch_tfms[:-1], last)
+            if isinstance(loader, (TensorLoader, SampleLoader)):
+                loader.batch_tfms = (*loader.batch_tfms[:-1], last)
         self.stats = stats
         return self
 
     def measured_stats(self) -> Stats:
         """(means, standard deviations) by channel of the training pictures, without their transforms."""
-        if "train" not in self.pictures: raise ValueError("these pictures are not held, so they cannot be measured: give normalize(stats).")
+        if "train" not in self.pictures:
+            raise ValueError("these pictures are not held, so they cannot be measured: give normalize(stats).")
         pixels = self.pictures["train"].pixels
         sums, squares = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
         for part in pixels.split(1024):
@@ -148,8 +238,11 @@ class ImageDataBunch(DataBunch):
     def show_batch(self, rows: int = 4, columns: int = 6, *, train: bool = True) -> Figure:
         """The pictures of the next training batch (or of the first for validation), transformed, with their classes."""
         from learnkit.vision.show import show_grid
+
         x, y = first_batch(self.train_dl if train else self.valid_dl)[:2]
-        return show_grid(self.denormalize(x[:rows * columns]), [self.name_of(label) for label in y[:rows * columns]], columns)
+        return show_grid(
+            self.denormalize(x[: rows * columns]), [self.name_of(label) for label in y[: rows * columns]], columns
+        )
 
     def name_of(self, label: Any) -> str:
         number = int(label)
@@ -159,22 +252,33 @@ class ImageDataBunch(DataBunch):
 def check_size(pictures: Pictures, of_train: Pictures, train: str, name: str) -> None:
     (height, width), wanted = pictures.pixels.shape[2:], tuple(of_train.pixels.shape[2:])
     if (height, width) != wanted:
-        raise ValueError(f"the pictures of {name} are {height}×{width}, those of {train} {wanted[0]}×{wanted[1]} (height × width): give "
-                         f"size=…, such as size={wanted}, and all are resized to it.")
+        raise ValueError(
+            f"the pictures of {name} are {height}×{width}, those of {train} {wanted[0]}×{wanted[1]} (height × width): "
+            f"give size=…, such as size={wanted}, and all are resized to it."
+        )
 
 
 def fits(n_bytes: int, device: torch.device) -> bool:
-    """Whether pictures can be held where they are used: in a quarter of an accelerator's free memory, in half of the CPU's."""
-    if device.type == "cpu": return n_bytes <= free_memory() / 2
+    """Whether pictures can be held where they are used: in a quarter of an accelerator's free memory, in half of the
+    CPU's.
+    """
+    if device.type == "cpu":
+        return n_bytes <= free_memory() / 2
     return n_bytes <= torch.accelerator.get_memory_info(device)[0] / 4
 
 
 def transforms_of(ds_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
     """(for training, for the rest)."""
-    if ds_tfms is None: return (), ()
-    if isinstance(ds_tfms, tuple) and len(ds_tfms) == 2 and all(isinstance(part, (list, tuple)) for part in ds_tfms): pair = ds_tfms
-    elif isinstance(ds_tfms, Iterable): pair = (ds_tfms, ())
-    else: raise TypeError(f"ds_tfms={ds_tfms!r}: expected a pair of lists of transforms, ([…], […]), for training and for the rest.")
+    if ds_tfms is None:
+        return (), ()
+    if isinstance(ds_tfms, tuple) and len(ds_tfms) == 2 and all(isinstance(part, (list, tuple)) for part in ds_tfms):
+        pair = ds_tfms
+    elif isinstance(ds_tfms, Iterable):
+        pair = (ds_tfms, ())
+    else:
+        raise TypeError(
+            f"ds_tfms={ds_tfms!r}: expected a pair of lists of transforms, ([…], […]), for training and for the rest."
+        )
     first, second = (tuple(accepted(transform) for transform in part) for part in pair)
     return first, second
 
@@ -182,18 +286,26 @@ def transforms_of(ds_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[Batch
 def is_plain_dataset(dataset: Any) -> bool:
     """Whether a dataset's samples are the same each time they are asked for, as far as is known."""
     known = type(dataset).__module__.startswith("torchvision.datasets.")
-    return known and all(getattr(dataset, name, None) is None for name in ("transform", "target_transform", "transforms"))
+    return known and all(
+        getattr(dataset, name, None) is None for name in ("transform", "target_transform", "transforms")
+    )
 
 
 def read_dataset(dataset: Any, num_workers: int | None) -> Pictures:
     """All of a dataset's pictures, uint8, made once."""
     own: Any = Numbered(dataset, 0, 0)
-    loader = DataLoader(own, batch_size=256, num_workers=default_workers(dataset) if num_workers is None else num_workers)
-    try: parts = [(x, y) for x, y, _ in loader]
+    loader = DataLoader(
+        own, batch_size=256, num_workers=default_workers(dataset) if num_workers is None else num_workers
+    )
+    try:
+        parts = [(x, y) for x, y, _ in loader]
     except RuntimeError as error:
-        if "stack expects each tensor to be equal size" not in str(error): raise
-        raise ValueError(f"the pictures of {type(dataset).__name__} differ in size: give it a transform that makes them equal, such as "
-                         "torchvision.transforms.v2.Resize((64, 64)).") from None
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise ValueError(
+            f"the pictures of {type(dataset).__name__} differ in size: give it a transform that makes them equal, such "
+            f"as torchvision.transforms.v2.Resize((64, 64))."
+        ) from None
     files = [str(sample[0]) for sample in getattr(dataset, "samples", ())]
     x, y = (torch.cat(part) for part in zip(*parts, strict=True))
     return Pictures(x, y, files, [str(name) for name in getattr(dataset, "classes", range(int(y.max()) + 1))])

@@ -1,4 +1,5 @@
 """Pictures of any kind as uint8 of one size: by Pillow, so that they are the same pixels as ImageFolder's."""
+
 from __future__ import annotations
 
 import os
@@ -10,19 +11,21 @@ from multiprocessing import get_context, get_start_method
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
-FEW = 256       # pictures that are decoded sooner than worker processes start
-PICTURES_A_TASK = 64    # pictures of one task
+FEW = 256  # pictures that are decoded sooner than worker processes start
+PICTURES_A_TASK = 64  # pictures of one task
 
 
 @dataclass(frozen=True)
 class Shape:
     """What every picture becomes: channels (3: RGB, 1: grey), height and width."""
+
     channels: int
     height: int
     width: int
 
     @property
-    def n_bytes(self) -> int: return self.channels * self.height * self.width
+    def n_bytes(self) -> int:
+        return self.channels * self.height * self.width
 
 
 class OtherSize(ValueError):
@@ -32,38 +35,57 @@ class OtherSize(ValueError):
 def read_picture(file: str, channels: int) -> Any:
     """The picture as Pillow's, RGB or grey; transparency is left out. OSError or ValueError where it is damaged."""
     from PIL import Image
+
     try:
-        with Image.open(file) as picture: return picture.convert("RGB" if channels == 3 else "L")
+        with Image.open(file) as picture:
+            return picture.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise OSError(damage(file, error)) from None
 
 
 def damage(file: str, error: BaseException) -> str:
-    try: n_bytes = os.path.getsize(file)
-    except OSError: return "it is a link to a file that does not exist, or may not be read"
-    return "it is empty" if n_bytes == 0 else str(error).replace(repr(file), "it").replace(file, "it") or type(error).__name__
+    try:
+        n_bytes = os.path.getsize(file)
+    except OSError:
+        return "it is a link to a file that does not exist, or may not be read"
+    return (
+        "it is empty"
+        if n_bytes == 0
+        else str(error).replace(repr(file), "it").replace(file, "it") or type(error).__name__
+    )
 
 
 def picture_size(file: str) -> tuple[int, int]:
     """(height, width), by its header."""
     from PIL import Image
-    with Image.open(file) as picture: return picture.height, picture.width
+
+    with Image.open(file) as picture:
+        return picture.height, picture.width
 
 
 def decode(file: str, shape: Shape, *, resize: bool) -> bytes:
-    """The pixels in the order channel, row, column. `resize`: the shorter side is brought to the shape, and the middle cut out."""
+    """The pixels in the order channel, row, column. `resize`: the shorter side is brought to the shape, and the middle
+    cut out.
+    """
     picture = read_picture(file, shape.channels)
-    if resize: picture = fitted_picture(picture, shape.height, shape.width)
+    if resize:
+        picture = fitted_picture(picture, shape.height, shape.width)
     elif picture.size != (shape.width, shape.height):
-        raise OtherSize(f"{file} is {picture.height}×{picture.width}, others are {shape.height}×{shape.width} (height × width)")
+        raise OtherSize(
+            f"{file} is {picture.height}×{picture.width}, others are {shape.height}×{shape.width} (height × width)"
+        )
     pixels = picture.tobytes()
     return pixels if shape.channels == 1 else b"".join([pixels[channel::3] for channel in range(3)])
 
 
 def fitted_picture(picture: Any, height: int, width: int) -> Any:
-    """Resized so that it covers height × width, bilinear with antialiasing, and its middle: torchvision's Resize and CenterCrop."""
+    """Resized so that it covers height × width, bilinear with antialiasing, and its middle: torchvision's Resize and
+    CenterCrop.
+    """
     from PIL import Image
-    if picture.size == (width, height): return picture
+
+    if picture.size == (width, height):
+        return picture
     scale = max(height / picture.height, width / picture.width)
     covering = max(width, int(picture.width * scale)), max(height, int(picture.height * scale))
     picture = picture.resize(covering, Image.Resampling.BILINEAR)
@@ -71,37 +93,51 @@ def fitted_picture(picture: Any, height: int, width: int) -> Any:
     return picture.crop((left, top, left + width, top + height))
 
 
-def decode_all(files: Sequence[str], into: Any, shape: Shape, *, resize: bool,
-               progress: Callable[[int], None] | None = None) -> dict[int, str]:
-    """Decode all files with all cores into a writable buffer that processes share; {number: what is wrong} of the damaged ones."""
-    tasks = [(first, files[first:first + PICTURES_A_TASK]) for first in range(0, len(files), PICTURES_A_TASK)]
+def decode_all(
+    files: Sequence[str], into: Any, shape: Shape, *, resize: bool, progress: Callable[[int], None] | None = None
+) -> dict[int, str]:
+    """Decode all files with all cores into a writable buffer that processes share; {number: what is wrong} of the
+    damaged ones.
+    """
+    tasks = [(first, files[first : first + PICTURES_A_TASK]) for first in range(0, len(files), PICTURES_A_TASK)]
     damaged: dict[int, str] = {}
     with workers(len(files), into, shape, resize) as run:
         for k, found in enumerate(run(tasks), 1):
             damaged.update(found)
-            if progress is not None: progress(min(k * PICTURES_A_TASK, len(files)))
+            if progress is not None:
+                progress(min(k * PICTURES_A_TASK, len(files)))
     return damaged
 
 
 @contextmanager
 def workers(n: int, into: Any, shape: Shape, resize: bool) -> Iterator[Callable[[Any], Iterator[dict[int, str]]]]:
-    """A function that decodes tasks, in order, by as many processes as there are cores; by threads where processes cannot be forked."""
+    """A function that decodes tasks, in order, by as many processes as there are cores; by threads where processes
+    cannot be forked.
+    """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if n < FEW or n_cores == 1:
         start(into, shape, resize)
-        try: yield lambda tasks: map(decode_some, tasks)
-        finally: start(None, shape, resize)
+        try:
+            yield lambda tasks: map(decode_some, tasks)
+        finally:
+            start(None, shape, resize)
         return
     with catch_warnings():
-        simplefilter("ignore", DeprecationWarning)      # Python 3.12's, of forks beside threads: these use Pillow alone, no torch
+        simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12's, of forks beside threads: these use Pillow alone, no torch
         pool: Executor
-        if get_start_method() == "fork": pool = ProcessPoolExecutor(n_cores, get_context("fork"), start, (into, shape, resize))
-        else: pool = ThreadPoolExecutor(n_cores, "decode", start, (into, shape, resize))
-        try: yield lambda tasks: pool.map(decode_some, tasks)
-        finally: pool.shutdown(cancel_futures=True)
+        if get_start_method() == "fork":
+            pool = ProcessPoolExecutor(n_cores, get_context("fork"), start, (into, shape, resize))
+        else:
+            pool = ThreadPoolExecutor(n_cores, "decode", start, (into, shape, resize))
+        try:
+            yield lambda tasks: pool.map(decode_some, tasks)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-target: Any = None      # (buffer, shape, resize) of a worker: inherited, as a buffer cannot be sent
+target: Any = None  # (buffer, shape, resize) of a worker: inherited, as a buffer cannot be sent
 
 
 def start(into: Any, shape: Shape, resize: bool) -> None:
@@ -114,9 +150,12 @@ def decode_some(task: tuple[int, list[str]]) -> dict[int, str]:
     into, shape, resize = target
     damaged, (first, files) = {}, task
     with catch_warnings():
-        simplefilter("ignore")              # Pillow's, of damage that can be borne, and of palettes with transparency
+        simplefilter("ignore")  # Pillow's, of damage that can be borne, and of palettes with transparency
         for row, file in enumerate(files, first):
-            try: pixels = decode(file, shape, resize=resize)
-            except OSError as error: damaged[row] = str(error)
-            else: into[row * shape.n_bytes:(row + 1) * shape.n_bytes] = pixels
+            try:
+                pixels = decode(file, shape, resize=resize)
+            except OSError as error:
+                damaged[row] = str(error)
+            else:
+                into[row * shape.n_bytes : (row + 1) * shape.n_bytes] = pixels
     return damaged

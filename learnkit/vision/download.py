@@ -1,4 +1,5 @@
 """Downloads that go on where they were interrupted, and are what they should be, or are refused."""
+
 from __future__ import annotations
 
 import hashlib
@@ -14,8 +15,8 @@ from learnkit.vision.archives import Remote
 from learnkit.vision.pictures import bar
 
 DOWNLOAD_PIECE = 1 << 18
-TIMEOUT = 30        # seconds without a byte
-N_TRIES = 5         # of one address, each where the last one ended
+TIMEOUT = 30  # seconds without a byte
+N_TRIES = 5  # of one address, each where the last one ended
 
 
 class NotFound(OSError):
@@ -23,19 +24,24 @@ class NotFound(OSError):
 
 
 def download(remote: Remote, path: Path) -> Path:
-    """Fetch a file to `path`, by its first address that works, and verify it. Raises NotFound, Damaged; OSError on a full disk.
+    """Fetch a file to `path`, by its first address that works, and verify it. Raises NotFound, Damaged; OSError on a
+    full disk.
 
-    What came before an interruption is in `path` + ".part", and is not fetched again, if a checksum can tell whether the whole is right.
+    What came before an interruption is in `path` + ".part", and is not fetched again, if a checksum can tell whether
+    the whole is right.
     """
     part = path.with_name(f"{path.name}.part")
-    if remote.checksum is None: part.unlink(missing_ok=True)
+    if remote.checksum is None:
+        part.unlink(missing_ok=True)
     reasons = []
     for address in remote.addresses:
-        try: fetch_whole(address, part)
+        try:
+            fetch_whole(address, part)
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reasons.append(f"{address}: {getattr(error, 'reason', None) or error or type(error).__name__}")
             continue
-        try: verify_checksum(part, remote.checksum, address)
+        try:
+            verify_checksum(part, remote.checksum, address)
         except Damaged as error:
             part.unlink()
             reasons.append(str(error))
@@ -47,34 +53,46 @@ def download(remote: Remote, path: Path) -> Path:
 
 def fetch_whole(address: str, part: Path) -> None:
     """Bring `part` up to the whole file; what was fetched before an error stays."""
-    if not address.startswith(("http://", "https://")): raise ValueError(f"{address} is no http or https address. A file: give archive=….")
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"{address} is no http or https address. A file: give archive=….")
     for k in range(N_TRIES):
         n_before = part.stat().st_size if part.exists() else 0
         try:
-            if fetch_rest(address, part, n_before): return
+            if fetch_rest(address, part, n_before):
+                return
         except urllib.error.HTTPError as error:
-            if error.code != 416 or not n_before: raise     # 416: there is nothing more than what we have
+            if error.code != 416 or not n_before:
+                raise  # 416: there is nothing more than what we have
             error.close()
-            if str(n_before) == (error.headers.get("Content-Range") or "").rpartition("/")[2]: return
+            if str(n_before) == (error.headers.get("Content-Range") or "").rpartition("/")[2]:
+                return
             part.unlink()
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
             grew = part.exists() and part.stat().st_size > n_before
-            if k == N_TRIES - 1 or not grew: raise
+            if k == N_TRIES - 1 or not grew:
+                raise
     raise ConnectionError(f"the connection ended {N_TRIES} times before the file did")
 
 
 def fetch_rest(address: str, part: Path, n_before: int) -> bool:
     """One connection; whether it came to the file's end."""
-    request = urllib.request.Request(address, headers={"User-Agent": "learnkit", **({"Range": f"bytes={n_before}-"} if n_before else {})})
+    request = urllib.request.Request(
+        address, headers={"User-Agent": "learnkit", **({"Range": f"bytes={n_before}-"} if n_before else {})}
+    )
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        goes_on = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {n_before}-")
-        if not goes_on: n_before = 0
+        goes_on = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(
+            f"bytes {n_before}-"
+        )
+        if not goes_on:
+            n_before = 0
         length = response.headers.get("Content-Length")
         n_whole = None if length is None else n_before + int(length)
         try:
-            with part.open("ab" if goes_on else "wb") as file: n = copy(response, file, n_before, n_whole, address)
+            with part.open("ab" if goes_on else "wb") as file:
+                n = copy(response, file, n_before, n_whole, address)
         except OSError as error:
-            if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None: raise
+            if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None:
+                raise
             raise explained_os_error(error, part, n_whole or 0) from None
     return n_whole is None or n >= n_whole
 
@@ -85,18 +103,24 @@ def copy(response: http.client.HTTPResponse, file: BinaryIO, n: int, n_whole: in
         while piece := response.read(DOWNLOAD_PIECE):
             file.write(piece)
             n += len(piece)
-            if progress is not None and n_whole: progress(n)
+            if progress is not None and n_whole:
+                progress(n)
     return n
 
 
 def verify_checksum(path: Path, checksum: str | None, source: object) -> None:
     """Raise Damaged where the file is not the one that "md5:…" or "sha256:…" was pinned for."""
-    if checksum is None: return
+    if checksum is None:
+        return
     kind, _, wanted = checksum.partition(":")
     digest = {"md5": lambda: hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256}.get(kind)
-    if digest is None: raise ValueError(f"checksum={checksum!r}: expected 'sha256:…' or 'md5:…'.")
+    if digest is None:
+        raise ValueError(f"checksum={checksum!r}: expected 'sha256:…' or 'md5:…'.")
     found = digest()
     with path.open("rb") as file:
-        while piece := file.read(DOWNLOAD_PIECE): found.update(piece)
+        while piece := file.read(DOWNLOAD_PIECE):
+            found.update(piece)
     if found.hexdigest() != wanted.lower():
-        raise Damaged(f"{source}: the {kind} of {os.path.getsize(path):,} bytes is {found.hexdigest()}, expected {wanted}")
+        raise Damaged(
+            f"{source}: the {kind} of {os.path.getsize(path):,} bytes is {found.hexdigest()}, expected {wanted}"
+        )

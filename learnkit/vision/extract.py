@@ -1,4 +1,5 @@
 """Archives unpacked into one folder, and nowhere else."""
+
 from __future__ import annotations
 
 import shutil
@@ -15,23 +16,29 @@ ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip file into `folder`. Raises Damaged where it is none, is cut off, or has anything but folders and files below it.
+    """Unpack a tar or zip file into `folder`. Raises Damaged where it is none, is cut off, or has anything but folders
+    and files below it.
 
     Links are refused, also harmless ones; permissions and owners are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if zipfile.is_zipfile(archive): extract_zip(archive, folder)
-        else: extract_tar(archive, folder)
+        if zipfile.is_zipfile(archive):
+            extract_zip(archive, folder)
+        else:
+            extract_tar(archive, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, *decompression_errors()) as error:
         what = str(error).partition(":\n")[0] or type(error).__name__
-        raise Damaged(f"{archive} cannot be unpacked: {what}. It is no {', '.join(ENDINGS)} file, or is cut off.") from None
+        raise Damaged(
+            f"{archive} cannot be unpacked: {what}. It is no {', '.join(ENDINGS)} file, or is cut off."
+        ) from None
 
 
 def decompression_errors() -> tuple[type[Exception], ...]:
     import gzip
     import lzma
     import zlib
+
     return (gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 
@@ -39,12 +46,16 @@ def extract_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as file:
         for member in file:
             place = checked(member.name, archive, folder)
-            if member.isdir(): place.mkdir(parents=True, exist_ok=True)
+            if member.isdir():
+                place.mkdir(parents=True, exist_ok=True)
             elif member.isfile():
-                with opened(file.extractfile(member)) as source: write_entry(source, place)
+                with opened(file.extractfile(member)) as source:
+                    write_entry(source, place)
             else:
                 kind = f"a link to {member.linkname}" if member.issym() or member.islnk() else "a device"
-                raise Damaged(f"{archive} holds {member.name}, {kind}: only folders and files are unpacked, and nothing was.")
+                raise Damaged(
+                    f"{archive} holds {member.name}, {kind}: only folders and files are unpacked, and nothing was."
+                )
 
 
 def extract_zip(archive: Path, folder: Path) -> None:
@@ -52,26 +63,35 @@ def extract_zip(archive: Path, folder: Path) -> None:
         for member in file.infolist():
             place = checked(member.filename, archive, folder)
             if (member.external_attr >> 16) & 0o170000 == 0o120000:
-                raise Damaged(f"{archive} holds {member.filename}, a link: only folders and files are unpacked, and nothing was.")
-            if member.is_dir(): place.mkdir(parents=True, exist_ok=True)
+                raise Damaged(
+                    f"{archive} holds {member.filename}, a link: only folders and files are unpacked, and nothing was."
+                )
+            if member.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
             else:
-                with file.open(member) as source: write_entry(source, place)
+                with file.open(member) as source:
+                    write_entry(source, place)
 
 
 def checked(name: str, archive: Path, folder: Path) -> Path:
     """Where a member goes: below the folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0] or "\0" in name:
-        raise Damaged(f"{archive} holds {name!r}, which lies outside of its folder: it was made to mislead, and nothing was unpacked.")
+        raise Damaged(
+            f"{archive} holds {name!r}, which lies outside of its folder: it was made to mislead, and nothing was "
+            f"unpacked."
+        )
     return folder.joinpath(*parts.parts)
 
 
 @contextmanager
 def opened(file: IO[bytes] | None) -> Iterator[IO[bytes]]:
     assert file is not None
-    with file: yield file
+    with file:
+        yield file
 
 
 def write_entry(source: Any, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("wb") as target: shutil.copyfileobj(source, target)
+    with place.open("wb") as target:
+        shutil.copyfileobj(source, target)

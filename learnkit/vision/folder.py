@@ -1,4 +1,7 @@
-"""Which pictures a folder holds, and of which classes: `folder/<class>/…/picture.jpg`, as torchvision's ImageFolder has it."""
+"""Which pictures a folder holds, and of which classes: `folder/<class>/…/picture.jpg`, as torchvision's ImageFolder has
+it.
+"""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")     # torchvision's
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,18 @@ class Folder:
     classes     all classes, also those without pictures, sorted
     fingerprint changes when a picture is added, removed, renamed or written
     """
+
     path: Path
     names: list[str]
     labels: list[int]
     classes: list[str]
     fingerprint: str
 
-    def __len__(self) -> int: return len(self.names)
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def files(self) -> list[str]: return [os.path.join(self.path, name) for name in self.names]
+    def files(self) -> list[str]:
+        return [os.path.join(self.path, name) for name in self.names]
 
 
 def read_folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
@@ -35,15 +41,20 @@ def read_folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
 
     Links are followed, each folder once. Files of other kinds and hidden ones are passed over.
     """
-    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {path}: expected {path}/<class>/<picture>.{near(path)}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}: expected {path}/<class>/<picture>.{near(path)}")
     own = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     if not own:
-        raise ValueError(f"{path} has no folders: expected {path}/<class>/<picture>, one folder a class. It holds "
-                         f"{', '.join(sorted(os.listdir(path))[:3]) or 'nothing'}.")
+        raise ValueError(
+            f"{path} has no folders: expected {path}/<class>/<picture>, one folder a class. It holds "
+            f"{', '.join(sorted(os.listdir(path))[:3]) or 'nothing'}."
+        )
     known = list(own) if classes is None else list(classes)
     if strange := [name for name in own if name not in known]:
-        raise ValueError(f"{path} has classes that the training folder has not: {', '.join(strange[:5])}. It has {', '.join(known[:5])}"
-                         f"{', …' if len(known) > 5 else ''}.")
+        raise ValueError(
+            f"{path} has classes that the training folder has not: {', '.join(strange[:5])}. It has "
+            f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}."
+        )
     names, labels, digest = [], [], hashlib.sha256()
     for name in own:
         for relative, n_bytes, changed in sorted(pictures_under(path, name)):
@@ -51,28 +62,38 @@ def read_folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
             labels.append(known.index(name))
             digest.update(f"{relative}\0{n_bytes}\0{changed}\0".encode(errors="surrogateescape"))
     if not names:
-        raise ValueError(f"{path} has {len(own)} folders ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}), but no pictures in them: "
-                         f"expected files that end in {', '.join(EXTENSIONS)}.")
+        raise ValueError(
+            f"{path} has {len(own)} folders ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}), but no pictures in "
+            f"them: expected files that end in {', '.join(EXTENSIONS)}."
+        )
     return Folder(path, names, labels, known, digest.hexdigest())
 
 
 def pictures_under(path: Path, folder: str) -> Iterator[tuple[str, int, int]]:
-    """(name, bytes, time of the last change in ns) of each picture below path/folder; a link that leads nowhere has 0 and 0."""
+    """(name, bytes, time of the last change in ns) of each picture below path/folder; a link that leads nowhere has 0
+    and 0.
+    """
     waiting, seen = [folder], set()
     while waiting:
         relative = waiting.pop()
         place = os.path.realpath(path / relative)
-        if place in seen: continue          # a link to a folder above it
+        if place in seen:
+            continue  # a link to a folder above it
         seen.add(place)
         with os.scandir(path / relative) as entries:
             for entry in entries:
                 name = f"{relative}/{entry.name}"
-                if entry.name.startswith("."): continue
-                if entry.is_dir(): waiting.append(name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(name)
                 elif entry.name.lower().endswith(EXTENSIONS):
-                    try: stat = entry.stat()
-                    except OSError: yield name, 0, 0
-                    else: yield name, stat.st_size, stat.st_mtime_ns
+                    try:
+                        stat = entry.stat()
+                    except OSError:
+                        yield name, 0, 0
+                    else:
+                        yield name, stat.st_size, stat.st_mtime_ns
 
 
 def near(path: Path) -> str:

@@ -1,4 +1,5 @@
 """What a model takes pictures for: confusions, the worst losses, accuracy by class; as numbers and as pictures."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,10 @@ RIGHT, WRONG = "#2a7d4f", "#b3261e"
 
 
 class TopLoss(NamedTuple):
-    """One sample: its number in the data set, its loss, what it was taken for, how probably, and what it is; its file, if known."""
+    """One sample: its number in the data set, its loss, what it was taken for, how probably, and what it is; its file,
+    if known.
+    """
+
     index: int
     loss: float
     predicted: str
@@ -31,12 +35,19 @@ class TopLoss(NamedTuple):
 
 
 def interpret(learn: Learner, dl: Any = None) -> Interpretation:
-    """Predict all of `dl` (None: valid_dl), on any number of ranks, all of which have to call it; see `Interpretation`."""
+    """Predict all of `dl` (None: valid_dl), on any number of ranks, all of which have to call it; see
+    `Interpretation`.
+    """
     preds, targets, losses = learn.get_preds(dl, with_loss=True)
     if not isinstance(preds, Tensor) or preds.ndim != 2 or targets.is_floating_point() or targets.ndim != 1:
-        raise TypeError("interpret is for classification: expected predictions (samples, classes) and a class number for each sample, got "
-                        f"{tuple(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__} and {tuple(targets.shape)}.")
-    return Interpretation(learn.data, learn.data.valid_dl if dl is None else dl, preds.float(), targets, losses, seed=learn.seed)
+        raise TypeError(
+            "interpret is for classification: expected predictions (samples, classes) and a class number for each "
+            f"sample, got {tuple(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__} and "
+            f"{tuple(targets.shape)}."
+        )
+    return Interpretation(
+        learn.data, learn.data.valid_dl if dl is None else dl, preds.float(), targets, losses, seed=learn.seed
+    )
 
 
 class Interpretation:
@@ -49,11 +60,17 @@ class Interpretation:
     {'cat': 0.71, 'dog': 0.83}
     """
 
-    def __init__(self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor, *, seed: int | None = None) -> None:
+    def __init__(
+        self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor, *, seed: int | None = None
+    ) -> None:
         self.data, self.dl, self.preds, self.targets, self.losses = data, dl, preds, targets, losses
-        self.seed = seed            # of what the loader's transforms drew; None: the loader's own
+        self.seed = seed  # of what the loader's transforms drew; None: the loader's own
         self.predicted = preds.argmax(1)
-        self.classes = [str(name) for name in data.classes] if data.classes is not None else [str(k) for k in range(preds.shape[1])]
+        self.classes = (
+            [str(name) for name in data.classes]
+            if data.classes is not None
+            else [str(k) for k in range(preds.shape[1])]
+        )
 
     def confusion_matrix(self) -> Tensor:
         """How many samples of each class (row) were taken for each class (column): int64 (classes, classes)."""
@@ -64,7 +81,9 @@ class Interpretation:
         """(class, taken for, how often), most often first, down to `least` times."""
         matrix = self.confusion_matrix().fill_diagonal_(0)
         pairs = [(int(matrix[i, j]), int(i), int(j)) for i, j in (matrix >= max(1, least)).nonzero().tolist()]
-        return [(self.classes[i], self.classes[j], n) for n, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))]
+        return [
+            (self.classes[i], self.classes[j], n) for n, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
+        ]
 
     def accuracy_per_class(self) -> dict[str, float]:
         """The share of each class's samples that were recognized; nan for a class without samples."""
@@ -83,28 +102,45 @@ class Interpretation:
         return TopLoss(index, loss, self.classes[predicted], probability, self.classes[actual], self.file_of(index))
 
     def file_of(self, index: int) -> str | None:
-        if not isinstance(self.data, ImageDataBunch): return None
+        if not isinstance(self.data, ImageDataBunch):
+            return None
         uses = {"train": self.data.train_dl, "valid": self.data.valid_dl, "test": self.data.test_dl}
-        files = next((self.data.pictures[use].files for use, loader in uses.items() if loader is self.dl and use in self.data.pictures), [])
+        files = next(
+            (
+                self.data.pictures[use].files
+                for use, loader in uses.items()
+                if loader is self.dl and use in self.data.pictures
+            ),
+            [],
+        )
         return files[index] if index < len(files) else None
 
-    # ------------------------------------------------------------------ as pictures
+    # --- as pictures ---------------------------------------------------------
     def plot_confusion_matrix(self, *, normalize: bool = False) -> Figure:
         """The matrix as a picture; `normalize`: shares of each row."""
         matrix = self.confusion_matrix().double()
         shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
         n = len(matrix)
-        side = max(4., .42 * n + 1.6)
+        side = max(4.0, 0.42 * n + 1.6)
         figure, ax = import_pyplot().subplots(figsize=(side, side), layout="constrained")
         ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
         names = [name[:18] for name in self.classes[:n]]
         ax.set_xticks(range(n), names, rotation=90, fontsize=8)
         ax.set_yticks(range(n), names, fontsize=8)
         ax.set(xlabel="taken for", ylabel="is")
-        for i in range(n if n <= 40 else 0):        # more cells could not be read
+        for i in range(n if n <= 40 else 0):  # more cells could not be read
             for j in range(n):
                 text = f"{shares[i, j]:.2f}" if normalize else f"{int(matrix[i, j])}"
-                if matrix[i, j]: ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if shares[i, j] > .5 else "black")
+                if matrix[i, j]:
+                    ax.text(
+                        j,
+                        i,
+                        text,
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if shares[i, j] > 0.5 else "black",
+                    )
         return figure
 
     def plot_top_losses(self, k: int = 12, columns: int = 4) -> Figure:
@@ -119,19 +155,26 @@ class Interpretation:
         n = len(self.targets)
         indices = torch.linspace(0, n - 1, min(rows * columns, n)).round().long()
         right = self.predicted == self.targets
-        titles = [self.classes[self.predicted[i]] + ("" if right[i] else f"\nis {self.classes[self.targets[i]]}") for i in indices]
-        return show_grid(self.pictures(indices.tolist()), titles, columns, colours=[RIGHT if right[i] else WRONG for i in indices])
+        titles = [
+            self.classes[self.predicted[i]] + ("" if right[i] else f"\nis {self.classes[self.targets[i]]}")
+            for i in indices
+        ]
+        return show_grid(
+            self.pictures(indices.tolist()), titles, columns, colours=[RIGHT if right[i] else WRONG for i in indices]
+        )
 
     def pictures(self, indices: list[int]) -> Tensor:
         """As the model saw them, without normalization: float (n, channels, height, width) in [0, 1]."""
         loader = in_order(self.dl)
-        with unmoved(): return self.pictures_of(loader, indices)
+        with unmoved():
+            return self.pictures_of(loader, indices)
 
     def pictures_of(self, loader: Any, indices: list[int]) -> Tensor:
         if isinstance(loader, TensorLoader):
             x, seed = loader.tensors[0][indices], loader.sampler.seed if self.seed is None else self.seed
             x = transform_batch(x, loader.batch_tfms, seed, 0, lambda: torch.tensor(indices, device=x.device))
-        else: x = torch.stack([next_of(loader, index) for index in indices])
+        else:
+            x = torch.stack([next_of(loader, index) for index in indices])
         return self.data.denormalize(x) if isinstance(self.data, ImageDataBunch) else x.float().cpu().clamp(0, 1)
 
 
@@ -140,6 +183,7 @@ def next_of(loader: Any, index: int) -> Tensor:
     n_before = 0
     for batch in loader:
         x = batch[0]
-        if index < n_before + len(x): return x[index - n_before]
+        if index < n_before + len(x):
+            return x[index - n_before]
         n_before += len(x)
     raise IndexError(f"there is no sample {index}: the loader has {n_before}.")

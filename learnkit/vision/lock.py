@@ -1,4 +1,5 @@
 """One process at a time, of all on this machine."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block with the same path; the file stays, empty. A dead process holds nothing.
+    """Waits until no other process is in such a block with the same path; the file stays, empty. A dead process holds
+    nothing.
 
     Where the system has no such locks (Windows), two processes do the same work, of which one's is kept.
     """

@@ -1,4 +1,5 @@
 """Resampling of batches, each picture in its own way: affine maps, and crops resized with antialiasing."""
+
 from __future__ import annotations
 
 import torch
@@ -9,40 +10,53 @@ from learnkit.devices.accelerator import can_float64
 
 
 def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:
-    """Pictures turned counter-clockwise by `angle` (radians) and enlarged by `scale`, (n,) each, about their centres."""
+    """Pictures turned counter-clockwise by `angle` (radians) and enlarged by `scale`, (n,) each, about their
+    centres.
+    """
     height, width = x.shape[2:]
     cos, sin, zero = angle.cos() / scale, angle.sin() / scale, torch.zeros_like(angle)
-    rows = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1)      # output -> input, in [-1, 1]
+    rows = torch.stack(
+        [cos, -sin * height / width, zero, sin * width / height, cos, zero], 1
+    )  # output -> input, in [-1, 1]
     grid = F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode=mode, align_corners=False)
 
 
 def crop_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, *, antialias: bool) -> Tensor:
-    """How much each input row counts in each output row, when input rows start … start + length - 1 become n_out: (n, n_out, n_in).
+    """How much each input row counts in each output row, when input rows start … start + length - 1 become n_out: (n,
+    n_out, n_in).
 
-    A triangle about the place of the output row, as wide as the larger one of an input and an output row; nothing outside of the
-    crop counts. So do torch's interpolate and Pillow.
+    A triangle about the place of the output row, as wide as the larger one of an input and an output row; nothing
+    outside of the crop counts. So do torch's interpolate and Pillow.
     """
-    at = torch.arange(n_in, device=start.device) - start[:, None]           # of the input rows, within the crop
-    distance = (distances if can_float64(start.device) else distances_in_float32)(at, length, n_out, antialias=antialias)
+    at = torch.arange(n_in, device=start.device) - start[:, None]  # of the input rows, within the crop
+    distance = (distances if can_float64(start.device) else distances_in_float32)(
+        at, length, n_out, antialias=antialias
+    )
     weights = (1 - distance.abs()).clamp(min=0) * ((at >= 0) & (at < length[:, None]))[:, None, :]
     return (weights / weights.sum(2, keepdim=True)).float()
 
 
 def distances(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
-    """From each output row to the input rows `at` (n, n_in), in units of the triangle's half width: float64 (n, n_out, n_in)."""
+    """From each output row to the input rows `at` (n, n_in), in units of the triangle's half width: float64 (n, n_out,
+    n_in).
+    """
     scale = length.double() / n_out
     support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
     out = torch.arange(n_out, device=at.device, dtype=torch.float64)
-    centre = scale[:, None] * (out + .5)
-    if not antialias: centre = centre.clamp(min=.5).minimum(length[:, None] - .5)
-    return (at[:, None, :] + .5 - centre[:, :, None]) / support[:, None, None]
+    centre = scale[:, None] * (out + 0.5)
+    if not antialias:
+        centre = centre.clamp(min=0.5).minimum(length[:, None] - 0.5)
+    return (at[:, None, :] + 0.5 - centre[:, :, None]) / support[:, None, None]
 
 
 def distances_in_float32(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
-    """As `distances`, for a device without float64: places are whole numbers of 1 / (2 n_out) rows, exact until the one division."""
+    """As `distances`, for a device without float64: places are whole numbers of 1 / (2 n_out) rows, exact until the one
+    division.
+    """
     centre = length[:, None] * (2 * torch.arange(n_out, device=at.device) + 1)
-    if not antialias: centre = centre.clamp(min=n_out).minimum(((2 * length - 1) * n_out)[:, None])
+    if not antialias:
+        centre = centre.clamp(min=n_out).minimum(((2 * length - 1) * n_out)[:, None])
     half_width = 2 * (length.clamp(min=n_out) if antialias else torch.full_like(length, n_out))
     return ((2 * at + 1)[:, None, :] * n_out - centre[:, :, None]).float() / half_width[:, None, None].float()
 

@@ -1,4 +1,5 @@
 """Grids of pictures. matplotlib is imported by whoever draws first."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CELL = 1.5      # inches
+CELL = 1.5  # inches
 
 
 def show_grid(pictures: Tensor, titles: Sequence[str], columns: int, *, colours: Sequence[str] | None = None) -> Figure:
@@ -21,11 +22,12 @@ def show_grid(pictures: Tensor, titles: Sequence[str], columns: int, *, colours:
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max((title.count("\n") + 1 for title in titles), default=1)
-    size = (columns * CELL, rows * (CELL * pictures.shape[2] / pictures.shape[3] + .17 * lines))
+    size = (columns * CELL, rows * (CELL * pictures.shape[2] / pictures.shape[3] + 0.17 * lines))
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for k, ax in enumerate(axes.flat):
         ax.axis("off")
-        if k < len(pictures): show_picture(ax, pictures[k], titles[k], colours[k] if colours else "black")
+        if k < len(pictures):
+            show_picture(ax, pictures[k], titles[k], colours[k] if colours else "black")
     return figure
 
 

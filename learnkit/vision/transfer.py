@@ -1,4 +1,5 @@
 """Networks of torchvision, trained on other pictures before, with a new head."""
+
 from __future__ import annotations
 
 import urllib.error
@@ -18,70 +19,122 @@ from learnkit.vision.data import ImageDataBunch
 from learnkit.vision.stats import imagenet_stats
 
 
-def vision_learner(data: DataBunch, arch: Callable[..., nn.Module] | str, *, pretrained: bool | str | Path = True, n_out: int | None = None,
-                   loss_func: Callable[..., Tensor] | None = None, opt_func: Any = AdamW, lr: Rate = 3e-3, wd: float = 1e-2,
-                   bn_wd: bool = True, metrics: Any = (), callbacks: Callback | Iterable[Callback] = (), path: str | Path = ".",
-                   model_dir: str = "models", seed: int | None = None, device: torch.device | str | None = None) -> Learner:
+def vision_learner(
+    data: DataBunch,
+    arch: Callable[..., nn.Module] | str,
+    *,
+    pretrained: bool | str | Path = True,
+    n_out: int | None = None,
+    loss_func: Callable[..., Tensor] | None = None,
+    opt_func: Any = AdamW,
+    lr: Rate = 3e-3,
+    wd: float = 1e-2,
+    bn_wd: bool = True,
+    metrics: Any = (),
+    callbacks: Callback | Iterable[Callback] = (),
+    path: str | Path = ".",
+    model_dir: str = "models",
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> Learner:
     """A Learner with a network of torchvision's, whose last layer is replaced by one for these classes.
 
     arch        torchvision.models.resnet18, or "resnet18"; or a function of your own that gives a network
-    pretrained  True: torchvision's weights, downloaded at the first time; a path: of a file of them; False: from the beginning
+    pretrained  True: torchvision's weights, downloaded at the first time; a path: of a file of them; False: from the
+                beginning
     n_out       outputs; None: as many as data has classes
 
-    Three layer groups: the first and the second half of the body, and the head. Where it is pretrained, the body is frozen: go on with
-    `fine_tune`; data that is not normalized is, as these networks expect it, with imagenet_stats. The other arguments are the Learner's.
+    Three layer groups: the first and the second half of the body, and the head. Where it is pretrained, the body is
+    frozen: go on with `fine_tune`; data that is not normalized is, as these networks expect it, with imagenet_stats.
+    The other arguments are the Learner's.
     """
-    if n_out is None and data.classes is None: raise ValueError("the data names no classes: give vision_learner(…, n_out=…).")
+    if n_out is None and data.classes is None:
+        raise ValueError("the data names no classes: give vision_learner(…, n_out=…).")
     model = build(arch, pretrained)
     head = replace_head(model, len(data.classes or ()) if n_out is None else n_out)
-    if pretrained is not False and isinstance(data, ImageDataBunch) and data.stats is None: data.normalize(imagenet_stats)
-    learn = Learner(data, model, loss_func=loss_func, opt_func=opt_func, lr=lr, wd=wd, bn_wd=bn_wd, metrics=metrics, callbacks=callbacks,
-                    splitter=lambda model: halves_and_head(model, head), path=path, model_dir=model_dir, seed=seed, device=device)
+    if pretrained is not False and isinstance(data, ImageDataBunch) and data.stats is None:
+        data.normalize(imagenet_stats)
+    learn = Learner(
+        data,
+        model,
+        loss_func=loss_func,
+        opt_func=opt_func,
+        lr=lr,
+        wd=wd,
+        bn_wd=bn_wd,
+        metrics=metrics,
+        callbacks=callbacks,
+        splitter=lambda model: halves_and_head(model, head),
+        path=path,
+        model_dir=model_dir,
+        seed=seed,
+        device=device,
+    )
     return learn if pretrained is False else learn.freeze()
 
 
 def build(arch: Callable[..., nn.Module] | str, pretrained: bool | str | Path) -> nn.Module:
     from torchvision import models
+
     if isinstance(arch, str):
         known = models.list_models(module=models)
         if arch not in known:
             import difflib
+
             near = difflib.get_close_matches(arch, known, n=3)
-            raise ValueError(f"torchvision has no model {arch!r}{', but ' + ', '.join(near) if near else ''}: see its list_models().")
+            raise ValueError(
+                f"torchvision has no model {arch!r}{', but ' + ', '.join(near) if near else ''}: see its list_models()."
+            )
         arch = models.get_model_builder(arch)
     from_torchvision = getattr(arch, "__module__", "").startswith("torchvision.models")
     if pretrained is True:
-        if not from_torchvision: raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give a file, or False.")
+        if not from_torchvision:
+            raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give a file, or False.")
         return download_weights(arch)
     model = arch(weights=None) if from_torchvision else arch()
-    if pretrained is not False: load_weights(model, as_path(pretrained))
+    if pretrained is not False:
+        load_weights(model, as_path(pretrained))
     return model
 
 
 def download_weights(arch: Callable[..., nn.Module]) -> nn.Module:
-    try: return arch(weights="DEFAULT")
+    try:
+        return arch(weights="DEFAULT")
     except (urllib.error.URLError, OSError) as error:
-        raise OSError(f"the weights of {arch.__name__} could not be downloaded: {error}. Without a network give their file, "
-                      "vision_learner(…, pretrained='/path/to/weights.pth'), or pretrained=False.") from None
+        raise OSError(
+            f"the weights of {arch.__name__} could not be downloaded: {error}. Without a network give their file, "
+            "vision_learner(…, pretrained='/path/to/weights.pth'), or pretrained=False."
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     state = read_state(path)
-    if not isinstance(state, dict): raise Damaged(f"{path} holds a {type(state).__name__}, expected the state of a model.")
+    if not isinstance(state, dict):
+        raise Damaged(f"{path} holds a {type(state).__name__}, expected the state of a model.")
     state = state.get("model", state)
-    try: model.load_state_dict(state)
-    except RuntimeError as error: raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from None
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from None
 
 
 def replace_head(model: nn.Module, n_out: int) -> nn.Module:
     """Put a new last layer in the place of the old one, and return it."""
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or is_classifier(layer)]
+    layers = [
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or is_classifier(layer)
+    ]
     kind = type(model).__name__
-    if not layers: raise ValueError(f"{kind} has no last linear layer to be replaced: give Learner a model with a head of your own.")
+    if not layers:
+        raise ValueError(
+            f"{kind} has no last linear layer to be replaced: give Learner a model with a head of your own."
+        )
     if kind in ("GoogLeNet", "Inception3") and getattr(model, "aux_logits", False):
-        raise ValueError(f"{kind} has more than one output while training: give a function that builds it with aux_logits=False.")
+        raise ValueError(
+            f"{kind} has more than one output while training: give a function that builds it with aux_logits=False."
+        )
     name, old = layers[-1]
-    if isinstance(old, nn.Conv2d): new: nn.Module = nn.Conv2d(old.in_channels, n_out, 1)
+    if isinstance(old, nn.Conv2d):
+        new: nn.Module = nn.Conv2d(old.in_channels, n_out, 1)
     else:
         assert isinstance(old, nn.Linear)
         new = nn.Linear(old.in_features, n_out)
@@ -96,9 +149,15 @@ def is_classifier(layer: nn.Module) -> bool:
 
 
 def halves_and_head(model: nn.Module, head: nn.Module) -> list[list[nn.Parameter]]:
-    """[first half of the body, second half, head], by its parts: those that the model's attributes are, long sequences taken apart."""
+    """[first half of the body, second half, head], by its parts: those that the model's attributes are, long sequences
+    taken apart.
+    """
     of_head = {id(p) for p in head.parameters()}
-    parts = [part for child in model.children() for part in (child.children() if len(list(model.children())) < 5 else (child,))]
+    parts = [
+        part
+        for child in model.children()
+        for part in (child.children() if len(list(model.children())) < 5 else (child,))
+    ]
     stray = list(model.parameters(recurse=False))
     lists = [stray, *([p for p in part.parameters() if id(p) not in of_head] for part in parts)]
     held = {id(p) for params in lists for p in params}

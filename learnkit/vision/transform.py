@@ -1,7 +1,9 @@
 """Transforms of batches of pictures, random per sample: (batch, channels, height, width), uint8 or float in [0, 1].
 
-Each picture's draws are a pure function of (seed, epoch, sample), so it is the same in every batch, on every rank and after a resume.
+Each picture's draws are a pure function of (seed, epoch, sample), so it is the same in every batch, on every rank and
+after a resume.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -23,9 +25,10 @@ def to_float(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.float().mul_(1 / 255)
 
 
-# ---------------------------------------------------------------------- crops and flips, which move pixels and do not change them
+# --- crops and flips, which move pixels and do not c -------------------------
 def rand_pad(padding: int, size: int | tuple[int, int], mode: str = "reflection") -> list[SampleTransform]:
-    """Pad each picture on all sides, and crop it to `size` at a random place. A list, as of old: `[*rand_pad(4, 32), …]`.
+    """Pad each picture on all sides, and crop it to `size` at a random place. A list, as of old: `[*rand_pad(4, 32),
+    …]`.
 
     mode    what lies outside: "reflection", "border" (the nearest pixel) or "zeros"
     """
@@ -37,14 +40,21 @@ class RandomCrop(SampleTransform):
     """What `rand_pad` does."""
 
     def __init__(self, padding: int, size: tuple[int, int], mode: str) -> None:
-        if mode not in MODES: raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
-        if padding < 0: raise ValueError(f"padding={padding}: expected 0 or more.")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
+        if padding < 0:
+            raise ValueError(f"padding={padding}: expected 0 or more.")
         self.padding, self.size, self.mode = padding, size, mode
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
-        corners = [draws.integers(length + 2 * self.padding - size + 1) for length, size in zip(self.checked(x), self.size, strict=True)]
-        rows, columns = (self.places(corner, size, length)
-                         for corner, size, length in zip(corners, self.size, x.shape[2:], strict=True))
+        corners = [
+            draws.integers(length + 2 * self.padding - size + 1)
+            for length, size in zip(self.checked(x), self.size, strict=True)
+        ]
+        rows, columns = (
+            self.places(corner, size, length)
+            for corner, size, length in zip(corners, self.size, x.shape[2:], strict=True)
+        )
         n, channels, width = len(x), x.shape[1], x.shape[3]
         inside = None
         if self.mode == "zeros":
@@ -57,35 +67,42 @@ class RandomCrop(SampleTransform):
     def checked(self, x: Tensor) -> tuple[int, int]:
         height, width = x.shape[2:]
         if self.size[0] > height + 2 * self.padding or self.size[1] > width + 2 * self.padding:
-            raise ValueError(f"pictures of {height}×{width} with a padding of {self.padding} are smaller than size={self.size}.")
+            raise ValueError(
+                f"pictures of {height}×{width} with a padding of {self.padding} are smaller than size={self.size}."
+            )
         if self.mode == "reflection" and self.padding >= min(height, width):
-            raise ValueError(f"padding={self.padding} cannot be a reflection of pictures of {height}×{width}: take mode='border'.")
+            raise ValueError(
+                f"padding={self.padding} cannot be a reflection of pictures of {height}×{width}: take mode='border'."
+            )
         return height, width
 
     def places(self, corner: Tensor, size: int, length: int) -> Tensor:
         """Which rows (or columns) of the picture are seen: int64 (n, size); of "zeros", also ones that do not exist."""
         at = corner[:, None] - self.padding + torch.arange(size, device=corner.device)
-        if self.mode == "reflection": return (length - 1) - ((length - 1) - at.abs()).abs()
+        if self.mode == "reflection":
+            return (length - 1) - ((length - 1) - at.abs()).abs()
         return at.clamp(0, length - 1) if self.mode == "border" else at
 
 
-def is_inside(at: Tensor, length: int) -> Tensor: return (at >= 0) & (at < length)
+def is_inside(at: Tensor, length: int) -> Tensor:
+    return (at >= 0) & (at < length)
 
 
 @final
 class flip_lr(SampleTransform):
     """Mirror left and right: each picture with probability p; or, `alternating`, every second epoch.
 
-    Alternating, half of the pictures are mirrored in the first epoch, the other half in the second, and so on: in two epochs
-    each one is seen both ways (Jordan, 2024, arXiv:2404.00498).
+    Alternating, half of the pictures are mirrored in the first epoch, the other half in the second, and so on: in two
+    epochs each one is seen both ways (Jordan, 2024, arXiv:2404.00498).
 
     >>> flip_lr(p=0.5)(torch.rand(8, 3, 4, 4), Draws(0, 0, torch.arange(8))).shape
     torch.Size([8, 3, 4, 4])
     """
 
-    def __init__(self, p: float = .5, *, alternating: bool = False) -> None:
+    def __init__(self, p: float = 0.5, *, alternating: bool = False) -> None:
         self.p, self.alternating = as_probability(p), alternating
-        if alternating and p != .5: raise ValueError(f"p={p} with alternating=True: every second epoch is p=0.5.")
+        if alternating and p != 0.5:
+            raise ValueError(f"p={p} with alternating=True: every second epoch is p=0.5.")
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
         chosen = draws.at(epoch=0).integers(2) == draws.epoch % 2 if self.alternating else draws.chance(self.p)
@@ -102,8 +119,9 @@ class cutout(SampleTransform):
     tensor(0.)
     """
 
-    def __init__(self, length: int = 16, n_holes: int = 1, p: float = 1., fill: float = 0.) -> None:
-        if length < 1 or n_holes < 1: raise ValueError(f"length={length}, n_holes={n_holes}: expected 1 or more.")
+    def __init__(self, length: int = 16, n_holes: int = 1, p: float = 1.0, fill: float = 0.0) -> None:
+        if length < 1 or n_holes < 1:
+            raise ValueError(f"length={length}, n_holes={n_holes}: expected 1 or more.")
         self.length, self.n_holes, self.p, self.fill = length, n_holes, as_probability(p), fill
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
@@ -121,15 +139,16 @@ class cutout(SampleTransform):
         return (at >= first) & (at < first + self.length)
 
 
-# ---------------------------------------------------------------------- resampling
+# --- resampling --------------------------------------------------------------
 @final
 class rotate(SampleTransform):
-    """Turn each picture by an angle of the range `degrees` (a number d: -d to d), with probability p, counter-clockwise.
+    """Turn each picture by an angle of the range `degrees` (a number d: -d to d), with probability p,
+    counter-clockwise.
 
     As torchvision's rotate with bilinear interpolation, outside of which the picture goes on as `mode` says.
     """
 
-    def __init__(self, degrees: Range = 10., p: float = 1., mode: str = "reflection") -> None:
+    def __init__(self, degrees: Range = 10.0, p: float = 1.0, mode: str = "reflection") -> None:
         self.degrees, self.p, self.mode = as_range(degrees, lambda d: -d), as_probability(p), as_mode(mode)
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
@@ -140,28 +159,38 @@ class rotate(SampleTransform):
 
 @final
 class zoom(SampleTransform):
-    """Enlarge each picture about its centre by a factor of the range `scale` (a number s: 1 to s), with probability p."""
+    """Enlarge each picture about its centre by a factor of the range `scale` (a number s: 1 to s), with probability
+    p.
+    """
 
-    def __init__(self, scale: Range = 1.1, p: float = 1., mode: str = "reflection") -> None:
-        self.scale, self.p, self.mode = as_range(scale, lambda s: 1.), as_probability(p), as_mode(mode)
-        if min(self.scale) <= 0: raise ValueError(f"scale={scale}: expected factors above 0.")
+    def __init__(self, scale: Range = 1.1, p: float = 1.0, mode: str = "reflection") -> None:
+        self.scale, self.p, self.mode = as_range(scale, lambda s: 1.0), as_probability(p), as_mode(mode)
+        if min(self.scale) <= 0:
+            raise ValueError(f"scale={scale}: expected factors above 0.")
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
         happens = draws.chance(self.p)
-        scale = torch.where(happens, draws.uniform(*self.scale), 1.)
+        scale = torch.where(happens, draws.uniform(*self.scale), 1.0)
         return affine_batch(to_float(x), torch.zeros_like(scale), scale, self.mode)
 
 
 @final
 class rand_resize_crop(SampleTransform):
-    """Cut out a random part and resize it to `size`, bilinear with antialiasing: torchvision's RandomResizedCrop, per sample.
+    """Cut out a random part and resize it to `size`, bilinear with antialiasing: torchvision's RandomResizedCrop, per
+    sample.
 
     scale   of the part's area, as a share of the picture's
     ratio   of its width to its height, uniform in the logarithm
     """
 
-    def __init__(self, size: int | tuple[int, int], scale: tuple[float, float] = (.08, 1.), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-                 *, antialias: bool = True) -> None:
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        *,
+        antialias: bool = True,
+    ) -> None:
         self.size, self.scale, self.ratio, self.antialias = as_pair("size", size), scale, ratio, antialias
         if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"scale={scale}, ratio={ratio}: expected (low, high) with 0 < low <= high.")
@@ -173,7 +202,9 @@ class rand_resize_crop(SampleTransform):
         return resize_batch(to_float(x), rows, columns)
 
     def boxes(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(top, left, height, width), int64 (n,) each: the first of ten tries that fits, else a centred one of a ratio that fits."""
+        """(top, left, height, width), int64 (n,) each: the first of ten tries that fits, else a centred one of a ratio
+        that fits.
+        """
         in_height, in_width = x.shape[2:]
         area = in_height * in_width * draws.uniform(*self.scale, 10)
         low, high = torch.tensor(self.ratio).log().tolist()
@@ -185,23 +216,27 @@ class rand_resize_crop(SampleTransform):
         whole_height, whole_width = self.whole(in_height, in_width)
         height = torch.where(any_fits, heights.gather(1, first).squeeze(1), whole_height)
         width = torch.where(any_fits, widths.gather(1, first).squeeze(1), whole_width)
-        top = torch.where(any_fits, (draws.uniform() * (in_height - height + 1)).long(), (in_height - whole_height) // 2)
+        top = torch.where(
+            any_fits, (draws.uniform() * (in_height - height + 1)).long(), (in_height - whole_height) // 2
+        )
         left = torch.where(any_fits, (draws.uniform() * (in_width - width + 1)).long(), (in_width - whole_width) // 2)
         return top, left, height, width
 
     def whole(self, height: int, width: int) -> tuple[int, int]:
         """The largest part in the middle whose ratio is allowed."""
-        if width / height < self.ratio[0]: return round(width / self.ratio[0]), width
-        if width / height > self.ratio[1]: return height, round(height * self.ratio[1])
+        if width / height < self.ratio[0]:
+            return round(width / self.ratio[0]), width
+        if width / height > self.ratio[1]:
+            return height, round(height * self.ratio[1])
         return height, width
 
 
-# ---------------------------------------------------------------------- colours
+# --- colours -----------------------------------------------------------------
 @final
 class brightness(SampleTransform):
     """Multiply each picture by a factor of the range `scale` (a number s: 1 - s to 1 + s), with probability p."""
 
-    def __init__(self, scale: Range = .2, p: float = 1.) -> None:
+    def __init__(self, scale: Range = 0.2, p: float = 1.0) -> None:
         self.scale, self.p = as_factors(scale), as_probability(p)
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
@@ -210,9 +245,11 @@ class brightness(SampleTransform):
 
 @final
 class contrast(SampleTransform):
-    """Blend each picture with its mean grey by a factor of the range `scale` (a number s: 1 - s to 1 + s), with probability p."""
+    """Blend each picture with its mean grey by a factor of the range `scale` (a number s: 1 - s to 1 + s), with
+    probability p.
+    """
 
-    def __init__(self, scale: Range = .2, p: float = 1.) -> None:
+    def __init__(self, scale: Range = 0.2, p: float = 1.0) -> None:
         self.scale, self.p = as_factors(scale), as_probability(p)
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
@@ -223,17 +260,18 @@ class contrast(SampleTransform):
 
 def grey(x: Tensor) -> Tensor:
     """(n, 1, height, width): the luma of ITU-R BT.601, with torchvision's weights."""
-    if x.shape[1] == 1: return x
-    weights = sent(torch.tensor([.2989, .587, .114], dtype=x.dtype), x.device)
+    if x.shape[1] == 1:
+        return x
+    weights = sent(torch.tensor([0.2989, 0.587, 0.114], dtype=x.dtype), x.device)
     return (x * weights.view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def factors(scale: tuple[float, float], p: float, draws: Draws) -> Tensor:
     happens = draws.chance(p)
-    return torch.where(happens, draws.uniform(*scale), 1.).view(-1, 1, 1, 1)
+    return torch.where(happens, draws.uniform(*scale), 1.0).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------- for every picture
+# --- for every picture -------------------------------------------------------
 @final
 class normalize:
     """(x - mean) / std, by channel, of pictures in [0, 1]; uint8 ones are scaled to that in the same pass.
@@ -248,8 +286,10 @@ class normalize:
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.mean.device != x.device: self.mean, self.std = sent(self.mean, x.device), sent(self.std, x.device)
-        if x.is_floating_point(): return (x - self.mean) / self.std
+        if self.mean.device != x.device:
+            self.mean, self.std = sent(self.mean, x.device), sent(self.std, x.device)
+        if x.is_floating_point():
+            return (x - self.mean) / self.std
         return torch.addcmul(-self.mean / self.std, x, 1 / (255 * self.std))
 
     def undo(self, x: Tensor) -> Tensor:
@@ -264,12 +304,13 @@ class per_sample(SampleTransform):
     It draws from torch's global generator, which is seeded by (seed, epoch, sample) and put back.
     """
 
-    def __init__(self, transform: Callable[[Any], Any]) -> None: self.transform = transform
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             pictures = []
-            for picture, seed in zip(x, draws.seeds(), strict=True):        # reads the device, once a batch
+            for picture, seed in zip(x, draws.seeds(), strict=True):  # reads the device, once a batch
                 torch.manual_seed(seed)
                 pictures.append(self.transform(picture))
         return torch.stack(pictures)
@@ -277,13 +318,16 @@ class per_sample(SampleTransform):
 
 def accepted(transform: Any) -> Any:
     """A transform as it is, torchvision's wrapped to be random per sample."""
-    if isinstance(transform, SampleTransform): return transform
-    if isinstance(transform, type): raise TypeError(f"{transform.__name__} is a class, expected an object: write {transform.__name__}(…).")
-    if not callable(transform): raise TypeError(f"{transform!r} is {type(transform).__name__}, expected a transform: a function x -> x.")
+    if isinstance(transform, SampleTransform):
+        return transform
+    if isinstance(transform, type):
+        raise TypeError(f"{transform.__name__} is a class, expected an object: write {transform.__name__}(…).")
+    if not callable(transform):
+        raise TypeError(f"{transform!r} is {type(transform).__name__}, expected a transform: a function x -> x.")
     return per_sample(transform) if type(transform).__module__.startswith("torchvision.transforms") else transform
 
 
-# ---------------------------------------------------------------------- arguments
+# --- arguments ---------------------------------------------------------------
 def as_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
@@ -293,21 +337,25 @@ def as_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 def as_range(value: Range, low: Callable[[float], float]) -> tuple[float, float]:
     first, last = (low(value), value) if isinstance(value, (int, float)) else value
-    if first > last: raise ValueError(f"the range ({first}, {last}) is empty: expected (low, high).")
+    if first > last:
+        raise ValueError(f"the range ({first}, {last}) is empty: expected (low, high).")
     return first, last
 
 
 def as_factors(scale: Range) -> tuple[float, float]:
     factors = (1 - scale, 1 + scale) if isinstance(scale, (int, float)) else scale
-    if min(factors) < 0: raise ValueError(f"scale={scale}: expected factors of 0 or more.")
+    if min(factors) < 0:
+        raise ValueError(f"scale={scale}: expected factors of 0 or more.")
     return as_range(factors, lambda s: s)
 
 
 def as_probability(p: float) -> float:
-    if not 0 <= p <= 1: raise ValueError(f"p={p}: expected a probability, 0 to 1.")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p}: expected a probability, 0 to 1.")
     return p
 
 
 def as_mode(mode: str) -> str:
-    if mode not in MODES: raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
     return mode

@@ -1,4 +1,7 @@
-"""benchmarks/gpu.py runs to its end on the stand-in accelerator, so that the first minutes on a GPU are not spent on the script."""
+"""benchmarks/gpu.py runs to its end on the stand-in accelerator, so that the first minutes on a GPU are not spent on
+the script.
+"""
+
 import re
 import subprocess
 import sys
@@ -9,7 +12,9 @@ SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def sections(report: str) -> dict[str, str]:
@@ -24,19 +29,35 @@ def test_every_part_of_gpu_py_has_figures_or_says_by_name_why_it_was_skipped(tmp
     assert SCRIPT.with_suffix(".md").read_text() == before
     assert "As times, these figures mean nothing" in report and re.search(r"twin.*torch \d.*Python 3", report)
     found = sections(report)
-    skipped = {"tests/test_cuda.py": "needs a CUDA device", "tests/test_cuda.py, with two devices": "needs CUDA: skipped on twin",
-               "compile() and compile(mode=\"reduce-overhead\") against eager": "needs CUDA: skipped on twin"}
+    skipped = {
+        "tests/test_cuda.py": "needs a CUDA device",
+        "tests/test_cuda.py, with two devices": "needs CUDA: skipped on twin",
+        'compile() and compile(mode="reduce-overhead") against eager': "needs CUDA: skipped on twin",
+    }
     assert len(found) == 11 and all(why in found[title] for title, why in skipped.items())
     for title in found.keys() - skipped.keys():
         assert len(re.findall(r"^\| .* \| [\d.,]+.* \| \d+ \|$", found[title], re.MULTILINE)) >= 3, found[title]
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_still_runs(tmp_path: Path):
-    (tmp_path / "train").mkdir()        # no pictures in it
-    done = run("--device", "twin", "--quick", "--output", str(tmp_path / "gpu.md"), "--parts", "speed run", "memory", "--cifar", str(tmp_path))
+    (tmp_path / "train").mkdir()  # no pictures in it
+    done = run(
+        "--device",
+        "twin",
+        "--quick",
+        "--output",
+        str(tmp_path / "gpu.md"),
+        "--parts",
+        "speed run",
+        "memory",
+        "--cifar",
+        str(tmp_path),
+    )
     assert done.returncode == 1
     found = sections((tmp_path / "gpu.md").read_text())
-    [failed], [measured] = ([text for name, text in found.items() if name.startswith(title)] for title in ("CIFAR", "The most memory"))
+    [failed], [measured] = (
+        [text for name, text in found.items() if name.startswith(title)] for title in ("CIFAR", "The most memory")
+    )
     assert "**speed run: ended with exit code 1" in failed and "ValueError" in failed
     assert "learnkit" in measured and "failed" not in measured
 

@@ -1,8 +1,11 @@
-"""Two and three ranks, each with a device of its own: equal to the same ranks on the CPU, whatever the words, and no rank waits for ever.
+"""Two and three ranks, each with a device of its own: equal to the same ranks on the CPU, whatever the words, and no
+rank waits for ever.
 
-The group is the one that learnkit makes, `cpu:gloo,twin:twinccl`, unless a test makes another: twinccl takes tensors of the device only, as
-NCCL does, so a tensor that is sent from the CPU where another rank receives on its device would hang.
+The group is the one that learnkit makes, `cpu:gloo,twin:twinccl`, unless a test makes another: twinccl takes tensors of
+the device only, as NCCL does, so a tensor that is sent from the CPU where another rank receives on its device would
+hang.
 """
+
 import os
 from functools import partial
 
@@ -92,8 +95,15 @@ def whole(tensor):
 def outcome(learn):
     """What a fit came to: everything that must not depend on the device."""
     weights = {name: whole(value) for name, value in learn.model.state_dict().items()}
-    values = {name: learn.values[name] for name in ("train_loss", "valid_loss", *(n for m in learn.metrics for n in m.names))}
-    return {"losses": learn.recorder.losses, "values": values, "preds": learn.get_preds(with_loss=True), "weights": weights}
+    values = {
+        name: learn.values[name] for name in ("train_loss", "valid_loss", *(n for m in learn.metrics for n in m.names))
+    }
+    return {
+        "losses": learn.recorder.losses,
+        "values": values,
+        "preds": learn.get_preds(with_loss=True),
+        "weights": weights,
+    }
 
 
 def trained(word, device, epochs=2, callbacks=(), words=(), constant=False, **options):
@@ -113,33 +123,45 @@ def on_both(*arguments, **options):
     return trained(*arguments, "cpu", **options), trained(*arguments, "twin", **options)
 
 
-def same(a, b, tolerance=0.):
+def same(a, b, tolerance=0.0):
     assert a.keys() == b.keys()
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def same_fit(word, a, b, tolerance=0.):
-    """With sync_bn the losses alone, to 1e-5: torch's SyncBatchNorm, which the device has, sums in float32, GlobalBatchNorm on the CPU in
-    float64; and Adam makes whole steps of rounding in the gradient of a bias before it, which is 0."""
+def same_fit(word, a, b, tolerance=0.0):
+    """With sync_bn the losses alone, to 1e-5: torch's SyncBatchNorm, which the device has, sums in float32,
+    GlobalBatchNorm on the CPU in float64; and Adam makes whole steps of rounding in the gradient of a bias before it,
+    which is 0.
+    """
     if word == "sync_bn":
         torch.testing.assert_close(torch.tensor(a["losses"]), torch.tensor(b["losses"]), rtol=1e-5, atol=1e-5)
     else:
         same(a, b, tolerance)
 
 
-# ---------------------------------------------------------------------- words
+# --- words -------------------------------------------------------------------
 @pytest.mark.parametrize("n_ranks", [2, 3])
 @pytest.mark.parametrize("word", WORDS)
 def test_ranks_with_devices_train_as_ranks_on_the_cpu(ranks, word, n_ranks):
-    halves = word in ("fp16", "bf16") and n_ranks > 2           # gloo adds them in another order
+    halves = word in ("fp16", "bf16") and n_ranks > 2  # gloo adds them in another order
     for cpu, device in ranks(n_ranks, on_both, word, timeout=60):
-        same_fit(word, cpu, device, tolerance=5e-2 if halves else 0.)
+        same_fit(word, cpu, device, tolerance=5e-2 if halves else 0.0)
 
 
 CALLBACKS = {
-    "Accumulate": partial(Accumulate, 2), "AutoMicrobatch": partial(AutoMicrobatch, 3), "ClipGradients": partial(ClipGradients, .1), "EMA": partial(EMA, .9),
-    "SWA": SWA, "Lookahead": Lookahead, "MixUp": MixUp, "TerminateOnNaN": TerminateOnNaN, "GradientStats": GradientStats, "Timer": Timer,
-    "EarlyStopping": EarlyStopping, "ReduceLROnPlateau": ReduceLROnPlateau, "SaveBest": SaveBest,
+    "Accumulate": partial(Accumulate, 2),
+    "AutoMicrobatch": partial(AutoMicrobatch, 3),
+    "ClipGradients": partial(ClipGradients, 0.1),
+    "EMA": partial(EMA, 0.9),
+    "SWA": SWA,
+    "Lookahead": Lookahead,
+    "MixUp": MixUp,
+    "TerminateOnNaN": TerminateOnNaN,
+    "GradientStats": GradientStats,
+    "Timer": Timer,
+    "EarlyStopping": EarlyStopping,
+    "ReduceLROnPlateau": ReduceLROnPlateau,
+    "SaveBest": SaveBest,
 }
 NOT_WITH_FSDP = {"AutoMicrobatch": "refused: a rank that runs out of memory alone would leave the others waiting"}
 
@@ -149,9 +171,12 @@ NOT_WITH_FSDP = {"AutoMicrobatch": "refused: a rank that runs out of memory alon
 def test_callbacks_on_ranks_with_devices_do_what_they_do_on_the_cpu(ranks, word, name):
     if word == "to_fsdp" and name in NOT_WITH_FSDP:
         pytest.skip(NOT_WITH_FSDP[name])
-    # Averages of batch norm's statistics after to_fsdp are another matter than devices: DTensors and tensors do not mix.
+    # Averages of batch norm's statistics after to_fsdp are another matter than devices: DTensors and tensors do not
+    # mix.
     norm = word != "to_fsdp" or name not in ("EMA", "SWA")
-    for cpu, device in ranks(2, partial(on_both, callbacks=[CALLBACKS[name]], constant=True, norm=norm), word, timeout=60):
+    for cpu, device in ranks(
+        2, partial(on_both, callbacks=[CALLBACKS[name]], constant=True, norm=norm), word, timeout=60
+    ):
         same(cpu, device)
 
 
@@ -162,7 +187,7 @@ def test_half_precision_on_ranks_with_devices_is_close_to_that_of_the_cpu(ranks,
         same(cpu, device, tolerance=5e-2)
 
 
-# ---------------------------------------------------------------------- evaluations
+# --- evaluations -------------------------------------------------------------
 @pytest.mark.parametrize("word", ["allreduce", "to_fsdp"])
 @pytest.mark.parametrize("n_valid", [1, 2, 4])
 def test_a_rank_without_samples_of_an_evaluation_follows_the_others(ranks, word, n_valid):
@@ -174,6 +199,7 @@ def test_a_rank_without_samples_of_an_evaluation_follows_the_others(ranks, word,
 
 class Seen:
     """A metric that needs all predictions, so these travel as they are."""
+
     name = "seen"
 
     def reset(self):
@@ -194,19 +220,24 @@ def test_a_metric_of_all_predictions_sees_those_of_ranks_with_devices(ranks, n_v
         assert device["values"]["seen"] == pytest.approx(device["values"]["accuracy"])
 
 
-# ---------------------------------------------------------------------- what is sent
+# --- what is sent ------------------------------------------------------------
 def sent():
     """Each rank has something else to send, on the device, on the CPU, or nothing."""
     rank, device = get_rank(), get_device()
-    here = [torch.full((2,), 1., device=device), torch.full((2,), 10.), torch.full((2,), 100., device=device)][rank]
-    rows = [torch.arange(2., device=device), torch.arange(3.), None][rank]
+    here = [torch.full((2,), 1.0, device=device), torch.full((2,), 10.0), torch.full((2,), 100.0, device=device)][rank]
+    rows = [torch.arange(2.0, device=device), torch.arange(3.0), None][rank]
     into = [torch.full((3,), float(rank), device=device), torch.tensor([rank]), torch.zeros(0)]
     broadcast_into(into)
     return {
-        "sum": all_sum(here).tolist(), "where": all_sum(here).device == here.device, "numbers": all_sum([rank, here.sum()])[0],
-        "rows": gather_for_metrics(rows).tolist(), "nothing": gather_for_metrics(None),
+        "sum": all_sum(here).tolist(),
+        "where": all_sum(here).device == here.device,
+        "numbers": all_sum([rank, here.sum()])[0],
+        "rows": gather_for_metrics(rows).tolist(),
+        "nothing": gather_for_metrics(None),
         "objects": [(r, None if t is None else (t.device.type, t.tolist())) for r, t in gather_objects((rank, rows))],
-        "own device": all(t is None or t.device in (torch.device("cpu"), device) for _, t in gather_objects((rank, rows))),
+        "own device": all(
+            t is None or t.device in (torch.device("cpu"), device) for _, t in gather_objects((rank, rows))
+        ),
         "on main": [None if t is None else (t.device.type, t.tolist()) for t in gather_on_main(rows)],
         "from main": (broadcast_from_main(rows).device == device, broadcast_from_main(here if rank else "text")),
         "into": [t.tolist() for t in into],
@@ -215,16 +246,22 @@ def sent():
 
 def test_what_is_sent_says_where_it_is_and_a_rank_with_nothing_follows(ranks):
     for rank, got in enumerate(ranks(3, sent)):
-        assert got["sum"] == [111., 111.] and got["where"] and got["numbers"] == 3
-        assert got["rows"] == [0., 1., 0., 1., 2.] and got["nothing"] is None
-        assert got["objects"] == [(0, ("twin", [0., 1.])), (1, ("cpu", [0., 1., 2.])), (2, None)] and got["own device"]
-        assert got["on main"] == ([("cpu", [0., 1.]), ("cpu", [0., 1., 2.]), None] if rank == 0 else [])
+        assert got["sum"] == [111.0, 111.0] and got["where"] and got["numbers"] == 3
+        assert got["rows"] == [0.0, 1.0, 0.0, 1.0, 2.0] and got["nothing"] is None
+        assert (
+            got["objects"] == [(0, ("twin", [0.0, 1.0])), (1, ("cpu", [0.0, 1.0, 2.0])), (2, None)]
+            and got["own device"]
+        )
+        assert got["on main"] == ([("cpu", [0.0, 1.0]), ("cpu", [0.0, 1.0, 2.0]), None] if rank == 0 else [])
         assert got["from main"] == (True, "text")
-        assert got["into"] == [[0., 0., 0.], [0], []]
+        assert got["into"] == [[0.0, 0.0, 0.0], [0], []]
 
 
 def different_shapes():
-    with pytest.raises(ValueError, match=r"different tensors to share: number 1 is float32 \(2,\) on rank 0 and float32 \(3,\) on rank 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"different tensors to share: number 1 is float32 \(2,\) on rank 0 and float32 \(3,\) on rank 1",
+    ):
         broadcast_into([torch.zeros(2, device=get_device()), torch.zeros(2 + get_rank())])
     return True
 
@@ -235,18 +272,29 @@ def test_shapes_that_differ_are_an_error_on_all_ranks(ranks):
 
 def test_what_launch_returns_is_on_the_cpu(ranks):
     """Else the process that called it would use each rank's device, and could fork no others."""
+
     def make():
         device = get_device()
-        x = torch.arange(3., device=device)
-        return {"tensor": x, "twice": [x, x], "parameter": nn.Parameter(x), "model": nn.Linear(2, 2, device=device), "shape": x.shape}
+        x = torch.arange(3.0, device=device)
+        return {
+            "tensor": x,
+            "twice": [x, x],
+            "parameter": nn.Parameter(x),
+            "model": nn.Linear(2, 2, device=device),
+            "shape": x.shape,
+        }
 
     for got in ranks(2, make):
-        assert got["tensor"].device.type == "cpu" and got["tensor"].tolist() == [0., 1., 2.] and got["twice"][0] is got["twice"][1]
+        assert (
+            got["tensor"].device.type == "cpu"
+            and got["tensor"].tolist() == [0.0, 1.0, 2.0]
+            and got["twice"][0] is got["twice"][1]
+        )
         assert isinstance(got["parameter"], nn.Parameter) and got["parameter"].device.type == "cpu"
         assert got["model"](torch.ones(1, 2)).shape == (1, 2) and got["shape"] == (3,)
 
 
-# ---------------------------------------------------------------------- groups that the user made
+# --- groups that the user made -----------------------------------------------
 def in_own_group(backend, chooses, function, *arguments):
     """`chooses`: None, "set" (set_device, as scripts of old do) or "bound" (device_id=)."""
     device = torch.device("twin", get_local_rank())
@@ -254,30 +302,60 @@ def in_own_group(backend, chooses, function, *arguments):
         torch.accelerator.set_device_index(device)
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), get_world_size(), False)
     bound = {"device_id": device} if chooses == "bound" else {}
-    dist.init_process_group(backend, store=dist.PrefixStore("own", store), rank=get_rank(), world_size=get_world_size(), **bound)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("own", store), rank=get_rank(), world_size=get_world_size(), **bound
+    )
     try:
         return function(*arguments)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("word", ["allreduce", "decentralized", "sync_bn", "delay_allreduce", "to_fsdp", "to_fsdp, offloaded"])
-@pytest.mark.parametrize("backend, chooses", [("cpu:gloo,twin:twinccl", None), ("cpu:gloo,twin:twinccl", "set"), ("cpu:gloo,twin:twinccl", "bound"),
-                                              ("twin:twinccl", None), ("twin:twinccl", "set"), ("twin:twinccl", "bound")])
+@pytest.mark.parametrize(
+    "word", ["allreduce", "decentralized", "sync_bn", "delay_allreduce", "to_fsdp", "to_fsdp, offloaded"]
+)
+@pytest.mark.parametrize(
+    "backend, chooses",
+    [
+        ("cpu:gloo,twin:twinccl", None),
+        ("cpu:gloo,twin:twinccl", "set"),
+        ("cpu:gloo,twin:twinccl", "bound"),
+        ("twin:twinccl", None),
+        ("twin:twinccl", "set"),
+        ("twin:twinccl", "bound"),
+    ],
+)
 def test_a_group_that_the_user_made_is_used_as_it_is(backend, chooses, word):
     """That of the device alone is what Ray's workers and most scripts have: init_process_group("nccl")."""
     if backend == "twin:twinccl" and word == "to_fsdp, offloaded":
-        with pytest.raises(RankFailed, match=r"cpu_offload=True .* made with backend 'twin:twinccl', .* init_process_group\('cpu:gloo,twin:twinccl'\)"):
+        with pytest.raises(
+            RankFailed,
+            match=r"cpu_offload=True .* made with backend 'twin:twinccl', .* "
+            r"init_process_group\('cpu:gloo,twin:twinccl'\)",
+        ):
             launch(in_own_group, 2, backend, chooses, trained, word, "twin", timeout=60)
         return
     own = launch(in_own_group, 2, backend, chooses, trained, word, "twin", timeout=60)
     same_fit(word, own, launch(in_own_group, 2, "cpu:gloo", None, trained, word, "cpu", timeout=60))
 
 
-@pytest.mark.parametrize("backend, device, message", [
-    ("gloo", "twin", r"sends nothing that is on twin, where this model is\. Make it with init_process_group\('cpu:gloo,twin:twinccl'\)"),
-    ("twin:twinccl", "cpu", r"sends nothing that is on cpu, where this model is\. Make it with init_process_group\('cpu:gloo,twin:twinccl'\)"),
-])
+@pytest.mark.parametrize(
+    "backend, device, message",
+    [
+        (
+            "gloo",
+            "twin",
+            r"sends nothing that is on twin, where this model is\. Make it with "
+            r"init_process_group\('cpu:gloo,twin:twinccl'\)",
+        ),
+        (
+            "twin:twinccl",
+            "cpu",
+            r"sends nothing that is on cpu, where this model is\. Make it with "
+            r"init_process_group\('cpu:gloo,twin:twinccl'\)",
+        ),
+    ],
+)
 def test_a_group_of_one_backend_that_cannot_send_the_model_is_an_error(backend, device, message):
     with pytest.raises(RankFailed, match=message):
         launch(in_own_group, 2, backend, None, trained, "allreduce", device, timeout=60)
@@ -286,23 +364,33 @@ def test_a_group_of_one_backend_that_cannot_send_the_model_is_an_error(backend, 
 def bound_to_another():
     torch.accelerator.set_device_index(1 - get_rank())
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2, False)
-    dist.init_process_group("cpu:gloo,twin:twinccl", store=store, rank=get_rank(), world_size=2, device_id=torch.device("twin", 1 - get_rank()))
+    dist.init_process_group(
+        "cpu:gloo,twin:twinccl",
+        store=store,
+        rank=get_rank(),
+        world_size=2,
+        device_id=torch.device("twin", 1 - get_rank()),
+    )
     learner().to_distributed()
 
 
 def test_a_group_bound_to_another_device_is_an_error():
-    with pytest.raises(RankFailed, match=r"bound to twin:\d \(device_id=…\), but this rank trains on twin:\d: its local_rank is \d"):
+    with pytest.raises(
+        RankFailed, match=r"bound to twin:\d \(device_id=…\), but this rank trains on twin:\d: its local_rank is \d"
+    ):
         launch(bound_to_another, 2, timeout=60)
 
 
-# ---------------------------------------------------------------------- loops of one's own
+# --- loops of one's own ------------------------------------------------------
 def own_loop(device_type, options):
     device = torch.device("twin", get_local_rank()) if device_type == "twin" else torch.device("cpu")
     torch.manual_seed(0)
     x, y = torch.randn(64, 4), torch.randn(64, 1)
     model = prepare_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), device=device, **options)
-    opt = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=.1), model)
-    loader = prepare_data_loader(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, shuffle=True), seed=1)
+    opt = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    loader = prepare_data_loader(
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, shuffle=True), seed=1
+    )
     for bx, by in loader:
         loss = F.mse_loss(model(bx.to(device)), by.to(device))
         opt.zero_grad()
@@ -311,13 +399,23 @@ def own_loop(device_type, options):
     return [whole(p) for p in model.parameters()], gather_for_metrics(loss).cpu(), all_sum(loss).cpu()
 
 
-@pytest.mark.parametrize("options", [{}, {"algorithm": "bf16"}, {"algorithm": "local_sgd", "warmup_steps": 1}, {"delay_allreduce": True}, {"sync_bn": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"algorithm": "bf16"},
+        {"algorithm": "local_sgd", "warmup_steps": 1},
+        {"delay_allreduce": True},
+        {"sync_bn": True},
+    ],
+    ids=str,
+)
 def test_a_loop_of_ones_own_on_devices_is_that_of_the_cpu(ranks, options):
     for cpu, device in zip(ranks(2, own_loop, "cpu", options), ranks(2, own_loop, "twin", options), strict=True):
-        torch.testing.assert_close(cpu, device, rtol=0, atol=0)     # there is no batch norm that sync_bn could change
+        torch.testing.assert_close(cpu, device, rtol=0, atol=0)  # there is no batch norm that sync_bn could change
 
 
-# ---------------------------------------------------------------------- checkpoints and resuming
+# --- checkpoints and resuming ------------------------------------------------
 class StopAt(Callback):
     def __init__(self, step):
         self.at = step
@@ -329,7 +427,7 @@ class StopAt(Callback):
 
 def interrupted(word, folder, sharded):
     norm = word != "to_fsdp"
-    average = [] if word == "decentralized" else [partial(EMA, .9)]       # whose average is each rank's own
+    average = [] if word == "decentralized" else [partial(EMA, 0.9)]  # whose average is each rank's own
 
     def build(*more):
         callbacks = [Checkpoint(folder, every_n_steps=2, sharded=sharded), *(make() for make in average), *more]
@@ -360,9 +458,14 @@ def test_a_sharded_checkpoint_on_devices_is_resumed_exactly(ranks, tmp_path):
         same(straight, resumed)
 
 
-# ---------------------------------------------------------------------- bad input, and ranks that fail
-@pytest.mark.parametrize("local_rank, message", [(7, r"local_rank=7, but the launcher started this process as LOCAL_RANK=\d: expected \d"),
-                                                 (0, "local_rank=0, but the launcher started this process as LOCAL_RANK=1: expected 1")])
+# --- bad input, and ranks that fail ------------------------------------------
+@pytest.mark.parametrize(
+    "local_rank, message",
+    [
+        (7, r"local_rank=7, but the launcher started this process as LOCAL_RANK=\d: expected \d"),
+        (0, "local_rank=0, but the launcher started this process as LOCAL_RANK=1: expected 1"),
+    ],
+)
 def test_a_local_rank_that_is_not_the_launchers_is_an_error(local_rank, message):
     with pytest.raises(RankFailed, match=message):
         launch(lambda: learner().to_distributed(local_rank), 2, timeout=60)
@@ -370,7 +473,14 @@ def test_a_local_rank_that_is_not_the_launchers_is_an_error(local_rank, message)
 
 def test_a_local_rank_of_no_process_of_this_machine_is_an_error(monkeypatch):
     from learnkit.distributed.world import check_local_rank
-    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="local_rank=2, but 2 processes run on this machine: expected 0 to 1"):
@@ -396,12 +506,19 @@ class Dies(Callback):
             raise ValueError("rank 1 has had enough")
 
 
-@pytest.mark.parametrize("how, reason", [("raised", "rank 1 of 2 failed: ValueError: rank 1 has had enough"), ("killed", "rank 1 of 2 failed: it ended with signal SIGKILL")])
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ("raised", "rank 1 of 2 failed: ValueError: rank 1 has had enough"),
+        ("killed", "rank 1 of 2 failed: it ended with signal SIGKILL"),
+    ],
+)
 @pytest.mark.parametrize("word", ["allreduce", "to_fsdp"])
 def test_a_rank_with_a_device_that_fails_ends_all(word, how, reason):
     def fit():
         learn = together(learner("twin", callbacks=[Dies(how)]), word)
         with learn.no_logging():
             learn.fit(2)
+
     with pytest.raises(RankFailed, match=reason):
         launch(fit, 2, timeout=40)

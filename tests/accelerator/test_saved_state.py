@@ -1,4 +1,5 @@
 """Files of a model on the device: those of the CPU, whole, in few waits, without a second copy on the device."""
+
 from __future__ import annotations
 
 import io
@@ -20,45 +21,58 @@ from learnkit.devices import staging
 from learnkit.devices.nested import tensors_in
 from tests.accelerator import twin
 
-DEVICES = ("twin:0", "twin:1")      # the current one, and another
-SGD_M = partial(SGD, momentum=.9)
+DEVICES = ("twin:0", "twin:1")  # the current one, and another
+SGD_M = partial(SGD, momentum=0.9)
 
 
 class Net(nn.Module):
     """Weights that are one, weights in another memory format, empty buffers."""
 
-    def __init__(self, *, depth: int = 1, p: float = 0., plain: bool = False) -> None:
+    def __init__(self, *, depth: int = 1, p: float = 0.0, plain: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.body = nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)], nn.Dropout(p))
         self.head = nn.Linear(4, 3)
-        if plain: return
+        if plain:
+            return
         self.conv.to(memory_format=torch.channels_last)
         self.body[0].bias = self.norm.bias
         self.register_buffer("none", torch.zeros(0))
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.body(self.norm(self.conv(x)).mean((2, 3))))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.norm(self.conv(x)).mean((2, 3))))
 
 
 def learner(device: str, *, opt_func: Any = SGD_M, **options: Any) -> Learner:
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(32, 2, 5, 5, generator=generator), torch.randint(3, (32,), generator=generator)
-    return Learner(DataBunch.from_tensors((x, y), bs=4, seed=1, device=device), Net(**options), opt_func=opt_func, seed=1, device=device)
+    return Learner(
+        DataBunch.from_tensors((x, y), bs=4, seed=1, device=device),
+        Net(**options),
+        opt_func=opt_func,
+        seed=1,
+        device=device,
+    )
 
 
 def fitted(device: str, *callbacks: Callback, epochs: int = 1, resume: bool = False, **options: Any) -> Learner:
     learn = learner(device, **options)
-    with learn.no_logging(): return learn.fit(epochs, .1, callbacks=callbacks, resume=resume)
+    with learn.no_logging():
+        return learn.fit(epochs, 0.1, callbacks=callbacks, resume=resume)
 
 
 def files(folder: Path | str) -> dict[str, bytes]:
     """What each checkpoint holds of the model and its optimizer; what a run is has the device's random state in it."""
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(Path(folder).glob("*/*.pt")) if path.name != "run.pt"}
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in sorted(Path(folder).glob("*/*.pt"))
+        if path.name != "run.pt"
+    }
 
 
-# ---------------------------------------------------------------------- the same files
+# --- the same files ----------------------------------------------------------
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("opt_func", [SGD_M, Adam, partial(Adam, fused=True)], ids=["sgd", "adam", "fused"])
 def test_a_saved_file_is_the_cpus_and_either_loads_the_others(device, opt_func):
@@ -66,7 +80,8 @@ def test_a_saved_file_is_the_cpus_and_either_loads_the_others(device, opt_func):
     assert ours.read_bytes() == theirs.read_bytes()
     for where in ("cpu", device):
         learn = fitted(where, opt_func=opt_func)
-        for p in learn.model.parameters(): p.data.zero_()
+        for p in learn.model.parameters():
+            p.data.zero_()
         learn.load("ours")
         assert learn.save("again").read_bytes() == ours.read_bytes()
         assert {p.device for p in learn.model.parameters()} == {torch.empty(0, device=where).device}
@@ -83,7 +98,8 @@ def test_checkpoints_hold_what_those_of_the_cpu_hold_at_each_step(device, async_
 
 @pytest.mark.parametrize("where", ["cpu", "twin:0"])
 def test_a_snapshot_written_by_a_thread_is_the_one_that_is_written_at_once(where):
-    for async_write in (False, True): fitted(where, Checkpoint(f"{async_write}", every_n_steps=1, keep=20, async_write=async_write))
+    for async_write in (False, True):
+        fitted(where, Checkpoint(f"{async_write}", every_n_steps=1, keep=20, async_write=async_write))
     assert files("True") == files("False")
 
 
@@ -92,7 +108,9 @@ def test_a_thread_copies_what_the_steps_before_have_made_though_nothing_else_wai
         torch.manual_seed(1)
         data = DataBunch([(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(8)])
         learn = Learner(data, nn.Linear(6, 3), opt_func=SGD_M, seed=1, device="twin:0").remove_callback(Recorder)
-        with learn.no_logging(): learn.fit(1, .1, callbacks=[Checkpoint(folder, every_n_steps=1, keep=20, async_write=async_write)])
+        with learn.no_logging():
+            learn.fit(1, 0.1, callbacks=[Checkpoint(folder, every_n_steps=1, keep=20, async_write=async_write)])
+
     fit("at once", async_write=False)
     fit("by a thread", async_write=True)
     assert files("at once") == files("by a thread") and twin.races() == []
@@ -113,12 +131,21 @@ def test_a_copy_in_the_memory_of_an_earlier_one_keeps_apart_what_is_no_longer_on
     assert found["a"] is earlier["a"] and found["a"].tolist() == [2] * 3 and found["b"].tolist() == [3] * 3
 
 
-@pytest.mark.parametrize("tensor", [
-    lambda d: torch.arange(6., device=d).view(2, 3).T, lambda d: torch.arange(6., device=d)[1:4], lambda d: torch.ones(3, 1, device=d).expand(3, 4),
-    lambda d: torch.zeros(0, 3, device=d), lambda d: torch.tensor(2, device=d), lambda d: torch.tensor([True, False], device=d),
-    lambda d: torch.complex(torch.ones(2, device=d), torch.ones(2, device=d)),
-    lambda d: torch.ones(2, dtype=torch.bfloat16, device=d), lambda d: nn.Parameter(torch.ones(2, device=d))],
-    ids=["transposed", "part", "expanded", "empty", "number", "bool", "complex", "bfloat16", "parameter"])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda d: torch.arange(6.0, device=d).view(2, 3).T,
+        lambda d: torch.arange(6.0, device=d)[1:4],
+        lambda d: torch.ones(3, 1, device=d).expand(3, 4),
+        lambda d: torch.zeros(0, 3, device=d),
+        lambda d: torch.tensor(2, device=d),
+        lambda d: torch.tensor([True, False], device=d),
+        lambda d: torch.complex(torch.ones(2, device=d), torch.ones(2, device=d)),
+        lambda d: torch.ones(2, dtype=torch.bfloat16, device=d),
+        lambda d: nn.Parameter(torch.ones(2, device=d)),
+    ],
+    ids=["transposed", "part", "expanded", "empty", "number", "bool", "complex", "bfloat16", "parameter"],
+)
 def test_any_tensor_comes_to_the_host_as_it_is(tensor):
     for where in DEVICES:
         own, expected = tensor(where), tensor("cpu")
@@ -133,8 +160,15 @@ def test_a_sparse_tensor_is_copied_as_one():
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_of_one_memory_are_written_as_the_cpu_writes_them(device):
     def state(where: str) -> dict[str, Any]:
-        whole = torch.arange(12., device=where).view(3, 4)
-        return {"whole": whole, "part": whole[1], "columns": [whole[:, ::2], whole.T], "alone": torch.ones(3, dtype=torch.int32, device=where), "a": (1, "b")}
+        whole = torch.arange(12.0, device=where).view(3, 4)
+        return {
+            "whole": whole,
+            "part": whole[1],
+            "columns": [whole[:, ::2], whole.T],
+            "alone": torch.ones(3, dtype=torch.int32, device=where),
+            "a": (1, "b"),
+        }
+
     written = []
     for where in ("cpu", device):
         file = io.BytesIO()
@@ -143,9 +177,10 @@ def test_views_of_one_memory_are_written_as_the_cpu_writes_them(device):
     assert written[0] == written[1]
 
 
-# ---------------------------------------------------------------------- few waits
+# --- few waits ---------------------------------------------------------------
 def n_waits(work: Any) -> int:
-    with twin.waits() as seen: work()
+    with twin.waits() as seen:
+        work()
     return len(seen)
 
 
@@ -154,10 +189,15 @@ def test_taking_a_snapshot_waits_as_often_for_a_deep_model_as_for_a_flat_one(asy
     def waits(depth: int) -> int:
         folder = f"{depth} {async_write}"
         alone = n_waits(lambda: fitted("twin:0", depth=depth))
-        saving = n_waits(lambda: fitted("twin:0", Checkpoint(folder, every_n_epochs=None, async_write=async_write), depth=depth))
+        saving = n_waits(
+            lambda: fitted("twin:0", Checkpoint(folder, every_n_epochs=None, async_write=async_write), depth=depth)
+        )
         assert len(files(folder)) == 2
         return saving - alone
-    assert waits(1) == waits(40) == 2       # at once: the model, the optimizer; by a thread: what may change before the next step, the rest
+
+    assert (
+        waits(1) == waits(40) == 2
+    )  # at once: the model, the optimizer; by a thread: what may change before the next step, the rest
 
 
 def test_saving_waits_once_for_the_model_and_once_for_its_optimizer():
@@ -177,7 +217,7 @@ def test_a_large_state_comes_through_small_buffers_with_a_wait_for_each_load(mon
     assert twin.races() == []
 
 
-# ---------------------------------------------------------------------- the device's memory
+# --- the device's memory -----------------------------------------------------
 def peak(work: Any) -> int:
     before = torch.accelerator.memory_allocated()
     torch.accelerator.reset_peak_memory_stats()
@@ -189,24 +229,30 @@ def test_saving_loading_and_exporting_take_no_memory_of_the_device_for_a_second_
     learn = fitted("twin:0", depth=200)
     n_bytes = sum(t.nbytes for t in tensors_in(learn.model.state_dict()))
     assert peak(lambda: learn.save("m")) == 0
-    assert peak(lambda: snapshots.copied_to_host({"model": learn.model.state_dict(), "opt": learn.opt.state_dict()})) == 0
+    assert (
+        peak(lambda: snapshots.copied_to_host({"model": learn.model.state_dict(), "opt": learn.opt.state_dict()})) == 0
+    )
     assert peak(lambda: learn.export("m.safetensors")) < n_bytes / 2
     learn.save("m", with_opt=False)
     assert peak(lambda: learn.load("m")) == 0
 
 
-# ---------------------------------------------------------------------- going on
+# --- going on ----------------------------------------------------------------
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("async_write", [False, True])
 def test_a_fit_that_is_resumed_on_a_device_ends_as_one_that_was_not_interrupted(device, async_write):
     class Fail(Callback):
         def after_step(self, learn: Learner) -> None:
-            if learn.step == 11: raise KeyboardInterrupt
-    options: dict[str, Any] = {"epochs": 2, "p": .5, "opt_func": Adam}
-    whole = fitted(device, EMA(.9), **options)
+            if learn.step == 11:
+                raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"epochs": 2, "p": 0.5, "opt_func": Adam}
+    whole = fitted(device, EMA(0.9), **options)
     with pytest.raises(KeyboardInterrupt):
-        fitted(device, EMA(.9), Checkpoint("c", every_n_steps=3, async_write=async_write), Fail(), **options)
-    resumed = fitted(device, EMA(.9), Checkpoint("c", every_n_steps=3, async_write=async_write), resume=True, **options)
+        fitted(device, EMA(0.9), Checkpoint("c", every_n_steps=3, async_write=async_write), Fail(), **options)
+    resumed = fitted(
+        device, EMA(0.9), Checkpoint("c", every_n_steps=3, async_write=async_write), resume=True, **options
+    )
     assert resumed.save("resumed").read_bytes() == whole.save("whole").read_bytes()
     assert twin.races() == []
 
@@ -215,8 +261,11 @@ def test_a_fit_that_is_resumed_on_a_device_ends_as_one_that_was_not_interrupted(
 def test_a_fit_goes_on_where_another_device_left_it(first, second):
     class Fail(Callback):
         def after_step(self, learn: Learner) -> None:
-            if learn.step == 11: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fitted(first, Checkpoint("c", every_n_steps=3), Fail(), epochs=2)
+            if learn.step == 11:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(first, Checkpoint("c", every_n_steps=3), Fail(), epochs=2)
     resumed = fitted(second, Checkpoint("c", every_n_steps=3), epochs=2, resume=True)
     assert resumed.save("resumed").read_bytes() == fitted("cpu", epochs=2).save("whole").read_bytes()
 
@@ -229,14 +278,16 @@ def test_an_adam_that_counts_its_steps_on_the_cpu_still_does_after_loading():
     assert {state["exp_avg"].device.type for state in learn.opt.state.values()} == {"twin"}
 
 
-# ---------------------------------------------------------------------- for inference
+# --- for inference -----------------------------------------------------------
 @pytest.mark.parametrize("name", ["m.pt2", "m.safetensors"])
 def test_an_exported_file_is_the_cpus_and_predicts_on_any_device(name):
     on_device, on_cpu = fitted("twin:0", plain=True), fitted("cpu", plain=True)
     x = torch.randn(5, 2, 5, 5)
     assert on_device.export(f"ours-{name}").read_bytes() == on_cpu.export(f"theirs-{name}").read_bytes()
     for device in ("cpu", *DEVICES):
-        predictor = load_learner(f"ours-{name}", model=Net(plain=True) if name.endswith("safetensors") else None, device=device)
+        predictor = load_learner(
+            f"ours-{name}", model=Net(plain=True) if name.endswith("safetensors") else None, device=device
+        )
         for given in (x, x[0]):
             found = predictor.predict(given)
             assert found.is_cpu and torch.allclose(found, on_cpu.predict(given), atol=1e-6)

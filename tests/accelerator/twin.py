@@ -1,4 +1,7 @@
-"""The stand-in accelerator: after `twin.load()` torch has devices "twin:0", "twin:1", ... (see twin.cpp and README.md)."""
+"""The stand-in accelerator: after `twin.load()` torch has devices "twin:0", "twin:1", ... (see twin.cpp and
+README.md).
+"""
+
 from __future__ import annotations
 
 import fcntl
@@ -33,25 +36,39 @@ _C: Any = None
 
 # Build
 
-def compiler() -> str | None: return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def missing() -> str | None:
     """Why the device cannot be built here, or None."""
-    if sys.platform != "linux": return f"the stand-in accelerator is built on Linux, and this is {sys.platform}"
-    if compiler() is None: return "the stand-in accelerator needs a C++ compiler, and there is none: install g++, or set CXX"
+    if sys.platform != "linux":
+        return f"the stand-in accelerator is built on Linux, and this is {sys.platform}"
+    if compiler() is None:
+        return "the stand-in accelerator needs a C++ compiler, and there is none: install g++, or set CXX"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists(): return f"the stand-in accelerator needs Python's headers, and there is no {header}: install python3-dev"
-    if not dist.is_available() or not dist.is_gloo_available(): return "the stand-in accelerator needs a torch with gloo"
+    if not header.exists():
+        return f"the stand-in accelerator needs Python's headers, and there is no {header}: install python3-dev"
+    if not dist.is_available() or not dist.is_gloo_available():
+        return "the stand-in accelerator needs a torch with gloo"
     return None
 
 
 def build() -> Path:
-    """The extension's file, compiled when there is none for this source, torch and Python; other processes wait meanwhile."""
-    facts = (*[source.read_text() for source in SOURCES], torch.__version__, sys.version, os.environ.get("TWIN_CFLAGS", "-O1"))
+    """The extension's file, compiled when there is none for this source, torch and Python; other processes wait
+    meanwhile.
+    """
+    facts = (
+        *[source.read_text() for source in SOURCES],
+        torch.__version__,
+        sys.version,
+        os.environ.get("TWIN_CFLAGS", "-O1"),
+    )
     folder = ROOT / "build" / "accelerator" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     library = folder / "twin_C.so"
-    if library.exists(): return library
+    if library.exists():
+        return library
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even where the process is killed
@@ -64,12 +81,32 @@ def build() -> Path:
 
 def compile_to(library: Path, flags: list[str]) -> None:
     torch_folder = Path(torch.__file__).parent
-    include = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
-    macros = ["-DTORCH_EXTENSION_NAME=twin_C", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO",
-              f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    include = [
+        torch_folder / "include",
+        torch_folder / "include/torch/csrc/api/include",
+        sysconfig.get_paths()["include"],
+    ]
+    macros = [
+        "-DTORCH_EXTENSION_NAME=twin_C",
+        "-DUSE_DISTRIBUTED",
+        "-DUSE_C10D_GLOO",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
-    command = [str(compiler()), "-std=c++20", "-shared", "-fPIC", "-w", *flags, *macros, *[f"-I{path}" for path in include],
-               str(SOURCES[0]), "-o", str(library), *libraries]
+    command = [
+        str(compiler()),
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-w",
+        *flags,
+        *macros,
+        *[f"-I{path}" for path in include],
+        str(SOURCES[0]),
+        "-o",
+        str(library),
+        *libraries,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the stand-in accelerator does not compile: {shlex.join(command)}\n{done.stderr[-6000:]}")
@@ -77,18 +114,23 @@ def compile_to(library: Path, flags: list[str]) -> None:
 
 # The device
 
+
 def load(devices: int | None = None, memory: int | None = None, float64: bool | None = None) -> None:
     """Registers the device with torch, once in a process; children that are forked have it as well.
 
-    What is not given comes from the environment: TWIN_DEVICES (default 2), TWIN_MEMORY (bytes of each device, default 8 GiB),
-    TWIN_FLOAT64 (0: the device has no float64). Raises RuntimeError where `missing()` gives a reason.
+    What is not given comes from the environment: TWIN_DEVICES (default 2), TWIN_MEMORY (bytes of each device, default 8
+    GiB), TWIN_FLOAT64 (0: the device has no float64). Raises RuntimeError where `missing()` gives a reason.
     """
     global _C
-    if devices is None: devices = int(os.environ.get("TWIN_DEVICES", "2"))
-    if memory is None: memory = int(os.environ.get("TWIN_MEMORY", str(DEFAULT_MEMORY)))
-    if float64 is None: float64 = os.environ.get("TWIN_FLOAT64", "1") != "0"
+    if devices is None:
+        devices = int(os.environ.get("TWIN_DEVICES", "2"))
+    if memory is None:
+        memory = int(os.environ.get("TWIN_MEMORY", str(DEFAULT_MEMORY)))
+    if float64 is None:
+        float64 = os.environ.get("TWIN_FLOAT64", "1") != "0"
     if _C is None:
-        if (reason := missing()) is not None: raise RuntimeError(reason)
+        if (reason := missing()) is not None:
+            raise RuntimeError(reason)
         path = str(build())
         loader = importlib.machinery.ExtensionFileLoader("twin_C", path)
         spec = importlib.util.spec_from_loader("twin_C", loader)
@@ -101,14 +143,18 @@ def load(devices: int | None = None, memory: int | None = None, float64: bool | 
         torch._register_device_module("twin", make_module())  # type: ignore[attr-defined]
         torch.utils.generate_methods_for_privateuse1_backend()
         dist.Backend.register_backend("twinccl", create_group, extended_api=True, devices=["twin"])
-    if devices != _C.device_count(): raise RuntimeError(f"twin has {_C.device_count()} devices in this process already, not {devices}")
+    if devices != _C.device_count():
+        raise RuntimeError(f"twin has {_C.device_count()} devices in this process already, not {devices}")
     _C.float64(float64)
-    for device in range(devices): _C.limit(memory, device)
+    for device in range(devices):
+        _C.limit(memory, device)
 
 
 def index_of(device: Any) -> int:
-    if device is None: return _C.current_device()
-    if isinstance(device, int): return _C.current_device() if device < 0 else device
+    if device is None:
+        return _C.current_device()
+    if isinstance(device, int):
+        return _C.current_device() if device < 0 else device
     index = torch.device(device).index
     return _C.current_device() if index is None else index
 
@@ -116,19 +162,27 @@ def index_of(device: Any) -> int:
 class device_context:
     """`with torch.twin.device(1):`"""
 
-    def __init__(self, device: Any) -> None: self.index = index_of(device)
-    def __enter__(self) -> None: self.before = torch.accelerator.current_device_index(); torch.accelerator.set_device_index(self.index)
-    def __exit__(self, *_: object) -> None: torch.accelerator.set_device_index(self.before)
+    def __init__(self, device: Any) -> None:
+        self.index = index_of(device)
+
+    def __enter__(self) -> None:
+        self.before = torch.accelerator.current_device_index()
+        torch.accelerator.set_device_index(self.index)
+
+    def __exit__(self, *_: object) -> None:
+        torch.accelerator.set_device_index(self.before)
 
 
 def make_module() -> types.ModuleType:
     """`torch.twin`, as `torch.cuda`."""
     module: Any = types.ModuleType("torch.twin")
 
-    def generator(device: Any = None) -> torch.Generator: return _C.default_generator(index_of(device))
+    def generator(device: Any = None) -> torch.Generator:
+        return _C.default_generator(index_of(device))
 
     def manual_seed_all(seed: int) -> None:
-        for i in range(_C.device_count()): generator(i).manual_seed(seed)
+        for i in range(_C.device_count()):
+            generator(i).manual_seed(seed)
 
     module.is_available = lambda: True
     module.is_initialized, module._is_in_bad_fork = _C.is_used, _C.is_in_bad_fork
@@ -150,8 +204,16 @@ def make_module() -> types.ModuleType:
     module.manual_seed = lambda seed: generator().manual_seed(seed)
     module.manual_seed_all = manual_seed_all
     module.initial_seed = lambda: generator().initial_seed()
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_stats", "empty_cache",
-                 "reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "memory_stats",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "reset_accumulated_memory_stats",
+    ):
         setattr(module, name, getattr(torch.accelerator, name))
     return module
 
@@ -165,6 +227,7 @@ def create_group(options: Any, *_: Any) -> Any:
 
 # What tests ask and set
 
+
 def limit(n_bytes: int | None, device: Any = 0) -> None:
     """The memory of a device from now on, in bytes; None: 8 GiB."""
     _C.limit(DEFAULT_MEMORY if n_bytes is None else n_bytes, index_of(device))
@@ -174,26 +237,33 @@ def limit(n_bytes: int | None, device: Any = 0) -> None:
 def without_float64() -> Iterator[None]:
     """Meanwhile making a float64 tensor on the device raises TypeError, as on MPS."""
     had = _C.float64(False)
-    try: yield
-    finally: _C.float64(had)
+    try:
+        yield
+    finally:
+        _C.float64(had)
 
 
 @contextmanager
 def unchecked() -> Iterator[None]:
     """Meanwhile a use that is not ordered after another stream's is no error, and sees what is there: poison, say."""
     was = _C.check_races(False)
-    try: yield
-    finally: _C.check_races(was)
+    try:
+        yield
+    finally:
+        _C.check_races(was)
 
 
 def races() -> list[str]:
-    """What was found where nothing could be raised, since it was last asked: memory freed or pinned memory changed too early."""
+    """What was found where nothing could be raised, since it was last asked: memory freed or pinned memory changed too
+    early.
+    """
     return _C.races()
 
 
 class Wait(NamedTuple):
     """One wait of the host for the device."""
-    kind: str   # "item", "device to host", "host to device", "op" or "synchronize"
+
+    kind: str  # "item", "device to host", "host to device", "op" or "synchronize"
     op: str
     place: str  # file:line function, of the innermost frame in learnkit or callbacks
 
@@ -203,11 +273,14 @@ def place() -> str:
     frame, outside = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN) and name != LAUNCH: break
-        if outside is None and name != __file__ and not name.startswith(TORCH): outside = frame
+        if name.startswith(OWN) and name != LAUNCH:
+            break
+        if outside is None and name != __file__ and not name.startswith(TORCH):
+            outside = frame
         frame = frame.f_back
     frame = frame or outside
-    if frame is None: return "a thread without Python"  # autograd's
+    if frame is None:
+        return "a thread without Python"  # autograd's
     return f"{frame.f_code.co_filename.removeprefix(str(ROOT) + os.sep)}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
@@ -223,9 +296,14 @@ class Waits:
         self.events.append(wait)
         return f"the host waits for the device: {kind} ({op}) at {wait.place}" if self.error else None
 
-    def __len__(self) -> int: return len(self.events)
-    def __iter__(self) -> Iterator[Wait]: return iter(self.events)
-    def counted(self) -> Counter[Wait]: return Counter(self.events)
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __iter__(self) -> Iterator[Wait]:
+        return iter(self.events)
+
+    def counted(self) -> Counter[Wait]:
+        return Counter(self.events)
 
 
 @contextmanager
@@ -238,5 +316,7 @@ def waits(error: bool = False) -> Iterator[Waits]:
     """
     seen = Waits(error)
     before = _C.on_wait(seen)
-    try: yield seen
-    finally: _C.on_wait(before)
+    try:
+        yield seen
+    finally:
+        _C.on_wait(before)

@@ -1,4 +1,5 @@
 """Bars and a table in a terminal, one plain line per epoch elsewhere, and nothing where nothing was asked for."""
+
 import os
 import pty
 import re
@@ -41,19 +42,25 @@ learn.fit(1)
 """
 
 
-def environment() -> dict[str, str]: return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
 
 
 def in_a_terminal(folder: Path, script: str) -> str:
     """What a terminal of 80 columns is sent by a Python process that runs `script`."""
     terminal, end = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=end, stdout=end, stderr=end, cwd=folder, env=environment())
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=end, stdout=end, stderr=end, cwd=folder, env=environment()
+    )
     os.close(end)
     received = b""
     try:
-        while chunk := os.read(terminal, 65_536): received += chunk
-    except OSError: pass        # Linux says so when the other end is closed
-    finally: os.close(terminal)
+        while chunk := os.read(terminal, 65_536):
+            received += chunk
+    except OSError:
+        pass  # Linux says so when the other end is closed
+    finally:
+        os.close(terminal)
     assert process.wait(60) == 0, received.decode()
     return received.decode()
 
@@ -63,9 +70,11 @@ def shown(raw: str) -> list[str]:
     return [line.rstrip("\r").rpartition("\r")[2].strip() for line in raw.split("\n")]
 
 
-# ---------------------------------------------------------------------- not a terminal
+# --- not a terminal ----------------------------------------------------------
 def test_in_a_pipe_a_process_prints_one_line_an_epoch_and_nothing_else(tmp_path: Path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[3] == "after" and lines[5] == "last" and len(lines) == 7
@@ -99,10 +108,12 @@ def test_validate_get_preds_and_predict_print_nothing(capsys: pytest.CaptureFixt
 def test_epochs_that_were_left_early_are_printed_with_what_was_measured(capsys: pytest.CaptureFixture[str]):
     class Leaves(Callback):
         def before_batch(self, learn):
-            if learn.epoch == 0 and learn.training: raise StopTrain
+            if learn.epoch == 0 and learn.training:
+                raise StopTrain
 
         def before_validate(self, learn):
-            if learn.epoch == 1: raise SkipValidate
+            if learn.epoch == 1:
+                raise SkipValidate
 
     make_learner(Leaves()).fit(2)
     first, second = capsys.readouterr().out.splitlines()
@@ -113,18 +124,21 @@ def test_epochs_that_were_left_early_are_printed_with_what_was_measured(capsys: 
 def test_a_fit_that_breaks_prints_the_epochs_that_ended(capsys: pytest.CaptureFixture[str]):
     class Breaks(Callback):
         def before_batch(self, learn):
-            if learn.epoch == 1: raise KeyboardInterrupt
+            if learn.epoch == 1:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt): make_learner(Breaks()).fit(3)
+    with pytest.raises(KeyboardInterrupt):
+        make_learner(Breaks()).fit(3)
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1 and err == ""
 
 
-# ---------------------------------------------------------------------- quieter
+# --- quieter -----------------------------------------------------------------
 def test_no_logging_prints_nothing_and_no_bar_prints_lines_and_both_are_undone(capsys: pytest.CaptureFixture[str]):
     learn = make_learner()
     for context, n_lines in ((learn.no_logging(), 0), (learn.no_bar(), 1)):
-        with context: learn.fit(1)
+        with context:
+            learn.fit(1)
         assert len(capsys.readouterr().out.splitlines()) == n_lines
         learn.fit(1)
         assert len(capsys.readouterr().out.splitlines()) == 1
@@ -134,9 +148,11 @@ def test_no_logging_prints_nothing_and_no_bar_prints_lines_and_both_are_undone(c
 def test_quietness_ends_with_its_block_also_after_an_error_and_when_nested(name: str):
     learn = make_learner(Progress(bar=False))
     [bar] = [cb for cb in learn.callbacks if isinstance(cb, Progress)]
-    with pytest.raises(LookupError, match="lost"), getattr(learn, name)(): raise LookupError("lost")
+    with pytest.raises(LookupError, match="lost"), getattr(learn, name)():
+        raise LookupError("lost")
     with learn.no_logging():
-        with getattr(learn, name)() as inner: assert inner is learn
+        with getattr(learn, name)() as inner:
+            assert inner is learn
         assert (bar.bar, bar.lines) == (False, False)
     assert (bar.bar, bar.lines) == (False, True)
 
@@ -147,16 +163,17 @@ def test_a_progress_may_be_quiet_from_the_start_or_be_removed(capsys: pytest.Cap
     assert capsys.readouterr() == ("", "")
 
 
-# ---------------------------------------------------------------------- a terminal
+# --- a terminal --------------------------------------------------------------
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> str: return in_a_terminal(tmp_path_factory.mktemp("terminal"), SCRIPT)
+def raw(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return in_a_terminal(tmp_path_factory.mktemp("terminal"), SCRIPT)
 
 
 def test_in_a_terminal_bars_and_a_table_of_epochs_appear(raw: str):
     lines = shown(raw)
     header = next(i for i, line in enumerate(lines) if "train_loss" in line)
     assert lines[header].split() == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
-    rows = [line.split() for line in lines[header + 1:header + 4]]
+    rows = [line.split() for line in lines[header + 1 : header + 4]]
     assert [row[0] for row in rows] == ["0", "1", "2"] and all(len(row) == 5 for row in rows)
     assert "█" in raw and re.search(r"Epoch \d/3", raw) and re.search(r"\d+(\.\d+)?% \[\d+/16", raw)
     assert "Traceback" not in raw and "Error" not in raw
@@ -197,9 +214,10 @@ def test_after_a_fit_that_broke_and_with_loaders_without_a_length_a_terminal_sho
         lines = [line.split() for line in shown(part)]
         header = next(i for i, words in enumerate(lines) if words[:1] == ["epoch"])
         assert "█" in part or part is unsized
-        assert [words[0] for words in lines[header + 1:] if len(words) >= 4 and words[0].isdigit()] == rows
+        assert [words[0] for words in lines[header + 1 :] if len(words) >= 4 and words[0].isdigit()] == rows
 
 
 def test_a_graph_of_something_that_is_not_measured_is_refused():
     learn = make_learner(Progress(graph="f1"))
-    with pytest.raises(ValueError, match="graph='f1': this fit measures train_loss"): learn.fit(1)
+    with pytest.raises(ValueError, match="graph='f1': this fit measures train_loss"):
+        learn.fit(1)

@@ -1,4 +1,5 @@
 """Ranks forked from this warm process: about 0.1 s a case, where torchrun takes several seconds."""
+
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,10 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:10")
 
 def in_group(fn: Callable[..., Any], *args: Any) -> Any:
     init_process_group(timeout=20)
-    try: return fn(*args)
-    finally: destroy_process_group()
+    try:
+        return fn(*args)
+    finally:
+        destroy_process_group()
 
 
 @pytest.fixture

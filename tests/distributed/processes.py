@@ -1,4 +1,7 @@
-"""Scripts as users start them: each with a time limit, all found again by a mark that their descendants inherit, none left."""
+"""Scripts as users start them: each with a time limit, all found again by a mark that their descendants inherit, none
+left.
+"""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +21,16 @@ from learnkit.distributed.process import is_alive
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run")
-LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "TORCHELASTIC_", "GLOO_SOCKET_IFNAME", "PYTHONHOME")
+LAUNCHERS_OWN = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "GLOO_SOCKET_IFNAME",
+    "PYTHONHOME",
+)
 
 SCRIPT = """\
 import json
@@ -47,14 +59,15 @@ def changed(script: str, *changes: tuple[str, str]) -> str:
 
 
 def free_port() -> int:
-    with socket.create_server(("", 0)) as server: return server.getsockname()[1]
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 class Ended(NamedTuple):
     code: int
     out: str
     err: str
-    at: float       # time.time()
+    at: float  # time.time()
 
 
 def losses(*ended: Ended) -> list[float]:
@@ -75,9 +88,12 @@ class Started:
 
     def ended(self, limit: float = 60) -> Ended:
         """Waits for its end, which must come within `limit` seconds."""
-        try: code = self.process.wait(limit)
+        try:
+            code = self.process.wait(limit)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {limit} s:\n{self.out.read_text()}\n{self.err.read_text()}") from None
+            raise AssertionError(
+                f"still running after {limit} s:\n{self.out.read_text()}\n{self.err.read_text()}"
+            ) from None
         return Ended(code, self.out.read_text(), self.err.read_text(), time.time())
 
 
@@ -87,20 +103,28 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark, self.started = folder, f"LEARNKIT_TEST={uuid.uuid4().hex}", []
 
-    def __enter__(self) -> Processes: return self
+    def __enter__(self) -> Processes:
+        return self
 
     def __exit__(self, *error: object) -> None:
         for pid in self.alive():
-            with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-        for one in self.started: one.process.wait()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for one in self.started:
+            one.process.wait()
 
     def start(self, *command: str, **variables: object) -> Started:
         """Starts a command on the CPU; `variables` are added to its environment, in which no launcher's are."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS_OWN)}
         name, _, value = self.mark.partition("=")
         env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", name: value}
-        self.started.append(Started(command, self.folder / f"process{len(self.started)}",
-                                    env | {name: str(value) for name, value in variables.items()}))
+        self.started.append(
+            Started(
+                command,
+                self.folder / f"process{len(self.started)}",
+                env | {name: str(value) for name, value in variables.items()},
+            )
+        )
         return self.started[-1]
 
     def run(self, *command: str, limit: float = 60, **variables: object) -> Ended:
@@ -108,14 +132,18 @@ class Processes:
 
     def alive(self) -> list[int]:
         """The pids of what was started and of all that came of it, whoever its parent is now."""
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self.is_ours(pid) and is_alive(pid)]
+        return [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self.is_ours(pid) and is_alive(pid)
+        ]
 
     def is_ours(self, pid: int) -> bool:
-        with suppress(OSError): return self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        with suppress(OSError):
+            return self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         return False
 
     def left_after(self, seconds: float) -> list[int]:
         """What still runs after `seconds`, or [] as soon as nothing does."""
         deadline = time.monotonic() + seconds
-        while (alive := self.alive()) and time.monotonic() < deadline: time.sleep(0.05)
+        while (alive := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.05)
         return alive

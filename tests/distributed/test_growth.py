@@ -1,4 +1,5 @@
 """What the Learner adds to an algorithm grows with the world by the laws of benchmarks/growth.py."""
+
 import time
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from learnkit.distributed import barrier, get_rank, guard
 
-guards: Any = import_module("learnkit.distributed.guard")       # the package's own `guard` is the function
+guards: Any = import_module("learnkit.distributed.guard")  # the package's own `guard` is the function
 
 
 @pytest.fixture
@@ -25,13 +26,20 @@ def test_counts_on_3_ranks_are_those_of_the_laws(growth, monkeypatch):
     assert found.keys() | rates.keys() == growth.LAWS.keys()
     assert growth.differences(3, {**found, **{name: growth.LAWS[name].value(3) for name in rates}}) == {}
     # Where others keep the cores guards look less often, and ranks that wait for each other ask more often.
-    for name, rate in rates.items(): assert 0 < rate < (1.5 if name != "join" else 6) * growth.LAWS[name].value(3), name
+    for name, rate in rates.items():
+        assert 0 < rate < (1.5 if name != "join" else 6) * growth.LAWS[name].value(3), name
 
 
 def test_a_store_of_1024_ranks_is_asked_no_more_often_by_their_guards_than_one_of_256(growth):
-    assert [guards.pause_between_looks(w) for w in (2, 256, 512, 1024, 4096)] == pytest.approx([.2, .2, .4, .8, .8])
-    assert guards.pause_between_looks(4096) < guards.MISSED * guards.LIFE / 2       # two signs of life before one is taken for gone
-    assert [1 / guards.pause_between_looks(w) for w in (2, 512, 4096)] == pytest.approx([growth.looks(w) for w in (2, 512, 4096)])
+    assert [guards.pause_between_looks(w) for w in (2, 256, 512, 1024, 4096)] == pytest.approx(
+        [0.2, 0.2, 0.4, 0.8, 0.8]
+    )
+    assert (
+        guards.pause_between_looks(4096) < guards.MISSED * guards.LIFE / 2
+    )  # two signs of life before one is taken for gone
+    assert [1 / guards.pause_between_looks(w) for w in (2, 512, 4096)] == pytest.approx(
+        [growth.looks(w) for w in (2, 512, 4096)]
+    )
 
 
 def test_a_guard_reads_the_signs_of_life_of_rank_0_and_its_own_machine_alone_and_rank_0_all(ranks, monkeypatch):
@@ -39,7 +47,8 @@ def test_a_guard_reads_the_signs_of_life_of_rank_0_and_its_own_machine_alone_and
 
     def fn():
         with guard() as watch:
-            while not watch.met: time.sleep(.01)
+            while not watch.met:
+                time.sleep(0.01)
             barrier()
             return sorted(watch.peers)
 

@@ -1,4 +1,5 @@
 """A loop of one's own takes the options of `to_distributed` and `to_fsdp`, and ends with the Learner's numbers."""
+
 import copy
 
 import pytest
@@ -26,8 +27,8 @@ from tests.distributed.test_algorithms import ALL, batches_of, fitted, learner, 
 
 def prepared(name, **options):
     """As the Learner of test_algorithms has it, by hand."""
-    model = prepare_model(net(), algorithm=name, bucket_cap_mb=.001, **options)
-    return model, prepare_optimizer(torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, fused=True), model)
+    model = prepare_model(net(), algorithm=name, bucket_cap_mb=0.001, **options)
+    return model, prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True), model)
 
 
 def trained(model, opt, batches):
@@ -37,7 +38,8 @@ def trained(model, opt, batches):
         opt.zero_grad()
 
 
-def flat(model): return torch.cat([p.detach().flatten() for p in unwrap_model(model).parameters()])
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in unwrap_model(model).parameters()])
 
 
 def test_every_algorithm_gives_a_loop_of_ones_own_the_learners_weights(ranks):
@@ -46,9 +48,11 @@ def test_every_algorithm_gives_a_loop_of_ones_own_the_learners_weights(ranks):
         for name, options in [("allreduce", {}), *ALL]:
             model, opt = prepared(name, **options)
             for epoch in range(2):
-                trained(model, opt, own[epoch * len(own) // 2:(epoch + 1) * len(own) // 2])
-                if (communication := communication_of(model)) is not None: communication.average_now()
-            if not torch.equal(flat(model), weights(fitted(name, **options))): differing.append(name)
+                trained(model, opt, own[epoch * len(own) // 2 : (epoch + 1) * len(own) // 2])
+                if (communication := communication_of(model)) is not None:
+                    communication.average_now()
+            if not torch.equal(flat(model), weights(fitted(name, **options))):
+                differing.append(name)
         return differing
 
     assert ranks(2, fn, timeout=60) == [[], []]
@@ -60,14 +64,18 @@ def test_a_loop_of_ones_own_that_is_resumed_with_what_its_algorithm_keeps_equals
         for name, options in ALL:
             model, opt = prepared(name, **options)
             trained(model, opt, own[:7])
-            kept = copy.deepcopy([unwrap_model(model).state_dict(), opt.state_dict(), communication_of(model).state_dict(opt)])
+            kept = copy.deepcopy(
+                [unwrap_model(model).state_dict(), opt.state_dict(), communication_of(model).state_dict(opt)]
+            )
             trained(model, opt, own[7:])
             again, opt_again = prepared(name, **options)
             unwrap_model(again).load_state_dict(kept[0])
             opt_again.load_state_dict(kept[1])
-            if (communication := communication_of(again)) is not None: communication.load_state_dict(kept[2], opt_again)
+            if (communication := communication_of(again)) is not None:
+                communication.load_state_dict(kept[2], opt_again)
             trained(again, opt_again, own[7:])
-            if not torch.equal(flat(model), flat(again)): differing.append(name)
+            if not torch.equal(flat(model), flat(again)):
+                differing.append(name)
         return differing
 
     assert ranks(2, fn, timeout=60) == [[], []]
@@ -77,8 +85,10 @@ def test_an_algorithm_that_averages_says_before_the_second_step_that_it_was_told
     def fn():
         model = prepare_model(net(), algorithm="decentralized")
         model(torch.randn(2, 16))
-        try: model(torch.randn(2, 16))
-        except RuntimeError as error: return str(error)
+        try:
+            model(torch.randn(2, 16))
+        except RuntimeError as error:
+            return str(error)
 
     assert all("prepare_optimizer(optimizer, model) before the loop" in text for text in ranks(2, fn))
 
@@ -86,13 +96,15 @@ def test_an_algorithm_that_averages_says_before_the_second_step_that_it_was_told
 def test_an_optimizer_of_another_model_is_refused(ranks):
     def fn():
         model = prepare_model(net(), algorithm="local_sgd")
-        try: prepare_optimizer(torch.optim.SGD(net().parameters()), model)
-        except ValueError as error: return str(error)
+        try:
+            prepare_optimizer(torch.optim.SGD(net().parameters()), model)
+        except ValueError as error:
+            return str(error)
 
     assert all("none of this model's parameters" in text for text in ranks(2, fn))
 
 
-# ---------------------------------------------------------------------- one reduction after the backward pass
+# --- one reduction after the backward pass -----------------------------------
 def test_delay_allreduce_leaves_the_mean_gradient_after_each_of_several_backward_passes_in_one_collective_each(ranks):
     def fn():
         x, y = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(get_rank())), torch.tensor([0, 1, 2, 0])
@@ -103,12 +115,18 @@ def test_delay_allreduce_leaves_the_mean_gradient_after_each_of_several_backward
             nonlocal n_sent
             n_sent += 1
             return reduce(*args, **kwargs)
+
         dist.all_reduce = counted
         try:
-            for k in range(2): F.cross_entropy(model(x[k]), y).backward()   # as two losses, one after the other
-        finally: dist.all_reduce = reduce
+            for k in range(2):
+                F.cross_entropy(model(x[k]), y).backward()  # as two losses, one after the other
+        finally:
+            dist.all_reduce = reduce
         sum(F.cross_entropy(plain(x[k]), y) for k in range(2)).backward()
-        close = all(torch.allclose(p.grad, q.grad, atol=1e-7) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+        close = all(
+            torch.allclose(p.grad, q.grad, atol=1e-7)
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+        )
         return isinstance(model, DistributedDataParallel), close, n_sent
 
     assert ranks(2, fn) == [(False, True, 2)] * 2
@@ -118,18 +136,21 @@ def test_delay_allreduce_begins_from_rank_0s_weights_and_refuses_another_algorit
     def fn():
         torch.manual_seed(get_rank())
         model = prepare_model(nn.Linear(3, 2), delay_allreduce=True)
-        try: prepare_model(net(), delay_allreduce=True, algorithm="fp16")
-        except ValueError as error: return flat(model), str(error)
+        try:
+            prepare_model(net(), delay_allreduce=True, algorithm="fp16")
+        except ValueError as error:
+            return flat(model), str(error)
 
     (first, error), (second, _) = ranks(2, fn)
     assert torch.equal(first, second) and "one all-reduce of all gradients, which algorithm='fp16' has none of" in error
 
 
-# ---------------------------------------------------------------------- precision
+# --- precision ---------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_is_autocast_around_the_forward_pass_and_gives_float32(dtype):
     x = torch.randn(4, 16)
-    with torch.autocast("cpu", dtype): expected = net()(x)
+    with torch.autocast("cpu", dtype):
+        expected = net()(x)
     output = prepare_model(net(), mixed_precision=dtype)(x)
     assert expected.dtype == dtype and output.dtype == torch.float32 and torch.equal(output, expected.float())
 
@@ -138,12 +159,13 @@ def test_mixed_precision_on_two_ranks_trains_as_ddp_with_autocast_by_hand(ranks)
     def fn():
         own = batches_of(learner())
         model, opt = prepare_model(net(), mixed_precision=torch.bfloat16), None
-        opt = torch.optim.SGD(model.parameters(), lr=.1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
         by_hand = DistributedDataParallel(net())
-        opt_by_hand = torch.optim.SGD(by_hand.parameters(), lr=.1)
+        opt_by_hand = torch.optim.SGD(by_hand.parameters(), lr=0.1)
         for x, y in own:
             F.cross_entropy(model(x), y).backward()
-            with torch.autocast("cpu", torch.bfloat16): output = by_hand(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                output = by_hand(x)
             F.cross_entropy(output.float(), y).backward()
             for one in (opt, opt_by_hand):
                 one.step()
@@ -153,35 +175,44 @@ def test_mixed_precision_on_two_ranks_trains_as_ddp_with_autocast_by_hand(ranks)
     assert ranks(2, fn) == [True, True]
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(mixed_precision=torch.float64), "mixed_precision=torch.float64: expected torch.bfloat16"),
-    (dict(algorithm="qadam"), "PyTorch has no engine for quantized Adam"),
-    (dict(algorithm="fp16", rank=2), "rank=2 has no meaning for algorithm='fp16'")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(mixed_precision=torch.float64), "mixed_precision=torch.float64: expected torch.bfloat16"),
+        (dict(algorithm="qadam"), "PyTorch has no engine for quantized Adam"),
+        (dict(algorithm="fp16", rank=2), "rank=2 has no meaning for algorithm='fp16'"),
+    ],
+)
 def test_options_are_refused_alone_as_on_many_ranks(options, message):
-    with pytest.raises(ValueError, match=message): prepare_model(net(), **options)
+    with pytest.raises(ValueError, match=message):
+        prepare_model(net(), **options)
 
 
-# ---------------------------------------------------------------------- a model that is spread
+# --- a model that is spread --------------------------------------------------
 def test_a_spread_model_begins_from_rank_0s_weights(ranks):
     def fn():
         torch.manual_seed(get_rank())
-        model = shard_model(net() if get_rank() == 0 else nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3)), blocks=nn.Linear)
+        model = shard_model(
+            net() if get_rank() == 0 else nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3)),
+            blocks=nn.Linear,
+        )
         return is_fully_sharded(model), torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
 
-    for is_spread, own in ranks(2, fn): assert is_spread and torch.equal(own, flat(net()))
+    for is_spread, own in ranks(2, fn):
+        assert is_spread and torch.equal(own, flat(net()))
 
 
 def test_alone_each_function_gives_back_what_it_was_given():
     model = net()
-    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
     assert prepare_model(model, algorithm="local_sgd", delay_allreduce=False) is model
     assert prepare_optimizer(opt, model) is opt and communication_of(model) is None
     assert not opt._optimizer_step_post_hooks
 
 
-# ---------------------------------------------------------------------- batches on a device
+# --- batches on a device -----------------------------------------------------
 def test_batches_come_to_the_device_and_all_else_is_the_loaders_own():
-    loader = DataLoader(TensorDataset(torch.arange(12.)), 4, shuffle=True)
+    loader = DataLoader(TensorDataset(torch.arange(12.0)), 4, shuffle=True)
     moved = prepare_data_loader(loader, device=torch.device("meta"))
     assert len(moved) == 3 and moved.dataset is loader.dataset
     assert [x.device.type for [x] in moved] == ["meta"] * 3
@@ -190,12 +221,15 @@ def test_batches_come_to_the_device_and_all_else_is_the_loaders_own():
 
 def test_epochs_are_heard_by_a_loader_whose_batches_are_moved(ranks):
     def fn():
-        plain, moved = (prepare_data_loader(DataLoader(TensorDataset(torch.arange(12)), 2, shuffle=True), seed=1, device=device)
-                        for device in (None, torch.device("cpu")))
+        plain, moved = (
+            prepare_data_loader(DataLoader(TensorDataset(torch.arange(12)), 2, shuffle=True), seed=1, device=device)
+            for device in (None, torch.device("cpu"))
+        )
         orders = []
         for loader in (plain, moved):
             set_epoch(loader, 5)
             orders.append([x.tolist() for [x] in loader])
         return orders
 
-    for plain, moved in ranks(2, fn): assert plain == moved
+    for plain, moved in ranks(2, fn):
+        assert plain == moved

@@ -1,4 +1,5 @@
 """prepare_model: two ranks with half the batch each train like one with all of it, batch normalization included."""
+
 import copy
 
 import pytest
@@ -21,8 +22,15 @@ from learnkit.distributed import (
 
 def net(*, batchnorm: bool) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4) if batchnorm else nn.Identity(), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(16, 8), nn.BatchNorm1d(8) if batchnorm else nn.Identity(), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4) if batchnorm else nn.Identity(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 8),
+        nn.BatchNorm1d(8) if batchnorm else nn.Identity(),
+        nn.Linear(8, 3),
+    )
 
 
 def data(n: int = 12) -> tuple[Tensor, Tensor]:
@@ -31,7 +39,9 @@ def data(n: int = 12) -> tuple[Tensor, Tensor]:
 
 
 def trained(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> dict[str, Tensor]:
-    """The state after five steps of SGD. `weight`: of this rank's loss, where ranks hold different numbers of samples."""
+    """The state after five steps of SGD. `weight`: of this rank's loss, where ranks hold different numbers of
+    samples.
+    """
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
         (F.cross_entropy(model(x), y) * weight).backward()
@@ -44,7 +54,9 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-5) -
     return a.keys() == b.keys() and all(torch.allclose(a[key].double(), b[key].double(), atol=tolerance) for key in a)
 
 
-@pytest.mark.parametrize("sync_bn, sizes", [(False, (6, 6)), (False, (8, 4)), (True, (6, 6)), (True, (9, 3)), (True, (4, 4, 4))])
+@pytest.mark.parametrize(
+    "sync_bn, sizes", [(False, (6, 6)), (False, (8, 4)), (True, (6, 6)), (True, (9, 3)), (True, (4, 4, 4))]
+)
 def test_ranks_train_as_one_process_with_the_whole_batch(ranks, sync_bn, sizes):
     x, y = data()
 
@@ -61,14 +73,22 @@ def test_plain_batch_normalization_does_see_its_own_part_only(ranks):
     """The control: without sync_bn the numbers must differ."""
     x, y = data()
 
-    def fn(): return trained(prepare_model(net(batchnorm=True)), x.split(6)[get_rank()], y.split(6)[get_rank()])
+    def fn():
+        return trained(prepare_model(net(batchnorm=True)), x.split(6)[get_rank()], y.split(6)[get_rank()])
 
     assert not close(ranks(2, fn)[0], trained(net(batchnorm=True), x, y), 1e-3)
 
 
-@pytest.mark.parametrize("make, shape", [(nn.BatchNorm1d, (6, 3)), (nn.BatchNorm1d, (6, 3, 5)), (nn.BatchNorm3d, (6, 3, 2, 2, 2)),
-                                         (lambda n: nn.BatchNorm2d(n, momentum=None, affine=False), (6, 3, 2, 2)),
-                                         (lambda n: nn.BatchNorm2d(n, track_running_stats=False), (6, 3, 2, 2))])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (nn.BatchNorm1d, (6, 3)),
+        (nn.BatchNorm1d, (6, 3, 5)),
+        (nn.BatchNorm3d, (6, 3, 2, 2, 2)),
+        (lambda n: nn.BatchNorm2d(n, momentum=None, affine=False), (6, 3, 2, 2)),
+        (lambda n: nn.BatchNorm2d(n, track_running_stats=False), (6, 3, 2, 2)),
+    ],
+)
 @pytest.mark.parametrize("sizes", [(3, 3), (5, 1), (6, 0)])
 def test_outputs_gradients_and_statistics_equal_those_of_the_whole_batch(ranks, make, shape, sizes):
     torch.manual_seed(3)
@@ -110,23 +130,28 @@ def test_a_batchnorm_that_is_the_whole_model_is_converted_and_half_precision_sta
 
 def test_options_go_to_ddp_and_gradients_are_bucket_views(ranks):
     def fn():
-        plain, told = prepare_model(nn.Linear(2, 2)), prepare_model(nn.Linear(2, 2), find_unused_parameters=True,
-                                                                    gradient_as_bucket_view=False)
+        plain, told = (
+            prepare_model(nn.Linear(2, 2)),
+            prepare_model(nn.Linear(2, 2), find_unused_parameters=True, gradient_as_bucket_view=False),
+        )
         return plain.gradient_as_bucket_view, told.gradient_as_bucket_view, told.find_unused_parameters
 
     assert ranks(2, fn) == [(True, False, True)] * 2
 
 
 def test_a_model_without_trainable_weights_is_not_wrapped(ranks):
-    def fn(): return type(prepare_model(nn.ReLU())).__name__
+    def fn():
+        return type(prepare_model(nn.ReLU())).__name__
 
     assert ranks(2, fn) == ["ReLU", "ReLU"]
 
 
 def test_wrapping_twice_is_told(ranks):
     def fn():
-        try: prepare_model(prepare_model(nn.Linear(2, 2)))
-        except TypeError as error: return str(error)
+        try:
+            prepare_model(prepare_model(nn.Linear(2, 2)))
+        except TypeError as error:
+            return str(error)
 
     assert "wrapped in DistributedDataParallel already" in ranks(2, fn)[0]
 
@@ -136,10 +161,12 @@ def test_a_world_of_one_gets_its_own_model():
     assert prepare_model(model, sync_bn=True) is model and type(model[1]) is nn.BatchNorm2d
 
 
-# --------------------------------------------------------------------------------------------------------------- compare
+# --- compar ------------------------------------------------------------------
 def differences(facts_of) -> str | None:
-    try: check_same(facts_of(get_rank()))
-    except ValueError as error: return str(error)
+    try:
+        check_same(facts_of(get_rank()))
+    except ValueError as error:
+        return str(error)
 
 
 def test_equal_facts_pass(ranks):
@@ -147,7 +174,8 @@ def test_equal_facts_pass(ranks):
 
 
 def test_the_odd_rank_is_named_with_entry_and_values_on_every_rank(ranks):
-    def facts(rank): return {"lr": 0.1 if rank == 2 else 0.3, "seed": 1, **({"batch size": 8} if rank else {})}
+    def facts(rank):
+        return {"lr": 0.1 if rank == 2 else 0.3, "seed": 1, **({"batch size": 8} if rank else {})}
 
     [message, *others] = ranks(3, differences, facts)
     assert others == [message, message]

@@ -1,4 +1,7 @@
-"""A script of several fits that always says resume=True: killed anywhere it is started again, and ends as one that was never killed."""
+"""A script of several fits that always says resume=True: killed anywhere it is started again, and ends as one that was
+never killed.
+"""
+
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -15,19 +18,24 @@ from learnkit.callbacks import EMA, Checkpoint, EarlyStopping, ReduceLROnPlateau
 from learnkit.distributed import get_world_size, is_main
 
 
-def killed(root: Path, place: Any) -> Path: return root.with_name(f"{root.name} killed at {place}")
+def killed(root: Path, place: Any) -> Path:
+    return root.with_name(f"{root.name} killed at {place}")
 
 
 class Kill(Callback):
     """What a process would leave that is killed at these places, (fit, step) or (fit, "end"): a copy of the folders."""
+
     order = Checkpoint.order - 10
 
-    def __init__(self, root: Path, places: list[tuple[int, Any]]) -> None: self.root, self.places = root, places
+    def __init__(self, root: Path, places: list[tuple[int, Any]]) -> None:
+        self.root, self.places = root, places
 
     def after_batch(self, learn: Learner) -> None:
-        if learn.training: self.keep(learn, learn.step)
+        if learn.training:
+            self.keep(learn, learn.step)
 
-    def after_fit(self, learn: Learner) -> None: self.keep(learn, "end")
+    def after_fit(self, learn: Learner) -> None:
+        self.keep(learn, "end")
 
     def keep(self, learn: Learner, step: Any) -> None:
         if (place := (learn.n_fits, step)) in self.places and is_main():
@@ -38,15 +46,24 @@ def learner(*callbacks: Callback) -> Learner:
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(48, 4, generator=g), torch.randint(3, (48,), generator=g)
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(.2), nn.Linear(5, 3))
-    data = DataBunch.from_tensors((x, y), (x[:9], y[:9]), bs=12 // get_world_size(), seed=2)        # 4 steps an epoch
-    return Learner(data, model, metrics=accuracy, callbacks=callbacks, splitter=lambda model: list(model.children())).to_distributed()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.2), nn.Linear(5, 3))
+    data = DataBunch.from_tensors((x, y), (x[:9], y[:9]), bs=12 // get_world_size(), seed=2)  # 4 steps an epoch
+    return Learner(
+        data, model, metrics=accuracy, callbacks=callbacks, splitter=lambda model: list(model.children())
+    ).to_distributed()
 
 
 def seen(learn: Learner) -> tuple[Any, ...]:
     recorder = learn.recorder
-    return ([p.tolist() for p in learn.model.parameters()], recorder.losses, recorder.values, learn.validate(), learn.epochs_trained,
-            torch.get_rng_state().tolist(), [s.tolist() for kept in learn.opt.state_dict()["state"].values() for s in kept.values()])
+    return (
+        [p.tolist() for p in learn.model.parameters()],
+        recorder.losses,
+        recorder.values,
+        learn.validate(),
+        learn.epochs_trained,
+        torch.get_rng_state().tolist(),
+        [s.tolist() for kept in learn.opt.state_dict()["state"].values() for s in kept.values()],
+    )
 
 
 def own_callbacks(root: Path, kill: Callback, **options: Any) -> Iterator[Any]:
@@ -54,7 +71,11 @@ def own_callbacks(root: Path, kill: Callback, **options: Any) -> Iterator[Any]:
     learn = learner(Checkpoint(root / "kept", every_n_steps=2), kill)
     with learn.no_logging():
         yield seen(learn.fit(2, 1e-2, callbacks=[ReduceLROnPlateau()], **options))
-        yield seen(learn.fit_one_cycle(3, 1e-2, callbacks=[EarlyStopping(patience=2, min_delta=9.), EMA(decay=.5)], **options))
+        yield seen(
+            learn.fit_one_cycle(
+                3, 1e-2, callbacks=[EarlyStopping(patience=2, min_delta=9.0), EMA(decay=0.5)], **options
+            )
+        )
 
 
 def the_same_callback(root: Path, kill: Callback, **options: Any) -> Iterator[Any]:
@@ -93,14 +114,22 @@ def two_folders(root: Path, kill: Callback, **options: Any) -> Iterator[Any]:
     learn = learner(kill)
     with learn.no_logging():
         yield seen(learn.fit(2, 1e-2, callbacks=[Checkpoint(root / "one", every_n_steps=2)], **options))
-        yield seen(learn.fit(2, 1e-2, callbacks=[Checkpoint(root / "two", every_n_steps=2), EarlyStopping(patience=5)], **options))
+        yield seen(
+            learn.fit(
+                2, 1e-2, callbacks=[Checkpoint(root / "two", every_n_steps=2), EarlyStopping(patience=5)], **options
+            )
+        )
 
 
 def one_folder_two_objects(root: Path, kill: Callback, **options: Any) -> Iterator[Any]:
     learn = learner(kill)
     with learn.no_logging():
         yield seen(learn.fit(2, 1e-2, callbacks=[Checkpoint(root / "one", every_n_steps=2)], **options))
-        yield seen(learn.fit(2, 1e-2, callbacks=[Checkpoint(root / "one", every_n_steps=2), EarlyStopping(patience=5)], **options))
+        yield seen(
+            learn.fit(
+                2, 1e-2, callbacks=[Checkpoint(root / "one", every_n_steps=2), EarlyStopping(patience=5)], **options
+            )
+        )
 
 
 SCRIPTS: dict[Callable[..., Iterator[Any]], list[tuple[int, Any]]] = {
@@ -109,19 +138,24 @@ SCRIPTS: dict[Callable[..., Iterator[Any]], list[tuple[int, Any]]] = {
     thawed: [(1, 3), (1, "end"), (2, 1), (2, 3), (2, "end"), (3, 1), (3, 6), (3, "end")],
     another_model: [(1, 2), (1, "end"), (2, 1), (2, 5), (2, "end")],
     two_folders: [(1, 2), (1, "end"), (2, 1), (2, 5), (2, "end")],
-    one_folder_two_objects: [(1, 2), (1, "end"), (2, 1), (2, 5), (2, "end")]}
+    one_folder_two_objects: [(1, 2), (1, "end"), (2, 1), (2, 5), (2, "end")],
+}
 
 
 def run_again(root: Path, script: Callable[..., Iterator[Any]]) -> list[Any]:
-    """The kills after which what is resumed is not what was never killed; after the first one it is killed again, at the next place."""
+    """The kills after which what is resumed is not what was never killed; after the first one it is killed again, at
+    the next place.
+    """
     places, first, wrong = SCRIPTS[script], root / "whole", []
     whole = list(script(first, Kill(first, places), resume=True))
     for place, later in pairwise([*places, None]):
         for folder in (killed(first, place), killed(killed(first, place), later)):
-            if later is None and folder != killed(first, place): continue
+            if later is None and folder != killed(first, place):
+                continue
             torch.manual_seed(99)
             found = list(script(folder, Kill(folder, [later] if later else []), resume=True))
-            if found != whole: wrong.append((folder.name, [a == b for a, b in zip(found, whole, strict=True)]))
+            if found != whole:
+                wrong.append((folder.name, [a == b for a, b in zip(found, whole, strict=True)]))
     return wrong
 
 

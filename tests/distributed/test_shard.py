@@ -1,4 +1,5 @@
 """Sharding: the k-th global batch is the same at every world size; plain functions first, then samplers and loaders."""
+
 import random
 from collections import Counter
 from itertools import chain
@@ -42,7 +43,7 @@ def steps(n: int, b: int, w: int, **options) -> list[list[list[int]]]:
     return [list(map(list, rank_batches(order, b, rank, w, **options))) for rank in range(w)]
 
 
-# ------------------------------------------------------------------------------------------------------ plain functions
+# --- plain functions ---------------------------------------------------------
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_training_shards_have_equal_steps_and_each_sample_at_most_once(drop_last):
     for n, b, w in all_cases():
@@ -51,17 +52,20 @@ def test_training_shards_have_equal_steps_and_each_sample_at_most_once(drop_last
         seen = Counter(chain.from_iterable(chain.from_iterable(shards)))
         rest = n % (b * w)
         assert max(seen.values(), default=1) == 1 and len(seen) == n - (rest if drop_last or rest < w else 0)
-        assert all(len(batch) == b for shard in shards for batch in shard[:n // (b * w)])
+        assert all(len(batch) == b for shard in shards for batch in shard[: n // (b * w)])
         assert all(max(map(len, last)) - min(map(len, last)) <= 1 for last in zip(*shards, strict=True))
 
 
 def test_the_kth_global_batch_is_the_same_at_every_world_size_with_the_same_global_batch_size():
     for n in SIZES:
         for global_size in (6, 12):
-            whole = {w: [list(chain(*parts)) for parts in zip(*steps(n, global_size // w, w), strict=True)] for w in (1, 2, 3)}
+            whole = {
+                w: [list(chain(*parts)) for parts in zip(*steps(n, global_size // w, w), strict=True)]
+                for w in (1, 2, 3)
+            }
             for w in (2, 3):
                 left_out = 0 < n % global_size < w  # fewer samples than ranks
-                assert whole[w] == whole[1][:len(whole[1]) - left_out]
+                assert whole[w] == whole[1][: len(whole[1]) - left_out]
 
 
 def test_evaluation_shards_see_each_sample_exactly_once():
@@ -84,28 +88,37 @@ def test_gathered_rows_are_put_into_dataset_order():
         assert torch.tensor(gathered)[dataset_order(n, b, w)].tolist() == list(range(n))
 
 
-# ------------------------------------------------------------------------------------------------------------- samplers
+# --- samplers ----------------------------------------------------------------
 class Shuffled(Sampler[int]):
     """As users write them: draws from whichever global generator it likes."""
 
-    def __init__(self, n: int, shuffle): self.n, self.shuffle = n, shuffle
-    def __len__(self): return self.n
+    def __init__(self, n: int, shuffle):
+        self.n, self.shuffle = n, shuffle
+
+    def __len__(self):
+        return self.n
+
     def __iter__(self):
         order = list(range(self.n))
         self.shuffle(order)
         yield from order
 
 
-def torch_shuffle(order: list[int]) -> None: order[:] = [order[i] for i in torch.randperm(len(order))]
+def torch_shuffle(order: list[int]) -> None:
+    order[:] = [order[i] for i in torch.randperm(len(order))]
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Shuffled(18, random.shuffle),
-    lambda: Shuffled(18, np.random.shuffle),
-    lambda: Shuffled(18, torch_shuffle),
-    lambda: WeightedRandomSampler([1.0] * 18, 18),
-    lambda: WeightedRandomSampler([1.0] * 18, 18, generator=torch.Generator().manual_seed(random.getrandbits(30))),
-], ids=["random", "numpy", "torch", "weighted", "weighted, own generator"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Shuffled(18, random.shuffle),
+        lambda: Shuffled(18, np.random.shuffle),
+        lambda: Shuffled(18, torch_shuffle),
+        lambda: WeightedRandomSampler([1.0] * 18, 18),
+        lambda: WeightedRandomSampler([1.0] * 18, 18, generator=torch.Generator().manual_seed(random.getrandbits(30))),
+    ],
+    ids=["random", "numpy", "torch", "weighted", "weighted, own generator"],
+)
 def test_ranks_agree_on_a_users_sampler_whatever_their_random_states(make):
     seen = []
     for rank in range(2):
@@ -141,11 +154,13 @@ def test_a_batch_sampler_is_dealt_out_in_rounds():
 def test_an_endless_sampler_is_read_no_further_than_needed():
     class Endless(Sampler[int]):
         def __iter__(self):
-            while True: yield random.randrange(100)
+            while True:
+                yield random.randrange(100)
 
     sampler = ShardedBatchSampler(Endless(), 2, rank=1, world_size=2)
     assert len(next(iter(sampler))) == 2
-    with pytest.raises(TypeError, match="Endless has no len"): len(sampler)
+    with pytest.raises(TypeError, match="Endless has no len"):
+        len(sampler)
 
 
 def test_what_cannot_be_read_again_is_refused():
@@ -153,7 +168,7 @@ def test_what_cannot_be_read_again_is_refused():
         ShardedBatchSampler(iter([1]), 2)
 
 
-# -------------------------------------------------------------------------------------------------------------- loaders
+# --- loaders -----------------------------------------------------------------
 def passes(loader, n: int = 2) -> list[list[list[int]]]:
     return [[batch.tolist() for batch in loader] for _ in range(n)]
 
@@ -181,18 +196,21 @@ def test_without_a_seed_the_ranks_agree_on_rank_0s(ranks):
         torch.manual_seed(get_rank())
         return passes(prepare_data_loader(DataLoader(range(12), batch_size=2, shuffle=True)))
 
-    for epoch in joined(ranks(3, fn)): assert sorted(chain(*epoch)) == list(range(12))
+    for epoch in joined(ranks(3, fn)):
+        assert sorted(chain(*epoch)) == list(range(12))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_an_unshuffled_loader_is_for_evaluation_and_unpadded(ranks, n):
-    def fn(): return passes(prepare_data_loader(DataLoader(range(n), batch_size=2)), 1)[0]
+    def fn():
+        return passes(prepare_data_loader(DataLoader(range(n), batch_size=2)), 1)[0]
 
     assert sorted(chain(*chain(*ranks(3, fn)))) == list(range(n))
 
 
 def test_an_unshuffled_training_loader_keeps_step(ranks):
-    def fn(): return len(passes(prepare_data_loader(DataLoader(range(9), batch_size=2), training=True), 1)[0])
+    def fn():
+        return len(passes(prepare_data_loader(DataLoader(range(9), batch_size=2), training=True), 1)[0])
 
     assert ranks(2, fn) == [2, 2]
 
@@ -204,14 +222,27 @@ class MyLoader(DataLoader):
         super().__init__(*args, **options)
         self.scale = scale
 
-    def __iter__(self): return (batch * self.scale for batch in super().__iter__())
+    def __iter__(self):
+        return (batch * self.scale for batch in super().__iter__())
 
 
 def test_every_setting_of_a_loader_is_kept():
     generator = torch.Generator()
-    loader = MyLoader(range(9), batch_size=2, shuffle=True, scale=10, num_workers=1, timeout=30, prefetch_factor=3,
-                      collate_fn=torch.tensor, worker_init_fn=print, generator=generator, persistent_workers=True,
-                      multiprocessing_context="fork", in_order=False)
+    loader = MyLoader(
+        range(9),
+        batch_size=2,
+        shuffle=True,
+        scale=10,
+        num_workers=1,
+        timeout=30,
+        prefetch_factor=3,
+        collate_fn=torch.tensor,
+        worker_init_fn=print,
+        generator=generator,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+        in_order=False,
+    )
     sharded = prepare_data_loader(loader, seed=1)
     assert type(sharded) is MyLoader and sharded is not loader
     names = [name for name in vars(loader) if name not in ("batch_sampler", "_iterator")]
@@ -221,8 +252,11 @@ def test_every_setting_of_a_loader_is_kept():
 
 def test_augmentations_differ_between_ranks(ranks):
     class Noise(Dataset):
-        def __len__(self): return 4
-        def __getitem__(self, i): return torch.rand(())
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return torch.rand(())
 
     def fn():
         torch.manual_seed(0)
@@ -263,8 +297,12 @@ def test_torchs_own_batch_sampler_is_sharded_by_sample(ranks):
 def test_epochs_reach_the_sampler_below_every_kind_of_loader():
     class Listens:
         epoch = 0
-        def set_epoch(self, epoch): self.epoch = epoch
-        def __iter__(self): return iter([[1]])
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter([[1]])
 
     inner = Listens()
     set_epoch(ShardedLoader(inner, rank=0, world_size=1), 4)
@@ -274,20 +312,29 @@ def test_epochs_reach_the_sampler_below_every_kind_of_loader():
     assert loader.batch_sampler.epoch == 6
 
 
-# -------------------------------------------------------------------------------------------------------------- streams
+# --- streams -----------------------------------------------------------------
 class Stream(IterableDataset):
-    def __init__(self, n: int): self.n = n
-    def __iter__(self): return iter(range(self.n))
+    def __init__(self, n: int):
+        self.n = n
+
+    def __iter__(self):
+        return iter(range(self.n))
 
 
 def test_a_stream_is_refused_with_the_recipe(ranks):
     def fn():
-        try: prepare_data_loader(DataLoader(Stream(8), batch_size=2))
-        except TypeError as error: return str(error)
+        try:
+            prepare_data_loader(DataLoader(Stream(8), batch_size=2))
+        except TypeError as error:
+            return str(error)
 
     [message, _] = ranks(2, fn)
-    for part in ("Stream is an IterableDataset: each rank", "DataLoader(ShardedStream(Stream(…), batch_size), batch_size)",
-                 "get_rank() * num_workers + get_worker_info().id"): assert part in message
+    for part in (
+        "Stream is an IterableDataset: each rank",
+        "DataLoader(ShardedStream(Stream(…), batch_size), batch_size)",
+        "get_rank() * num_workers + get_worker_info().id",
+    ):
+        assert part in message
 
 
 @pytest.mark.parametrize("n_workers", [0, 1, 2])
@@ -300,7 +347,7 @@ def test_a_wrapped_stream_follows_the_rule_for_any_number_of_workers(n_workers, 
         assert passes(DataLoader(stream, batch_size=b, num_workers=n_workers), 1)[0] == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------- alone
+# --- alone -------------------------------------------------------------------
 def test_a_world_of_one_leaves_loaders_alone():
     for loader in (DataLoader(range(4), shuffle=True), DataLoader(Stream(4)), [1, 2]):
         assert prepare_data_loader(loader) is loader
@@ -308,6 +355,7 @@ def test_a_world_of_one_leaves_loaders_alone():
 
 class Dealt(list):
     """A loader whose batches are this rank's own already, as those of a Ray dataset."""
+
     is_sharded = True
 
 

@@ -57,7 +57,8 @@ NOT_DRAWN = {
     "add_callback": "takes a callback, as Learner(callbacks=…) does",
     "remove_callback": "takes one away: no trace to be seen",
     "on": "makes a function a callback: tests/test_on.py",
-    "interpret": "of pictures' folders: tests/vision/test_interpretation.py, and get_preds, of which it is made, is drawn",
+    "interpret": "of pictures' folders: tests/vision/test_interpretation.py, and get_preds, of which it is made, is "
+    "drawn",
     "tta": "of pictures' transforms: tests/vision/test_transform.py",
     "no_logging": "every fit of a draw is in one",
     "plan_steps": "called by every fit",

@@ -28,11 +28,14 @@ def can_be_written(c: Configuration) -> bool:
     taking_part = [
         code
         for code in c.callbacks
-        if c.of(code).has("gradients") and not code.startswith(("ClipGradients(max_norm=0.1)", "ClipGradients(value", "Accumulate"))
+        if c.of(code).has("gradients")
+        and not code.startswith(("ClipGradients(max_norm=0.1)", "ClipGradients(value", "Accumulate"))
     ]
     if c.fits == ("fit, slice",) and OPTIMIZERS[c.optimizer].has("built"):
         return False  # a rate for each of its groups, of which the history has the last one's
-    return not (taking_part or c.own_callbacks or c.world > 1 or len(c.fits) > 1 or c.stop or c.max_steps) and not c.has(
+    return not (
+        taking_part or c.own_callbacks or c.world > 1 or len(c.fits) > 1 or c.stop or c.max_steps
+    ) and not c.has(
         "draws",
         "closure",
         "schedule-free",
@@ -81,10 +84,16 @@ def by_hand(
         scaler.update()
         opt.zero_grad()
         losses.append(loss_of_step if usual is None else loss_of_step / total)
-    return {"weights": dict(model.state_dict()), "optimizer": opt.state_dict()["state"], "losses": [float(loss) for loss in losses]}
+    return {
+        "weights": dict(model.state_dict()),
+        "optimizer": opt.state_dict()["state"],
+        "losses": [float(loss) for loss in losses],
+    }
 
 
-def windows(c: Configuration, places: dict[tuple[int, int, int], list[list[int]]]) -> Iterator[tuple[list[list[int]], float | None]]:
+def windows(
+    c: Configuration, places: dict[tuple[int, int, int], list[list[int]]]
+) -> Iterator[tuple[list[list[int]], float | None]]:
     """The batches of each step, by their samples' numbers, and what a regular step has; None: a step is a batch."""
     k = next((int(code[len("Accumulate(")]) for code in c.callbacks if code.startswith("Accumulate")), 1)
     usual = (
@@ -98,7 +107,9 @@ def windows(c: Configuration, places: dict[tuple[int, int, int], list[list[int]]
 
 
 def optimizer(c: Configuration, model: nn.Module) -> Optimizer:
-    """As the documentation says: decay decoupled, fused where torch can; one group that decays and one that does not."""
+    """As the documentation says: decay decoupled, fused where torch can; one group that decays and one that does
+    not.
+    """
     made = eval(OPTIMIZERS[c.optimizer].code, {**namespace(), "model": model})
     if isinstance(made, Optimizer):
         return made
@@ -116,8 +127,13 @@ def optimizer(c: Configuration, model: nn.Module) -> Optimizer:
 
 
 def spares(model: nn.Module) -> list[bool]:
-    norms = {id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)}
-    return [id(p) in norms or (name.endswith("bias") and name.rpartition(".")[2] == "bias") for name, p in model.named_parameters()]
+    norms = {
+        id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
+    }
+    return [
+        id(p) in norms or (name.endswith("bias") and name.rpartition(".")[2] == "bias")
+        for name, p in model.named_parameters()
+    ]
 
 
 def decay(c: Configuration, model: nn.Module, opt: Optimizer, wd: float) -> None:

@@ -121,17 +121,28 @@ class Smooth(Callback):
 # plain weights   not with weights that are in parts
 # stops         it ends a fit
 CALLBACKS: dict[str, tuple[Part, ...]] = {
-    "Accumulate": (part("Accumulate(2)", "gradients"), part("Accumulate(3)", "gradients"),
-                   part("Accumulate(2, count=lambda inputs, target: target.sum().double() + 1.0)", "gradients", "counts", "order")),
+    "Accumulate": (
+        part("Accumulate(2)", "gradients"),
+        part("Accumulate(3)", "gradients"),
+        part("Accumulate(2, count=lambda inputs, target: target.sum().double() + 1.0)", "gradients", "counts", "order"),
+    ),
     "ActivationStats": (part("ActivationStats()", "order"), part("ActivationStats(every=2)", "order")),
     "AutoMicrobatch": (part("AutoMicrobatch(2)", "gradients"), part("AutoMicrobatch()", "gradients")),
     "BnFreeze": (part("BnFreeze()"), part("BnFreeze(all=True)", "gradients")),
     "CSVLogger": (part("CSVLogger('log.csv')", "file"), part("CSVLogger('log.csv', every_n_steps=2)", "file")),
-    "ClipGradients": (part("ClipGradients(max_norm=0.1)", "gradients"), part("ClipGradients(value=0.01)", "gradients"), part("ClipGradients(adaptive=0.01)", "gradients"),
-                      part("ClipGradients(max_norm=0.1, norm_type=float('inf'))", "gradients"), part("ClipGradients(max_norm=0.1, norm_type=1.0)", "gradients")),
+    "ClipGradients": (
+        part("ClipGradients(max_norm=0.1)", "gradients"),
+        part("ClipGradients(value=0.01)", "gradients"),
+        part("ClipGradients(adaptive=0.01)", "gradients"),
+        part("ClipGradients(max_norm=0.1, norm_type=float('inf'))", "gradients"),
+        part("ClipGradients(max_norm=0.1, norm_type=1.0)", "gradients"),
+    ),
     "CutMix": (part("CutMix()", "pictures", "order", "gradients"),),
     "EMA": (part("EMA(decay=0.8)"), part("EMA(decay=0.8, warmup=True)"), part("EMA(decay=0.8, saves=True)", "saves")),
-    "EarlyStopping": (part("EarlyStopping('train_loss', patience=1, min_delta=0.05)", "stops"), part("EarlyStopping('valid_loss', patience=1)", "monitors", "stops")),
+    "EarlyStopping": (
+        part("EarlyStopping('train_loss', patience=1, min_delta=0.05)", "stops"),
+        part("EarlyStopping('valid_loss', patience=1)", "monitors", "stops"),
+    ),
     "GradientStats": (part("GradientStats()"), part("GradientStats(every=3)")),
     "GradualUnfreezing": (part("GradualUnfreezing()", "groups", "gradients"),),
     "JSONLogger": (part("JSONLogger('log.jsonl')", "file"), part("JSONLogger('log.jsonl', every_n_steps=3)", "file")),
@@ -140,10 +151,16 @@ CALLBACKS: dict[str, tuple[Part, ...]] = {
     "MixUp": (part("MixUp()", "order", "gradients"),),
     "ParamScheduler": (part("ParamScheduler({'lr': linear(1e-2, 1e-3)})", "own schedule", "gradients"),),
     "Profile": (part("Profile()", "times"),),
-    "ReduceLROnPlateau": (part("ReduceLROnPlateau('train_loss', patience=1, min_delta=0.05)", "no schedule", "gradients"),
-                          part("ReduceLROnPlateau('valid_loss', patience=1, factor=0.5)", "monitors", "no schedule", "gradients")),
+    "ReduceLROnPlateau": (
+        part("ReduceLROnPlateau('train_loss', patience=1, min_delta=0.05)", "no schedule", "gradients"),
+        part("ReduceLROnPlateau('valid_loss', patience=1, factor=0.5)", "monitors", "no schedule", "gradients"),
+    ),
     "SAM": (part("SAM(0.05)", "gradients"),),
-    "SWA": (part("SWA(start=0.3)"), part("SWA(start=0.0, update_bn=True)"), part("SWA(start=0.5, saves=True)", "saves")),
+    "SWA": (
+        part("SWA(start=0.3)"),
+        part("SWA(start=0.0, update_bn=True)"),
+        part("SWA(start=0.5, saves=True)", "saves"),
+    ),
     "SaveBest": (part("SaveBest('train_loss')"), part("SaveBest('valid_loss', keep=2)", "monitors")),
     "StopAfter": (part("StopAfter(steps=4)", "stops"), part("StopAfter(seconds=1000.0)")),
     "TensorBoardLogger": (part("TensorBoardLogger('board')"),),
@@ -154,7 +171,7 @@ CALLBACKS: dict[str, tuple[Part, ...]] = {
     "AverageWeights": (part("AverageWeights()", "plain weights"),),
     "SecondOptimizer": (part("SecondOptimizer()", "gradients"),),
     "Smooth": (part("Smooth()", "order"),),
-}  # fmt: skip
+}
 
 # Of learnkit.callbacks, what no table entry stands for, and why.
 NOT_DRAWN = {
@@ -164,11 +181,13 @@ NOT_DRAWN = {
     "Compiled": "what learn.compile() adds: drawn as such",
     "Distributed": "what to_distributed() adds: drawn as a spread",
     "FullyShard": "what to_fsdp() adds: drawn as a spread",
-    "MLflowLogger": "its client takes seconds to start; tests/callbacks/test_loggers.py has it, and the Journal that it shares with the others is drawn",
+    "MLflowLogger": "its client takes seconds to start; tests/callbacks/test_loggers.py has it, and the Journal that "
+    "it shares with the others is drawn",
     "MixedPrecision": "what to_bf16() and to_fp16() add: drawn as a precision",
     "OptimizerModes": "what a fit with a schedule-free optimizer adds: drawn as an optimizer",
     "Progress": "every Learner has one",
     "Recorder": "every Learner has one",
     "ReduceAfterwards": "what delay_allreduce=True adds: drawn as a spread",
-    "WandbLogger": "needs wandb and its service; tests/callbacks/test_loggers.py has it, and the Journal that it shares with the others is drawn",
+    "WandbLogger": "needs wandb and its service; tests/callbacks/test_loggers.py has it, and the Journal that it "
+    "shares with the others is drawn",
 }

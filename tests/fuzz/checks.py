@@ -1,4 +1,6 @@
-"""What must hold of a draw. Each check is a function of a configuration that gives what is wrong, one line each; nothing is right."""
+"""What must hold of a draw. Each check is a function of a configuration that gives what is wrong, one line each;
+nothing is right.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,18 @@ def told(c: Configuration, *lives: Life) -> History:
             and (len(found.lives) == 1 or lives[len(found.lives) - 1].world != lives[0].world)
         ):
             raise Refused(reason)
-        late = "" if last.before_first_step else " (not before the first step, or not on all ranks alike)" if reason else ""
+        late = (
+            ""
+            if last.before_first_step
+            else " (not before the first step, or not on all ranks alike)"
+            if reason
+            else ""
+        )
         raise Failed(f"life {len(found.lives)} of {len(lives)} failed{late}: {last.reason}")
     return found
 
 
-# ---------------------------------------------------------------------- what holds of every history
+# --- what holds of every history ---------------------------------------------
 def what_is_wrong(c: Configuration, found: History) -> list[str]:
     """Files, the order of samples, and whether all ranks end with the same."""
     wrong = [f"files: {line}" for line in found.litter]
@@ -48,7 +56,8 @@ def what_is_wrong(c: Configuration, found: History) -> list[str]:
             continue
         for rank in range(1, len(ranks)):
             wrong += [
-                f"ranks: rank {rank} {line}" for line in differences(shared(c, ranks[0][key]), shared(c, ranks[rank][key]), at=key)[:3]
+                f"ranks: rank {rank} {line}"
+                for line in differences(shared(c, ranks[0][key]), shared(c, ranks[rank][key]), at=key)[:3]
             ]
     if not c.has("repeats") and not (c.world > 1 and c.has("own order")) and c.source != "DistributedSampler":
         for places in found.seen:
@@ -60,7 +69,11 @@ def what_is_wrong(c: Configuration, found: History) -> list[str]:
 
 def without_places(logs: Any) -> Any:
     """Of logs, the rows of numbers: what a run is tells the number of ranks too."""
-    return {name: [row for row in rows if "config" not in row] for name, rows in logs.items()} if isinstance(logs, dict) else logs
+    return (
+        {name: [row for row in rows if "config" not in row] for name, rows in logs.items()}
+        if isinstance(logs, dict)
+        else logs
+    )
 
 
 def shared(c: Configuration, value: Any) -> Any:
@@ -74,8 +87,11 @@ def twice(places: Places) -> list[str]:
     epochs: dict[tuple[int, int], Counter[int]] = {}
     for (fit, epoch, _), ranks in places.items():
         epochs.setdefault((fit, epoch), Counter()).update(number for own in ranks for number in own)
-    return [f"order: fit {fit}, epoch {epoch} has {sorted(k for k, n in counts.items() if n > 1)} more than once"
-            for (fit, epoch), counts in epochs.items() if max(counts.values()) > 1]  # fmt: skip
+    return [
+        f"order: fit {fit}, epoch {epoch} has {sorted(k for k, n in counts.items() if n > 1)} more than once"
+        for (fit, epoch), counts in epochs.items()
+        if max(counts.values()) > 1
+    ]
 
 
 def missing(c: Configuration, places: Places) -> list[str]:
@@ -84,7 +100,11 @@ def missing(c: Configuration, places: Places) -> list[str]:
         return []
     left_out = c.n % c.global_bs if c.drop_last or c.has("drops", "dealt") else min(c.n % c.global_bs, c.world - 1)
     epochs = Counter((fit, epoch) for (fit, epoch, _), ranks in places.items() for own in ranks for _ in own)
-    return [f"order: fit {fit}, epoch {epoch} has {n} of {c.n} samples" for (fit, epoch), n in epochs.items() if n < c.n - left_out]
+    return [
+        f"order: fit {fit}, epoch {epoch} has {n} of {c.n} samples"
+        for (fit, epoch), n in epochs.items()
+        if n < c.n - left_out
+    ]
 
 
 def same_order(c: Configuration, expected: Places, found: list[Places], *, exactly: bool) -> list[str]:
@@ -108,12 +128,17 @@ def same_order(c: Configuration, expected: Places, found: list[Places], *, exact
                     continue
                 ranks = begun(ranks, expected[place])
             if of(ranks) != of(expected[place]):
-                return [f"order: life {life + 1} at fit, epoch, batch {place} has {of(ranks)}, expected {of(expected[place])}"]
+                return [
+                    f"order: life {life + 1} at fit, epoch, batch {place} has {of(ranks)}, expected "
+                    f"{of(expected[place])}"
+                ]
     lost = expected.keys() - {place for places in found for place in places}
     return [f"order: nobody had fit, epoch, batch {sorted(lost)[:4]}"] if lost else []
 
 
-def compared(c: Configuration, a: History, b: History, *, close: bool = False, without: tuple[str, ...] = ()) -> list[str]:
+def compared(
+    c: Configuration, a: History, b: History, *, close: bool = False, without: tuple[str, ...] = ()
+) -> list[str]:
     """Rank by rank where they have as many, else of rank 0."""
     wrong = []
     if close:
@@ -125,14 +150,16 @@ def compared(c: Configuration, a: History, b: History, *, close: bool = False, w
             if key not in without:
                 wrong += [
                     f"{line} (rank {rank})"
-                    for line in differences(*(shared(c, v.get(key)) if close else v.get(key) for v in (x, y)), close=close, at=key)
+                    for line in differences(
+                        *(shared(c, v.get(key)) if close else v.get(key) for v in (x, y)), close=close, at=key
+                    )
                 ]
         if len(a.last.ranks) != len(b.last.ranks):
             break
     return wrong
 
 
-# ---------------------------------------------------------------------- the checks
+# --- the checks --------------------------------------------------------------
 def lives_of(c: Configuration) -> list[Life]:
     lives, world = [], c.world
     for k, interruption in enumerate(c.interruptions):
@@ -142,7 +169,9 @@ def lives_of(c: Configuration) -> list[Life]:
 
 
 def resumed(c: Configuration) -> list[str]:
-    """A fit that was interrupted, any number of times, and resumed on as many ranks, is to the last bit one that never was."""
+    """A fit that was interrupted, any number of times, and resumed on as many ranks, is to the last bit one that never
+    was.
+    """
     c = c.changed(interruptions=tuple(replace(i, world=c.world) for i in c.interruptions))
     never_stopped, again = told(c, Life(c.world)), told(c, *lives_of(c))
     wrong = what_is_wrong(c, never_stopped) + what_is_wrong(c, again)
@@ -151,8 +180,9 @@ def resumed(c: Configuration) -> list[str]:
 
 
 def elsewhere(c: Configuration) -> list[str]:
-    """Resumed on another number of ranks, with as many samples in a step: the same batches, and where nothing else depends on ranks the
-    same numbers, but for the order of sums."""
+    """Resumed on another number of ranks, with as many samples in a step: the same batches, and where nothing else
+    depends on ranks the same numbers, but for the order of sums.
+    """
     again = told(c, *lives_of(c))
     wrong = what_is_wrong(c, again)
     worlds = {c.world, *(i.world for i in c.interruptions)}
@@ -162,12 +192,17 @@ def elsewhere(c: Configuration) -> list[str]:
     if all(size % world == 0 for world in worlds for size in (c.n % c.global_bs, c.global_bs)) and not c.has("drops"):
         wrong += same_order(c, reference.seen[0], again.seen, exactly=False)
         if c.changed(other_world=max(worlds)).is_exact_in_any_world:
-            wrong += [f"elsewhere: {line}" for line in compared(c, reference, again, close=True, without=("random", "callbacks"))]
+            wrong += [
+                f"elsewhere: {line}"
+                for line in compared(c, reference, again, close=True, without=("random", "callbacks"))
+            ]
     return wrong
 
 
 def worlds(c: Configuration) -> list[str]:
-    """The same batches on another number of ranks, and the same numbers but for the order of sums: float64, so 1e-9 is generous."""
+    """The same batches on another number of ranks, and the same numbers but for the order of sums: float64, so 1e-9 is
+    generous.
+    """
     other = c.changed(world=c.other_world)
     a, b = told(c, Life(c.world)), told(other, Life(c.other_world))
     wrong = what_is_wrong(c, a) + what_is_wrong(other, b)
@@ -199,8 +234,9 @@ def micro_batches(c: Configuration) -> list[str]:
 
 
 def loop_by_hand(c: Configuration) -> list[str]:
-    """The same weights, optimizer state and losses as of a loop in plain PyTorch over the same batches, to the last bit; the rates but for
-    rounding, as they are written otherwise."""
+    """The same weights, optimizer state and losses as of a loop in plain PyTorch over the same batches, to the last
+    bit; the rates but for rounding, as they are written otherwise.
+    """
     from tests.fuzz import by_hand
     from tests.fuzz.isolate import isolated
 
@@ -212,12 +248,17 @@ def loop_by_hand(c: Configuration) -> list[str]:
     wrong = [f"by hand: {line}" for key in hand for line in differences(hand[key], fit[key], at=key)]
     n = len(history["lrs"])
     if c.fits[0] in by_hand.RATES and not c.has("own schedule"):
-        wrong += [f"by hand: {line}" for line in differences(by_hand.expected_rates(c, n), list(history["lrs"]), close=True, at="rates")]
+        wrong += [
+            f"by hand: {line}"
+            for line in differences(by_hand.expected_rates(c, n), list(history["lrs"]), close=True, at="rates")
+        ]
     return wrong + what_is_wrong(c, found)
 
 
 def stops(c: Configuration) -> list[str]:
-    """What one rank stops, all stop, after the same step, which may be one or two later: no other run has the same numbers."""
+    """What one rank stops, all stop, after the same step, which may be one or two later: no other run has the same
+    numbers.
+    """
     return what_is_wrong(c, told(c, Life(c.world)))
 
 

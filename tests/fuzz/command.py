@@ -65,13 +65,16 @@ def table(counts: Counter[tuple[str, int, str]]) -> str:
     lines = [f"{'check':16} {'ranks':>5} {'right':>7} {'refused':>8} {'wrong':>6}"]
     for name, world in rows:
         lines.append(
-            f"{name:16} {world:5} {counts[name, world, 'right']:7} {counts[name, world, 'refused']:8} {counts[name, world, 'wrong']:6}"
+            f"{name:16} {world:5} {counts[name, world, 'right']:7} {counts[name, world, 'refused']:8} "
+            f"{counts[name, world, 'wrong']:6}"
         )
     sums = [sum(n for (_, _, how), n in counts.items() if how == which) for which in ("right", "refused", "wrong")]
     return "\n".join([*lines, f"{'all':16} {'':5} {sums[0]:7} {sums[1]:8} {sums[2]:6}"])
 
 
-def run(draws: Iterable[tuple[int, Configuration]], n_jobs: int, *, shown: int = 8) -> list[tuple[int, Configuration, list[str]]]:
+def run(
+    draws: Iterable[tuple[int, Configuration]], n_jobs: int, *, shown: int = 8
+) -> list[tuple[int, Configuration, list[str]]]:
     """The failures, printed as they come."""
     counts: Counter[tuple[str, int, str]] = Counter()
     failures = []
@@ -85,14 +88,24 @@ def run(draws: Iterable[tuple[int, Configuration]], n_jobs: int, *, shown: int =
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Draws configurations, and checks what must hold of each.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Draws configurations, and checks what must hold of each."
+    )
     parser.add_argument("--minutes", type=float, help="go on for so long; without any option: 10")
     parser.add_argument("--jobs", type=int, default=2, help="draws at a time")
-    parser.add_argument("--from", dest="first", type=int, default=None, help="the first number; without it, one that depends on the time")
+    parser.add_argument(
+        "--from",
+        dest="first",
+        type=int,
+        default=None,
+        help="the first number; without it, one that depends on the time",
+    )
     parser.add_argument("--count", type=int, help="so many draws")
     parser.add_argument("--only", type=int, help="one draw, and its script")
     parser.add_argument(
-        "--shrink", type=int, help="find the smallest configuration with which this draw's check still fails, and print its script"
+        "--shrink",
+        type=int,
+        help="find the smallest configuration with which this draw's check still fails, and print its script",
     )
     parser.add_argument("--read", help="a configuration as it was printed, in the place of a number")
     given = parser.parse_args(arguments)
@@ -104,7 +117,10 @@ def main(arguments: list[str]) -> int:
     print(f"draws from {first} on", flush=True)
     failures = run(until(first, given.count, minutes), given.jobs)
     if failures:
-        print(f"failed: {' '.join(str(number) for number, _, _ in failures)}; python -m tests.fuzz --shrink {failures[0][0]}")
+        print(
+            f"failed: {' '.join(str(number) for number, _, _ in failures)}; python -m tests.fuzz --shrink "
+            f"{failures[0][0]}"
+        )
     return 1 if failures else 0
 
 
@@ -113,7 +129,11 @@ def one(given: argparse.Namespace) -> int:
     from tests.fuzz.shrink import shrunk
 
     number = given.only if given.only is not None else given.shrink
-    c = eval(given.read, {"Configuration": Configuration, "Interruption": Interruption}) if given.read is not None else draw(number)
+    c = (
+        eval(given.read, {"Configuration": Configuration, "Interruption": Interruption})
+        if given.read is not None
+        else draw(number)
+    )
     [(_, _, (how, lines))] = verdicts([(0, c)], 1)
     print(f"{c}\n{how}\n    " + "\n    ".join(lines[:40]), flush=True)
     if how == "wrong" and given.only is None:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METRIC = 1e-9  # relative, of metrics: functions such as accuracy give a batch's mean in float32 (docs/reliability.md, 11)
+METRIC = (
+    1e-9  # relative, of metrics: functions such as accuracy give a batch's mean in float32 (docs/reliability.md, 11)
+)
 HOW = ("fused", "foreach")  # an optimizer's settings that are of the machine and the spread, not of the algorithm
 CLOSE = 1e-9  # relative, of float64: the same numbers added up in another order, over some 20 steps (seen: 1e-13)
 TINY = 1e-12  # absolute: what is 0 but for rounding
@@ -32,7 +34,11 @@ def differences(a: Any, b: Any, *, close: bool = False, at: str = "") -> list[st
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return [f"{at}: {len(a)} and {len(b)} items"]
-        lines = [line for k, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, close=close, at=f"{at}[{k}]")]
+        lines = [
+            line
+            for k, (x, y) in enumerate(zip(a, b, strict=True))
+            for line in differences(x, y, close=close, at=f"{at}[{k}]")
+        ]
         return lines if len(lines) < 4 else [*lines[:2], f"{at}: {len(lines)} places of {len(a)}"]
     if isinstance(a, float) and isinstance(b, float):
         same = (
@@ -60,6 +66,8 @@ def of_tensors(a: Tensor, b: Tensor, *, close: bool, at: str) -> list[str]:
         return [f"{at}: other numbers"]
     a, b = a.double(), b.double()
     scale = torch.maximum(a.abs(), b.abs()).max() if a.numel() else torch.zeros(())
-    if torch.equal(a.isnan(), b.isnan()) and bool(((a - b).abs().nan_to_num() <= (CLOSE * scale + TINY if close else 0)).all()):
+    if torch.equal(a.isnan(), b.isnan()) and bool(
+        ((a - b).abs().nan_to_num() <= (CLOSE * scale + TINY if close else 0)).all()
+    ):
         return []
     return [f"{at}: {float((a - b).abs().nan_to_num(1e9).max()):.3g} apart, of {float(scale):.3g}"]

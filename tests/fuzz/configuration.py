@@ -19,7 +19,8 @@ OF_CODE: dict[str, Part] = {form.code: form for forms in CALLBACKS.values() for 
 
 @dataclass(frozen=True)
 class Interruption:
-    """`kind` strikes at `hook` when `step` steps of a fit are done, before the other callbacks (`early`) or after them; on `rank`.
+    """`kind` strikes at `hook` when `step` steps of a fit are done, before the other callbacks (`early`) or after them;
+    on `rank`.
 
     world       of the process group that resumes
     """
@@ -71,13 +72,20 @@ class Configuration:
     between: tuple[tuple[str, str, int], ...] = ()
     other_world: int = 1
 
-    # ------------------------------------------------------------------ what holds of its parts
+    # --- what holds of its parts ---------------------------------------------
     @property
     def parts(self) -> dict[str, Part]:
-        return {"spread": SPREADS[self.spread], "source": SOURCES[self.source], "valid": VALID[self.valid], "model": MODELS[self.model],
-                "precision": PRECISIONS[self.precision], "optimizer": OPTIMIZERS[self.optimizer], "metrics": METRICS[self.metrics],
-                **{f"fit {k}": FITS[name] for k, name in enumerate(self.fits)},
-                **{f"callback {k}": OF_CODE[code] for k, code in enumerate((*self.callbacks, *self.own_callbacks))}}  # fmt: skip
+        return {
+            "spread": SPREADS[self.spread],
+            "source": SOURCES[self.source],
+            "valid": VALID[self.valid],
+            "model": MODELS[self.model],
+            "precision": PRECISIONS[self.precision],
+            "optimizer": OPTIMIZERS[self.optimizer],
+            "metrics": METRICS[self.metrics],
+            **{f"fit {k}": FITS[name] for k, name in enumerate(self.fits)},
+            **{f"callback {k}": OF_CODE[code] for k, code in enumerate((*self.callbacks, *self.own_callbacks))},
+        }
 
     @staticmethod
     def of(code: str) -> Part:
@@ -117,12 +125,20 @@ class Configuration:
 
     def __repr__(self) -> str:
         """What differs from the simplest one alone: it can be read back."""
-        own = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if getattr(self, field.name) != field.default]
+        own = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
         return f"Configuration({', '.join(own)})"
 
 
 def short(interruption: Interruption) -> str:
-    own = [f"{f.name}={getattr(interruption, f.name)!r}" for f in fields(interruption) if getattr(interruption, f.name) != f.default]
+    own = [
+        f"{f.name}={getattr(interruption, f.name)!r}"
+        for f in fields(interruption)
+        if getattr(interruption, f.name) != f.default
+    ]
     return f"Interruption({', '.join(own)})"
 
 

@@ -60,7 +60,9 @@ class Draw:
         return self.random.choices(list(weights), list(weights.values()))[0]
 
     def of(self, table: Mapping[str, Part], *avoid: str) -> str:
-        return self.weighted({name: part.weight for name, part in table.items() if not any(part.has(trait) for trait in avoid)})
+        return self.weighted(
+            {name: part.weight for name, part in table.items() if not any(part.has(trait) for trait in avoid)}
+        )
 
     def one(self, *values: Any) -> Any:
         return self.random.choice(values)
@@ -74,16 +76,35 @@ def draw(number: int) -> Configuration:
     check = d.weighted(CHECK_WEIGHTS)
     world = d.weighted(WORLD_WEIGHTS)
     other_world = d.one(*({1, 2, 3} - {world}))
-    c = Configuration(check=check, world=world, other_world=other_world if check == "worlds" else 1, epochs=d.one(1, 2, 2, 3), metrics=d.of(METRICS),
-                      seed=d.one(None, None, 1), bn_wd=d.chance(0.8), **of_data(d, check), **of_training(d, check, world, other_world))  # fmt: skip
+    c = Configuration(
+        check=check,
+        world=world,
+        other_world=other_world if check == "worlds" else 1,
+        epochs=d.one(1, 2, 2, 3),
+        metrics=d.of(METRICS),
+        seed=d.one(None, None, 1),
+        bn_wd=d.chance(0.8),
+        **of_data(d, check),
+        **of_training(d, check, world, other_world),
+    )
     c = c.changed(callbacks=of_callbacks(d, c, d.weighted({0: 3, 1: 4, 2: 3, 3: 2, 4: 1})))
     if d.chance(0.25) and not c.has("two fits"):
         c = c.changed(
-            fits=(*c.fits, d.of(FITS, *(["length"] if c.has("unsized") else []), *([] if c.has("groups") else ["groups"]), "two fits"))
+            fits=(
+                *c.fits,
+                d.of(
+                    FITS,
+                    *(["length"] if c.has("unsized") else []),
+                    *([] if c.has("groups") else ["groups"]),
+                    "two fits",
+                ),
+            )
         )
         if d.chance(0.4):
             c = c.changed(
-                own_callbacks=tuple(o for o in of_callbacks(d, c, 1) if o.split("(")[0] not in {b.split("(")[0] for b in c.callbacks})
+                own_callbacks=tuple(
+                    o for o in of_callbacks(d, c, 1) if o.split("(")[0] not in {b.split("(")[0] for b in c.callbacks}
+                )
             )
     if d.chance(0.12):
         c = c.changed(max_steps=d.random.randint(1, 5))
@@ -123,7 +144,13 @@ MICRO = (
 def of_data(d: Draw, check: str) -> dict[str, Any]:
     n, global_bs = d.one((24, 12), (36, 12), (30, 12), (18, 6), (29, 6), (25, 12), (36, 6))
     avoid = ["alone"] if d.chance(0.9) else []
-    return {"n": n, "global_bs": global_bs, "drop_last": d.chance(0.4), "source": d.of(SOURCES, *avoid), "valid": d.of(VALID)}
+    return {
+        "n": n,
+        "global_bs": global_bs,
+        "drop_last": d.chance(0.4),
+        "source": d.of(SOURCES, *avoid),
+        "valid": d.of(VALID),
+    }
 
 
 def of_training(d: Draw, check: str, world: int, other_world: int) -> dict[str, Any]:
@@ -136,10 +163,18 @@ def of_training(d: Draw, check: str, world: int, other_world: int) -> dict[str, 
         spread = "sync_bn"
     if SPREADS[spread].has("blocks"):
         model = d.one("blocks", "blocks", "blocks, dropout") if not by_numbers else "blocks"
-    if model == "unused" and not SPREADS[spread].has("unused") and not SPREADS[spread].has("fsdp") and d.chance(0.8):  # refused
+    if (
+        model == "unused" and not SPREADS[spread].has("unused") and not SPREADS[spread].has("fsdp") and d.chance(0.8)
+    ):  # refused
         spread = "find_unused_parameters"
     precision = "" if by_numbers else d.of(PRECISIONS, *(["pictures"] if not MODELS[model].has("pictures") else []))
-    return {"spread": spread, "model": model, "precision": precision, "optimizer": d.of(OPTIMIZERS), "fits": (d.of(FITS),)}
+    return {
+        "spread": spread,
+        "model": model,
+        "precision": precision,
+        "optimizer": d.of(OPTIMIZERS),
+        "fits": (d.of(FITS),),
+    }
 
 
 def of_callbacks(d: Draw, c: Configuration, n: int) -> tuple[str, ...]:
@@ -154,7 +189,11 @@ def of_callbacks(d: Draw, c: Configuration, n: int) -> tuple[str, ...]:
             continue
         if (
             name == "SAM"
-            and (c.spread == "delay_allreduce" or c.has("float16") or any("Accumulate" in code or "AutoMicro" in code for code in chosen))
+            and (
+                c.spread == "delay_allreduce"
+                or c.has("float16")
+                or any("Accumulate" in code or "AutoMicro" in code for code in chosen)
+            )
             and d.chance(0.9)
         ):
             continue
@@ -194,8 +233,17 @@ def of_interruptions(d: Draw, c: Configuration) -> tuple[Interruption, ...]:
     for _ in range(d.weighted({1: 7, 2: 2, 3: 1})):
         hook = d.one("after_batch", "after_step", "after_batch", *HOOKS)
         world = c.world if c.check == "resumed" else d.one(1, 2, 3)
-        found.append(Interruption(d.of(INTERRUPTIONS), hook, d.random.randint(0 if hook.startswith("before") else 1, last), d.random.randrange(c.world),
-                                  d.chance(0.3), d.one(*range(1, len(c.fits) + 1)), world))  # fmt: skip
+        found.append(
+            Interruption(
+                d.of(INTERRUPTIONS),
+                hook,
+                d.random.randint(0 if hook.startswith("before") else 1, last),
+                d.random.randrange(c.world),
+                d.chance(0.3),
+                d.one(*range(1, len(c.fits) + 1)),
+                world,
+            )
+        )
     if c.check == "elsewhere" and all(i.world == c.world for i in found):
         found[0] = Interruption(**{**vars(found[0]), "world": d.one(*({1, 2, 3} - {c.world}))})
     return tuple(found)
@@ -206,7 +254,8 @@ def of_calls(d: Draw, c: Configuration) -> tuple[tuple[str, str, int], ...]:
     for _ in range(d.one(1, 1, 2, 3)):
         where = d.one("before", "amid", "after") if len(c.fits) > 1 else d.one("before", "amid")
         name = d.of(
-            {name: part for name, part in BETWEEN.items() if where != "amid" or part.has("amid")}, *(["valid"] if c.valid == "none" else [])
+            {name: part for name, part in BETWEEN.items() if where != "amid" or part.has("amid")},
+            *(["valid"] if c.valid == "none" else []),
         )
         if name == "get_preds of train_dl" and c.has("draws"):  # reading these samples is drawing them
             continue
@@ -215,17 +264,28 @@ def of_calls(d: Draw, c: Configuration) -> tuple[tuple[str, str, int], ...]:
 
 
 def fitting(c: Configuration) -> Configuration:
-    """Without what the library has no meaning for, or a table's note rules out; some of what it refuses is left, to be refused."""
+    """Without what the library has no meaning for, or a table's note rules out; some of what it refuses is left, to be
+    refused.
+    """
     if c.has("unsized"):
         c = c.changed(fits=tuple("fit" if FITS[name].has("length") else name for name in c.fits))
-        c = c.changed(callbacks=tuple(code for code in c.callbacks if "ParamScheduler" not in code and "SWA" not in code))
+        c = c.changed(
+            callbacks=tuple(code for code in c.callbacks if "ParamScheduler" not in code and "SWA" not in code)
+        )
     if c.check == "stops":
         c = c.changed(
-            world=max(2, c.world), spread="to_distributed" if c.spread == "alone" else c.spread, stop=c.stop or ("StopFit", 2), between=()
+            world=max(2, c.world),
+            spread="to_distributed" if c.spread == "alone" else c.spread,
+            stop=c.stop or ("StopFit", 2),
+            between=(),
         )
     if c.has("images") and c.form != "pictures":
         c = c.changed(model="convolutions", spread="fsdp" if c.has("blocks") else c.spread)
-    if c.has("x") and c.form == "" and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen"):
+    if (
+        c.has("x")
+        and c.form == ""
+        and c.model in ("linear", "MLP", "MLP, dropout", "batch norm", "batch norm, dropout", "frozen")
+    ):
         c = c.changed(model="blocks")  # nn.Sequential's argument is called otherwise
     if c.check == "micro_batches":  # batches of which the same k make one of k times the size
         c = c.changed(
@@ -244,13 +304,17 @@ def fitting(c: Configuration) -> Configuration:
             optimizer="SGD" if c.has("closure") else c.optimizer,
         )
         c = c.changed(global_bs=12, n=36, world=c.world if c.world < 3 else 2)
-    if c.check in ("worlds", "elsewhere") and (c.has("dealt") or c.n % c.global_bs < 3):  # of fewer samples than ranks nothing is left in
+    if c.check in ("worlds", "elsewhere") and (
+        c.has("dealt") or c.n % c.global_bs < 3
+    ):  # of fewer samples than ranks nothing is left in
         c = c.changed(n=c.n - c.n % c.global_bs)
     if c.check == "loop_by_hand":
         if c.has("draws", "x", "dealt", "alone", "pads", "images"):
             c = c.changed(source="DataLoader, shuffle")
         c = c.changed(world=1, fits=c.fits[:1], own_callbacks=(), stop=None, max_steps=None)
-        c = c.changed(callbacks=tuple(code for code in c.callbacks if can_be_written(SIMPLEST.changed(callbacks=(code,)))))
+        c = c.changed(
+            callbacks=tuple(code for code in c.callbacks if can_be_written(SIMPLEST.changed(callbacks=(code,))))
+        )
         for name in ("fits", "spread", "precision", "optimizer"):
             c = c if can_be_written(c) else c.changed(**{name: getattr(SIMPLEST, name)})
     if c.has("batch norm"):  # and of a part of it, too

@@ -11,9 +11,13 @@ FITS: dict[str, Part] = {
     "fit": part("learn.fit(epochs, 1e-2, **options)", weight=3),
     "fit, slice": part("learn.fit(epochs, slice(1e-3, 1e-2), wd=0.1, **options)"),
     "fit_one_cycle": part("learn.fit_one_cycle(epochs, 1e-2, **options)", "schedule", "length", weight=4),
-    "fit_one_cycle, no momentum": part("learn.fit_one_cycle(epochs, 1e-2, moms=None, pct_start=0.5, **options)", "schedule", "length"),
+    "fit_one_cycle, no momentum": part(
+        "learn.fit_one_cycle(epochs, 1e-2, moms=None, pct_start=0.5, **options)", "schedule", "length"
+    ),
     "fit_flat_cos": part("learn.fit_flat_cos(epochs, 1e-2, pct_start=0.3, **options)", "schedule", "length"),
-    "fit_sgdr": part("learn.fit_sgdr(2, 1e-2, cycle_len=1, cycle_mult=1, **options)", "schedule", "length", "two epochs"),
+    "fit_sgdr": part(
+        "learn.fit_sgdr(2, 1e-2, cycle_len=1, cycle_mult=1, **options)", "schedule", "length", "two epochs"
+    ),
     "fine_tune": part("learn.fine_tune(epochs, 1e-2, **options)", "schedule", "length", "groups", "two fits"),
 }
 
@@ -28,6 +32,7 @@ METRICS: dict[str, Part] = {
 
 # Of learnkit's metrics, what is not drawn, and why.
 NOT_DRAWN = {
-    "mean_squared_error": "of float targets, drawn as `mean`; tests/distributed/test_learner_metrics.py has it on 1 to 3 ranks",
+    "mean_squared_error": "of float targets, drawn as `mean`; tests/distributed/test_learner_metrics.py has it on 1 to "
+    "3 ranks",
     "mean_absolute_error": "as mean_squared_error",
 }

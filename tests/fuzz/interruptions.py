@@ -15,8 +15,24 @@ class Broken(RuntimeError):
     """What a drawn hook raises."""
 
 
-HOOKS = ("before_fit", "before_epoch", "before_train", "before_batch", "before_forward", "after_forward", "before_backward", "after_backward",
-         "before_step", "after_step", "after_batch", "after_train", "before_validate", "after_validate", "after_epoch", "after_fit")  # fmt: skip
+HOOKS = (
+    "before_fit",
+    "before_epoch",
+    "before_train",
+    "before_batch",
+    "before_forward",
+    "after_forward",
+    "before_backward",
+    "after_backward",
+    "before_step",
+    "after_step",
+    "after_batch",
+    "after_train",
+    "before_validate",
+    "after_validate",
+    "after_epoch",
+    "after_fit",
+)
 
 # ends        the process does not come back from the fit
 # saves       first it keeps a checkpoint
@@ -48,8 +64,9 @@ def strike(kind: str) -> None:
 def interrupt(
     kind: str, hook: str, step: int, rank: int | None, *, early: bool = False, fit: int = 1, note: Path | None = None
 ) -> Callback:
-    """Strikes once, at the first call of `hook` when `step` steps of the `fit`-th fit are done, and writes a note; on `rank` alone, or on
-    all. Hooks are found in the class: it is made for this one."""
+    """Strikes once, at the first call of `hook` when `step` steps of the `fit`-th fit are done, and writes a note; on
+    `rank` alone, or on all. Hooks are found in the class: it is made for this one.
+    """
 
     def strike_once(self: Any, learn: Learner) -> None:
         if self.struck or learn.step < step or learn.n_fits < fit or rank not in (None, learn.rank):
@@ -59,14 +76,20 @@ def interrupt(
             note.touch()
         strike(kind)
 
-    return type("Interrupt", (Callback,), {hook: strike_once, "order": -200 if early else 200, "struck": False, "in_trials": False})()
+    return type(
+        "Interrupt",
+        (Callback,),
+        {hook: strike_once, "order": -200 if early else 200, "struck": False, "in_trials": False},
+    )()
 
 
 STOPS = {"StopFit": StopFit, "StopEpoch": StopEpoch, "StopTrain": StopTrain}
 
 
 class Stop(Callback):
-    """A user's own end: part of the fit, also where it is never interrupted. `alone`: only the last rank raises it, and all end soon after."""
+    """A user's own end: part of the fit, also where it is never interrupted. `alone`: only the last rank raises it, and
+    all end soon after.
+    """
 
     order = 150
     in_trials = False

@@ -1,4 +1,6 @@
-"""A function in a process of its own, with a time limit: whatever it does to itself is a result, and nothing of it is left."""
+"""A function in a process of its own, with a time limit: whatever it does to itself is a result, and nothing of it is
+left.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Process:
             stream.flush()
         parent = os.getpid()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside a test runner's threads, from Python 3.12 on
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of forking beside a test runner's threads, from Python 3.12 on
             self.pid = os.fork()
         if self.pid == 0:
             self.be(parent, fn, args)

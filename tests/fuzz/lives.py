@@ -1,4 +1,6 @@
-"""Fits on forked ranks, one process group after the other in one folder: what each ended with, and what its ranks have seen."""
+"""Fits on forked ranks, one process group after the other in one folder: what each ended with, and what its ranks have
+seen.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,11 @@ def history(c: Configuration, *lives: Life) -> History:
             seen.append(read_seen(folder, k, life.world))
             if told[-1].how == "failed":
                 break
-        return History(told, seen, what_is_wrong(folder / "kept", dict(c.checkpoint).get("keep", 2) * (len(c.fits) + c.has("two fits"))))
+        return History(
+            told,
+            seen,
+            what_is_wrong(folder / "kept", dict(c.checkpoint).get("keep", 2) * (len(c.fits) + c.has("two fits"))),
+        )
 
 
 def live(c: Configuration, script: Script, life: Life, folder: Path, number: int) -> Told:
@@ -96,13 +102,19 @@ def live(c: Configuration, script: Script, life: Life, folder: Path, number: int
     if errors:
         alike = len(errors) == len(results) and len({result["error"] for result in errors}) == 1
         reason = "\n".join(result["error"] + "\n" + result["traceback"] for result in errors[:1])
-        return Told("failed", reason=reason, before_first_step=all(result["step"] == 0 for result in errors), alike=alike)
+        return Told(
+            "failed", reason=reason, before_first_step=all(result["step"] == 0 for result in errors), alike=alike
+        )
     if all("broken" in result for result in results):
         return Told("interrupted")
     codes = {result.get("exit") for result in results}
     if codes != {None}:
         expected = 128 + signal_of(life.interruption.kind) if life.interruption else None
-        return Told("interrupted") if codes == {expected} else Told("failed", reason=f"exit codes {codes}, expected {expected}")
+        return (
+            Told("interrupted")
+            if codes == {expected}
+            else Told("failed", reason=f"exit codes {codes}, expected {expected}")
+        )
     return Told("done", results)
 
 
@@ -144,7 +156,13 @@ def on_rank(c: Configuration, script: Script, life: Life, folder: Path, number: 
             everywhere = INTERRUPTIONS[i.kind].has("all")
             added.append(
                 interrupt(
-                    i.kind, i.hook, i.step, None if everywhere else i.rank, early=i.early, fit=i.fit, note=folder / f"struck-{number}"
+                    i.kind,
+                    i.hook,
+                    i.step,
+                    None if everywhere else i.rank,
+                    early=i.early,
+                    fit=i.fit,
+                    note=folder / f"struck-{number}",
                 )
             )
         with learn.no_logging():
@@ -190,18 +208,22 @@ def read_seen(folder: Path, number: int, world: int) -> dict[tuple[int, int, int
     return seen
 
 
-# ---------------------------------------------------------------------- what is compared
+# --- what is compared --------------------------------------------------------
 def outcome(learn: Learner) -> dict[str, Any]:
     """Everything that a fit leaves; measurements come last, as they may draw."""
     recorder = learn.recorder
     found: dict[str, Any] = {
         "step": learn.step,
         "epochs_trained": learn.epochs_trained,
-        "measured": {name: learn.values[name] for name in learn.value_names if name in learn.values},  # a Timer's are times
+        "measured": {
+            name: learn.values[name] for name in learn.value_names if name in learn.values
+        },  # a Timer's are times
         "weights": whole(dict(learn.model.state_dict())),
         "optimizer": whole(learn.opt.state_dict()),
         "requires_grad": [p.requires_grad for p in learn.model.parameters()],
-        "history": {name: getattr(recorder, name) for name in ("losses", "lrs", "moms", "values", "ends", "metric_names")},
+        "history": {
+            name: getattr(recorder, name) for name in ("losses", "lrs", "moms", "values", "ends", "metric_names")
+        },
         "random": random_state(learn.device),
         "callbacks": {},
     }

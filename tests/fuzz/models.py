@@ -109,7 +109,10 @@ class Convolutions(nn.Module):
     def __init__(self, *, norm: bool = False) -> None:
         super().__init__()
         # A bias before batch norm has a gradient of 0 but for rounding, which optimizers such as Adagrad enlarge.
-        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1, bias=not norm), nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.conv, self.norm = (
+            nn.Conv2d(1, 4, 3, padding=1, bias=not norm),
+            nn.BatchNorm2d(4) if norm else nn.Identity(),
+        )
         self.last = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,9 +140,13 @@ def halves(model: nn.Module) -> list[list[nn.Parameter]]:
 MODELS: dict[str, Part] = {
     "linear": part("nn.Linear(WIDTH, CLASSES)", weight=2),
     "MLP": part("nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES))", weight=2),
-    "MLP, dropout": part("nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, CLASSES))", "dropout", weight=3),
+    "MLP, dropout": part(
+        "nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, CLASSES))", "dropout", weight=3
+    ),
     "batch norm": part(
-        "nn.Sequential(nn.Linear(WIDTH, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))", "batch norm", weight=3
+        "nn.Sequential(nn.Linear(WIDTH, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))",
+        "batch norm",
+        weight=3,
     ),
     "batch norm, dropout": part(
         "nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 6), nn.Dropout(0.2), nn.Linear(6, CLASSES))",

@@ -65,7 +65,8 @@ OPTIMIZERS: dict[str, Part] = {
     "AdamW, built": part("torch.optim.AdamW([{'params': [p]} for p in model.parameters()], lr=1e-2)", "built"),
     "Muon and AdamW": part("muon_and_adam(model)", "built", "matrices", "rounds"),
     "Together": part(
-        "Together(torch.optim.SGD(list(model.parameters())[:1], lr=0.05), torch.optim.AdamW(list(model.parameters())[1:], lr=1e-2))",
+        "Together(torch.optim.SGD(list(model.parameters())[:1], lr=0.05), "
+        "torch.optim.AdamW(list(model.parameters())[1:], lr=1e-2))",
         "built",
     ),
     "AdamWScheduleFree": part("schedulefree.AdamWScheduleFree", "schedule-free"),

@@ -26,7 +26,8 @@ KNOWN: dict[str, str] = {
     r"static_graph=True": "gradients cannot wait",
     r"got no gradient": "DDP waits for each parameter",
     r"train_dl has no batch for each": "fewer batches than ranks",
-    r"averages the ranks' weights; those of": "a schedule-free optimizer's weights are two, of which each rank would keep one of its own",
+    r"averages the ranks' weights; those of": "a schedule-free optimizer's weights are two, of which each rank would "
+    "keep one of its own",
     r"no layer is selected": "the model is one layer",
     r"this Learner has an? \w+ already": "two of a kind would undo each other",
     r"sharded=True.*async_write": "all ranks would talk while training does",
@@ -39,14 +40,29 @@ KNOWN: dict[str, str] = {
 CONFLICTS: dict[str, dict[str, Any]] = {
     "SAM and Accumulate": {"callbacks": ("SAM(0.05)", "Accumulate(2)")},
     "SAM and float16": {"callbacks": ("SAM(0.05)",), "precision": "fp16", "spread": "to_distributed"},
-    "AutoMicrobatch and FSDP": {"callbacks": ("AutoMicrobatch(2)",), "spread": "fsdp", "world": 2, "precision": "", "optimizer": "SGD"},
+    "AutoMicrobatch and FSDP": {
+        "callbacks": ("AutoMicrobatch(2)",),
+        "spread": "fsdp",
+        "world": 2,
+        "precision": "",
+        "optimizer": "SGD",
+    },
     "AutoMicrobatch and sync_bn": {"callbacks": ("AutoMicrobatch(2)",), "spread": "sync_bn", "world": 2},
     "pure and FSDP": {"precision": "bf16, pure", "spread": "fsdp", "world": 2, "optimizer": "SGD"},
     "Adafactor and FSDP": {"optimizer": "Adafactor", "spread": "fsdp", "world": 2, "model": "MLP"},
-    "schedule-free and averages": {"optimizer": "SGDScheduleFree", "spread": "decentralized", "world": 2, "precision": ""},
+    "schedule-free and averages": {
+        "optimizer": "SGDScheduleFree",
+        "spread": "decentralized",
+        "world": 2,
+        "precision": "",
+    },
     "static_graph and Accumulate": {"callbacks": ("Accumulate(2)",), "spread": "static_graph", "world": 2},
     "an IterableDataset on ranks": {"source": "IterableDataset, length", "spread": "to_distributed", "world": 2},
-    "batches of the dataset's own on ranks": {"source": "DataLoader, batch_size=None", "spread": "to_distributed", "world": 2},
+    "batches of the dataset's own on ranks": {
+        "source": "DataLoader, batch_size=None",
+        "spread": "to_distributed",
+        "world": 2,
+    },
     "a schedule without a length": {
         "source": "generator class",
         "fits": ("fit_one_cycle",),
@@ -61,7 +77,12 @@ CONFLICTS: dict[str, dict[str, Any]] = {
     "an unused parameter": {"model": "unused", "spread": "to_distributed", "world": 2},
     "CutMix without pictures": {"model": "MLP", "callbacks": ("CutMix()",), "spread": "to_distributed"},
     "sharded and async_write": {"checkpoint": (("sharded", True), ("async_write", True))},
-    "two of a kind": {"callbacks": ("EMA(decay=0.8)", "EMA(decay=0.8)"), "spread": "to_distributed", "precision": "", "optimizer": "SGD"},
+    "two of a kind": {
+        "callbacks": ("EMA(decay=0.8)", "EMA(decay=0.8)"),
+        "spread": "to_distributed",
+        "precision": "",
+        "optimizer": "SGD",
+    },
 }
 
 

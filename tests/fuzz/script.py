@@ -1,4 +1,6 @@
-"""A failure as a script that needs nothing but learnkit: what the configuration uses of these files is copied into it."""
+"""A failure as a script that needs nothing but learnkit: what the configuration uses of these files is copied into
+it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,43 @@ import ast
 import inspect
 from types import ModuleType
 
-from tests.fuzz import between, callbacks, compare, interruptions, isolate, learner_source, lives, models, optimizers, sources, spreads
+from tests.fuzz import (
+    between,
+    callbacks,
+    compare,
+    interruptions,
+    isolate,
+    learner_source,
+    lives,
+    models,
+    optimizers,
+    sources,
+    spreads,
+)
 from tests.fuzz.configuration import Configuration, Interruption
 from tests.fuzz.interruptions import INTERRUPTIONS
 from tests.fuzz.learner_source import source
 
-MODULES = (models, sources, optimizers, callbacks, spreads, interruptions, between, compare, isolate, learner_source, lives)
-STAR = ("learnkit", "learnkit.vision", "learnkit.callbacks", "learnkit.schedule", "torch.utils.data")  # whose names the tables use
+MODULES = (
+    models,
+    sources,
+    optimizers,
+    callbacks,
+    spreads,
+    interruptions,
+    between,
+    compare,
+    isolate,
+    learner_source,
+    lives,
+)
+STAR = (
+    "learnkit",
+    "learnkit.vision",
+    "learnkit.callbacks",
+    "learnkit.schedule",
+    "torch.utils.data",
+)  # whose names the tables use
 RUNTIME = '''\
 def on_rank(make, fit, world, resume, interruption):
     """What a rank ends with; each process group is in the same folder."""
@@ -59,7 +91,8 @@ IN_NEW_FOLDER = "os.chdir(tempfile.mkdtemp())\n"
 def script(c: Configuration) -> str:
     """The text: what is used, make and fit, and what is compared."""
     if c.check == "loop_by_hand":
-        return f'"""python -m tests.fuzz --read compares this with the loop of tests/fuzz/by_hand.py."""\n\nfrom tests.fuzz import *  # {c!r}\n\n{source(c)}'
+        text = "python -m tests.fuzz --read compares this with the loop of tests/fuzz/by_hand.py."
+        return f'"""{text}"""\n\nfrom tests.fuzz import *  # {c!r}\n\n{source(c)}'
     own, main = main_of(c)
     text = f"{RUNTIME}\n\n{own}\n\n{main}"
     imports, used = closure(text)
@@ -77,13 +110,19 @@ def main_of(c: Configuration) -> tuple[str, str]:
     if c.check == "worlds":
         return own, f"{plain}{IN_NEW_FOLDER}report(expected, life(make, fit, {c.other_world}), close=True)\n"
     if c.check == "traces":
-        return own + "\n\n" + renamed(source(c.changed(between=())), "plain_"), \
-            f"{IN_NEW_FOLDER}expected = life(plain_make, plain_fit, {c.world})\n{IN_NEW_FOLDER}report(expected, life({run}))\n"  # fmt: skip
+        return (
+            own + "\n\n" + renamed(source(c.changed(between=())), "plain_"),
+            f"{IN_NEW_FOLDER}expected = life(plain_make, plain_fit, {c.world})\n{IN_NEW_FOLDER}report(expected, "
+            f"life({run}))\n",
+        )
     if c.check == "micro_batches":
         small = c.changed(global_bs=c.global_bs // 2, callbacks=(*c.callbacks, "Accumulate(2)"))
         parts = c.changed(callbacks=(*c.callbacks, "AutoMicrobatch(2)"))
         others = renamed(source(small), "small_") + "\n\n" + renamed(source(parts), "parts_")
-        ends = [f"{IN_NEW_FOLDER}report(expected, life({name}_make, {name}_fit, {c.world}), close=True)\n" for name in ("small", "parts")]
+        ends = [
+            f"{IN_NEW_FOLDER}report(expected, life({name}_make, {name}_fit, {c.world}), close=True)\n"
+            for name in ("small", "parts")
+        ]
         return f"{own}\n\n{others}", plain + "".join(ends)
     return own, plain
 
@@ -105,7 +144,7 @@ def arguments(i: Interruption) -> str:
     return repr((i.kind, i.hook, i.step, None if INTERRUPTIONS[i.kind].has("all") else i.rank, i.early, i.fit))
 
 
-# ---------------------------------------------------------------------- what a text uses
+# --- what a text uses --------------------------------------------------------
 def closure(text: str) -> tuple[list[str], list[str]]:
     """(import lines, definitions of this folder) that a text and these definitions need."""
     defined, imported = {}, {}
@@ -134,7 +173,9 @@ def read(module: ModuleType, defined: dict[str, tuple[tuple[int, int], str]], im
             for alias in node.names:
                 start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
                 if not start.startswith(("from tests.fuzz", "from __future__")):
-                    imported[alias.asname or alias.name] = start + alias.name + (f" as {alias.asname}" if alias.asname else "")
+                    imported[alias.asname or alias.name] = (
+                        start + alias.name + (f" as {alias.asname}" if alias.asname else "")
+                    )
             continue
         targets = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else names_assigned(node)
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])

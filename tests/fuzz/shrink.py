@@ -33,7 +33,9 @@ def shrunk(c: Configuration, lines: list[str], budget: float = BUDGET) -> tuple[
 
 
 def kind_of(lines: list[str]) -> frozenset[str]:
-    """What a failure is, without its numbers: an error's type and text, or the places that differ, of which one in common is enough."""
+    """What a failure is, without its numbers: an error's type and text, or the places that differ, of which one in
+    common is enough.
+    """
     first = next((line for line in lines), "")
     if error := re.search(r"\w+(Error|Exception|Warning): [^\n]*|hang", first):
         return frozenset({plain(error.group(0))})
@@ -53,7 +55,7 @@ def plain(text: str) -> str:
     return re.sub(r"[\d.e+-]+|\(.*?\)|\[.*?\]", "#", text)[:60]
 
 
-# ---------------------------------------------------------------------- what is smaller
+# --- what is smaller ---------------------------------------------------------
 def simpler(c: Configuration) -> Iterator[Configuration]:
     """Many fields at once, then each with one thing less."""
     names = [f.name for f in fields(c) if can_be_reset(f.name) and getattr(c, f.name) != getattr(SIMPLEST, f.name)]

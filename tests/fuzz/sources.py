@@ -213,9 +213,12 @@ def jitter(x: Tensor) -> Tensor:
 SOURCES: dict[str, Part] = {
     "from_tensors": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last).train_dl", weight=3),
     "from_tensors, seed": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last, seed=5).train_dl"),
-    "from_tensors, transforms": part("DataBunch.from_tensors(train, bs=bs, drop_last=drop_last, batch_tfms=[jitter]).train_dl", "draws"),
+    "from_tensors, transforms": part(
+        "DataBunch.from_tensors(train, bs=bs, drop_last=drop_last, batch_tfms=[jitter]).train_dl", "draws"
+    ),
     "pictures": part(
-        "ImageDataBunch.from_pictures({'train': as_pictures(train)}, ds_tfms=([flip_lr(p=0.5)], []), bs=bs, drop_last=drop_last).train_dl",
+        "ImageDataBunch.from_pictures({'train': as_pictures(train)}, ds_tfms=([flip_lr(p=0.5)], []), bs=bs, "
+        "drop_last=drop_last).train_dl",
         "images",
         "float32",
     ),
@@ -227,9 +230,14 @@ SOURCES: dict[str, Part] = {
     ),
     "TensorLoader": part("TensorLoader(train, bs=bs, drop_last=drop_last)"),
     "create": part("DataBunch.create(dataset(train), bs=bs, drop_last=drop_last).train_dl", weight=2),
-    "create, noisy": part("DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=0).train_dl", "draws", weight=2),
+    "create, noisy": part(
+        "DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=0).train_dl", "draws", weight=2
+    ),
     "create, workers": part(
-        "DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=2).train_dl", "draws", "workers", weight=0.3
+        "DataBunch.create(Noisy(train), bs=bs, drop_last=drop_last, num_workers=2).train_dl",
+        "draws",
+        "workers",
+        weight=0.3,
     ),
     "DataLoader": part("DataLoader(dataset(train), bs, drop_last=drop_last)", weight=2),
     "DataLoader, shuffle": part("DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last)", weight=2),
@@ -246,31 +254,43 @@ SOURCES: dict[str, Part] = {
         "workers",
         weight=0.3,
     ),
-    "DataLoader, mapping": part("DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last, collate_fn=as_mapping)", "x"),
+    "DataLoader, mapping": part(
+        "DataLoader(dataset(train), bs, shuffle=True, drop_last=drop_last, collate_fn=as_mapping)", "x"
+    ),
     "DataLoader, batch_size=None": part("DataLoader(Batches(train, bs), batch_size=None, shuffle=True)", "alone"),
     "RandomSampler": part("DataLoader(dataset(train), bs, sampler=RandomSampler(range(n)), drop_last=drop_last)"),
     "RandomSampler, generator": part(
-        "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), generator=torch.Generator().manual_seed(8)), drop_last=drop_last)"
+        "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), generator=torch.Generator().manual_seed(8)), "
+        "drop_last=drop_last)"
     ),
     "RandomSampler, replacement": part(
-        "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), replacement=True), drop_last=drop_last)", "repeats"
+        "DataLoader(dataset(train), bs, sampler=RandomSampler(range(n), replacement=True), drop_last=drop_last)",
+        "repeats",
     ),
-    "SubsetRandomSampler": part("DataLoader(dataset(train), bs, sampler=SubsetRandomSampler(range(n)), drop_last=drop_last)"),
-    "SequentialSampler": part("DataLoader(dataset(train), bs, sampler=SequentialSampler(range(n)), drop_last=drop_last)"),
+    "SubsetRandomSampler": part(
+        "DataLoader(dataset(train), bs, sampler=SubsetRandomSampler(range(n)), drop_last=drop_last)"
+    ),
+    "SequentialSampler": part(
+        "DataLoader(dataset(train), bs, sampler=SequentialSampler(range(n)), drop_last=drop_last)"
+    ),
     "WeightedRandomSampler": part(
         "DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n), drop_last=drop_last)", "repeats"
     ),
     "WeightedRandomSampler, generator": part(
-        "DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n, generator=torch.Generator().manual_seed(9)), drop_last=drop_last)",
+        "DataLoader(dataset(train), bs, sampler=WeightedRandomSampler([1.0] * n, n, "
+        "generator=torch.Generator().manual_seed(9)), drop_last=drop_last)",
         "repeats",
     ),
     "DistributedSampler": part(
-        "DataLoader(dataset(train), bs, sampler=DistributedSampler(range(n), world, rank, seed=2, drop_last=drop_last), drop_last=drop_last)",
+        "DataLoader(dataset(train), bs, sampler=DistributedSampler(range(n), world, rank, seed=2, "
+        "drop_last=drop_last), drop_last=drop_last)",
         "pads",
     ),
     "own sampler": part("DataLoader(dataset(train), bs, sampler=OwnSampler(n), drop_last=drop_last)"),
     "own sampler, set_epoch": part("DataLoader(dataset(train), bs, sampler=WithEpoch(n), drop_last=drop_last)"),
-    "BatchSampler": part("DataLoader(dataset(train), batch_sampler=BatchSampler(RandomSampler(range(n)), bs, drop_last))"),
+    "BatchSampler": part(
+        "DataLoader(dataset(train), batch_sampler=BatchSampler(RandomSampler(range(n)), bs, drop_last))"
+    ),
     "own batch_sampler": part("DataLoader(dataset(train), batch_sampler=OwnBatches(n, bs))", "dealt", "own order"),
     "list of batch indices": part(
         "DataLoader(dataset(train), batch_sampler=[list(range(n))[k : k + bs] for k in range(0, n, bs)])", "dealt"
@@ -290,7 +310,9 @@ VALID: dict[str, Part] = {
     "DataLoader": part("DataLoader(dataset(valid), 5)", weight=2),
     "shuffled, drop_last": part("DataLoader(dataset(valid), 5, shuffle=True, drop_last=True)"),
     "own generator": part("DataLoader(dataset(valid), 5, shuffle=True, generator=torch.Generator().manual_seed(4))"),
-    "DistributedSampler": part("DataLoader(dataset(valid), 5, sampler=DistributedSampler(range(len(valid[0])), world, rank))"),
+    "DistributedSampler": part(
+        "DataLoader(dataset(valid), 5, sampler=DistributedSampler(range(len(valid[0])), world, rank))"
+    ),
     "list of batches": part("list(zip(*(t.split(4) for t in valid), strict=True))"),
     "same as train_dl": part("train_dl", weight=0.5),
 }

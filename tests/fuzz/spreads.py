@@ -8,7 +8,9 @@ from tests.fuzz.part import Part, part
 
 
 def own_hook(state, bucket):  # type: ignore[no-untyped-def]
-    """A communication hook of the user's own: the mean of all gradients. (torch refuses annotations that are strings.)"""
+    """A communication hook of the user's own: the mean of all gradients. (torch refuses annotations that are
+    strings.)
+    """
     world = torch.distributed.get_world_size()
     work = torch.distributed.all_reduce(bucket.buffer().div_(world), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
@@ -24,20 +26,34 @@ SPREADS: dict[str, Part] = {
     "sync_bn": part(".to_distributed(sync_bn=True, hang_timeout=60)", "exact", "sync_bn", weight=2),
     "delay_allreduce": part(".to_distributed(delay_allreduce=True, hang_timeout=60)", "exact", "unused", weight=2),
     "find_unused_parameters": part(".to_distributed(find_unused_parameters=True, hang_timeout=60)", "exact", "unused"),
-    "static_graph": part(".to_distributed(static_graph=True, hang_timeout=60)", "exact", "static", "unused", weight=0.7),
-    "small buckets": part(".to_distributed(bucket_cap_mb=1e-5, gradient_as_bucket_view=True, hang_timeout=60)", "exact", "buckets"),
+    "static_graph": part(
+        ".to_distributed(static_graph=True, hang_timeout=60)", "exact", "static", "unused", weight=0.7
+    ),
+    "small buckets": part(
+        ".to_distributed(bucket_cap_mb=1e-5, gradient_as_bucket_view=True, hang_timeout=60)", "exact", "buckets"
+    ),
     "allreduce": part(".to_distributed(algorithm='allreduce', hang_timeout=60)", "exact", weight=0.5),
     "fp16": part(".to_distributed(algorithm='fp16', hang_timeout=60)", "float32", weight=0.7),
     "bf16": part(".to_distributed(algorithm='bf16', hang_timeout=60)", "float32", weight=0.7),
-    "powersgd": part(".to_distributed(algorithm='powersgd', rank=1, warmup_steps=2, hang_timeout=60)", "float32", weight=1.5),
+    "powersgd": part(
+        ".to_distributed(algorithm='powersgd', rank=1, warmup_steps=2, hang_timeout=60)", "float32", weight=1.5
+    ),
     "bytegrad": part(".to_distributed(algorithm='bytegrad', hang_timeout=60)", "float32", weight=0.7),
-    "local_sgd": part(".to_distributed(algorithm='local_sgd', period=3, warmup_steps=2, hang_timeout=60)", "own weights", weight=1.5),
-    "hierarchical": part(".to_distributed(algorithm='hierarchical', period=2, warmup_steps=1, hang_timeout=60)", "own weights"),
-    "decentralized": part(".to_distributed(algorithm='decentralized', period=3, hang_timeout=60)", "own weights", weight=1.5),
+    "local_sgd": part(
+        ".to_distributed(algorithm='local_sgd', period=3, warmup_steps=2, hang_timeout=60)", "own weights", weight=1.5
+    ),
+    "hierarchical": part(
+        ".to_distributed(algorithm='hierarchical', period=2, warmup_steps=1, hang_timeout=60)", "own weights"
+    ),
+    "decentralized": part(
+        ".to_distributed(algorithm='decentralized', period=3, hang_timeout=60)", "own weights", weight=1.5
+    ),
     "own hook": part(".to_distributed(algorithm=own_hook, hang_timeout=60)", "exact", weight=0.7),
     "fsdp": part(".to_fsdp(hang_timeout=60)", "exact", "fsdp", weight=2.5),
     "fsdp, blocks": part(".to_fsdp(blocks=Residual, hang_timeout=60)", "exact", "fsdp", "blocks"),
-    "fsdp, checkpointing": part(".to_fsdp(blocks=Residual, activation_checkpointing=True, hang_timeout=60)", "exact", "fsdp", "blocks"),
+    "fsdp, checkpointing": part(
+        ".to_fsdp(blocks=Residual, activation_checkpointing=True, hang_timeout=60)", "exact", "fsdp", "blocks"
+    ),
     "fsdp, offload": part(".to_fsdp(cpu_offload=True, hang_timeout=60)", "exact", "fsdp", weight=0.7),
     "fsdp, bf16": part(".to_fsdp(mixed_precision=torch.bfloat16, hang_timeout=60)", "fsdp", "float32", weight=0.7),
 }

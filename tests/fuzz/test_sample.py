@@ -17,8 +17,12 @@ def failures(draws: list[tuple[str, Configuration]]) -> list[str]:
     prepare()
     numbered = dict(enumerate(draws))
     found = verdicts(((k, c) for k, (_, c) in numbered.items()), n_jobs=1)
-    return [f"{numbered[k][0]}: {c}\n    " + "\n    ".join(lines[:12]) + f'\n  python -m tests.fuzz --shrink 0 --read "{c!r}"'
-            for k, c, (how, lines) in found if how == "wrong"]  # fmt: skip
+    return [
+        f"{numbered[k][0]}: {c}\n    " + "\n    ".join(lines[:12]) + f"\n  python -m tests.fuzz --shrink 0 --read "
+        f'"{c!r}"'
+        for k, c, (how, lines) in found
+        if how == "wrong"
+    ]
 
 
 @pytest.mark.parametrize("group", range(N_GROUPS))

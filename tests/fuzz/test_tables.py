@@ -45,7 +45,9 @@ def exported(module: object, kind: type) -> set[str]:
 
 def test_every_callback_is_drawn_or_says_why_not():
     there = exported(learnkit.callbacks, Callback)
-    assert there - CALLBACKS.keys() - callbacks.NOT_DRAWN.keys() == set(), "a line in tests/fuzz/callbacks.py is missing"
+    assert there - CALLBACKS.keys() - callbacks.NOT_DRAWN.keys() == set(), (
+        "a line in tests/fuzz/callbacks.py is missing"
+    )
     assert callbacks.NOT_DRAWN.keys() - there == set()
     for name, forms in CALLBACKS.items():
         assert all(form.code.startswith(f"{name}(") for form in forms)
@@ -53,17 +55,23 @@ def test_every_callback_is_drawn_or_says_why_not():
 
 def test_every_algorithm_and_option_of_a_spread_is_drawn():
     for name in algorithms.NAMES:
-        assert f"algorithm='{name}'" in codes(SPREADS), f"algorithm={name!r}: a line in tests/fuzz/spreads.py is missing"
+        assert f"algorithm='{name}'" in codes(SPREADS), (
+            f"algorithm={name!r}: a line in tests/fuzz/spreads.py is missing"
+        )
     beside = {"self", "local_rank", "timeout", "hang_timeout", "ddp_options", "algorithm"}
     for method in (Learner.to_distributed, Learner.to_fsdp):
         for option in inspect.signature(method).parameters.keys() - beside:
-            assert f"{option}=" in codes(SPREADS), f"{method.__name__}({option}=…): a line in tests/fuzz/spreads.py is missing"
+            assert f"{option}=" in codes(SPREADS), (
+                f"{method.__name__}({option}=…): a line in tests/fuzz/spreads.py is missing"
+            )
 
 
 def test_every_optimizer_of_torch_is_drawn_or_says_why_not():
     there = exported(torch.optim, torch.optim.Optimizer)
     drawn = {
-        name for name in there if f"torch.optim.{name}" in codes(OPTIMIZERS).replace(",", " ").replace("(", " ").replace(")", " ").split()
+        name
+        for name in there
+        if f"torch.optim.{name}" in codes(OPTIMIZERS).replace(",", " ").replace("(", " ").replace(")", " ").split()
     }
     assert there - drawn - optimizers.NOT_DRAWN.keys() == set(), "a line in tests/fuzz/optimizers.py is missing"
 
@@ -84,10 +92,16 @@ def test_every_kind_of_data_is_drawn_or_says_why_not():
 
 
 def test_every_metric_and_every_fit_method_is_drawn_or_says_why_not():
-    there = {name for name, value in vars(learnkit).items() if inspect.isfunction(value) and value.__module__ == "learnkit.metrics"}
+    there = {
+        name
+        for name, value in vars(learnkit).items()
+        if inspect.isfunction(value) and value.__module__ == "learnkit.metrics"
+    }
     assert {name for name in there if name not in codes(METRICS) and name not in fits.NOT_DRAWN} == set()
     methods = {name for name in vars(Learner) if name.startswith("fit") or name == "fine_tune"}
-    assert {name for name in methods if f"learn.{name}(" not in codes(FITS)} == set(), "a line in tests/fuzz/fits.py is missing"
+    assert {name for name in methods if f"learn.{name}(" not in codes(FITS)} == set(), (
+        "a line in tests/fuzz/fits.py is missing"
+    )
 
 
 def test_every_public_method_of_a_learner_is_drawn_or_says_why_not():
@@ -104,13 +118,40 @@ def test_every_stage_has_hooks_that_are_struck():
     assert {f"{when}_{stage}" for when in ("before", "after") for stage in STAGES} == set(HOOKS)
 
 
-@pytest.mark.parametrize("table, drawn", [
-    (SOURCES, {c.source for c in MANY}), (VALID, {c.valid for c in MANY}), (MODELS, {c.model for c in MANY}), (SPREADS, {c.spread for c in MANY}),
-    (PRECISIONS, {c.precision for c in MANY}), (OPTIMIZERS, {c.optimizer for c in MANY}), (METRICS, {c.metrics for c in MANY}),
-    (FITS, {name for c in MANY for name in c.fits}), (BETWEEN, {name for c in MANY for name, _, _ in c.between}), (CHECKS, {c.check for c in MANY}),
-    (INTERRUPTIONS, {i.kind for c in MANY for i in c.interruptions}),
-    ({form.code: form for forms in CALLBACKS.values() for form in forms}, {code for c in MANY for code in (*c.callbacks, *c.own_callbacks)}),
-], ids=["sources", "validation", "models", "spreads", "precisions", "optimizers", "metrics", "fits", "between", "checks", "interruptions", "callbacks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "table, drawn",
+    [
+        (SOURCES, {c.source for c in MANY}),
+        (VALID, {c.valid for c in MANY}),
+        (MODELS, {c.model for c in MANY}),
+        (SPREADS, {c.spread for c in MANY}),
+        (PRECISIONS, {c.precision for c in MANY}),
+        (OPTIMIZERS, {c.optimizer for c in MANY}),
+        (METRICS, {c.metrics for c in MANY}),
+        (FITS, {name for c in MANY for name in c.fits}),
+        (BETWEEN, {name for c in MANY for name, _, _ in c.between}),
+        (CHECKS, {c.check for c in MANY}),
+        (INTERRUPTIONS, {i.kind for c in MANY for i in c.interruptions}),
+        (
+            {form.code: form for forms in CALLBACKS.values() for form in forms},
+            {code for c in MANY for code in (*c.callbacks, *c.own_callbacks)},
+        ),
+    ],
+    ids=[
+        "sources",
+        "validation",
+        "models",
+        "spreads",
+        "precisions",
+        "optimizers",
+        "metrics",
+        "fits",
+        "between",
+        "checks",
+        "interruptions",
+        "callbacks",
+    ],
+)
 def test_whatever_is_in_a_table_is_drawn(table, drawn):
     assert table.keys() - drawn == set()
 

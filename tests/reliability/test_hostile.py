@@ -1,4 +1,7 @@
-"""Loading runs no code: files that were made to, whole as far as any hash can tell, are refused with an error that says so."""
+"""Loading runs no code: files that were made to, whole as far as any hash can tell, are refused with an error that says
+so.
+"""
+
 import hashlib
 import io
 import json
@@ -30,19 +33,30 @@ CANARY = Path("canary")
 class Calls:
     """Unpickled without care, it calls a function."""
 
-    def __init__(self, fn: Callable[..., Any], *args: Any) -> None: self.call = fn, args
-    def __reduce__(self) -> Any: return self.call
+    def __init__(self, fn: Callable[..., Any], *args: Any) -> None:
+        self.call = fn, args
+
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 class SetsState:
     """A harmless object whose state is made by a call."""
 
-    def __reduce__(self) -> Any: return OrderedDict, (), Calls(os.system, touch())
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), Calls(os.system, touch())
 
 
-def touch() -> str: return f"touch '{CANARY.absolute()}'"
-def in_python() -> str: return f"__import__('pathlib').Path({str(CANARY.absolute())!r}).touch()"
-def with_code(call: Any) -> Any: return {"weight": torch.ones(2), "state": {"deep": [1, (2, {"er": call})]}}
+def touch() -> str:
+    return f"touch '{CANARY.absolute()}'"
+
+
+def in_python() -> str:
+    return f"__import__('pathlib').Path({str(CANARY.absolute())!r}).touch()"
+
+
+def with_code(call: Any) -> Any:
+    return {"weight": torch.ones(2), "state": {"deep": [1, (2, {"er": call})]}}
 
 
 def zipped(content: Any, **options: Any) -> bytes:
@@ -55,7 +69,8 @@ def in_torchs_zip(data: bytes) -> bytes:
     """A file of torch.save whose data.pkl was exchanged."""
     buffer, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(zipped({"weight": torch.ones(2)})))
     with zipfile.ZipFile(buffer, "w") as target:
-        for name in source.namelist(): target.writestr(name, data if name.endswith("data.pkl") else source.read(name))
+        for name in source.namelist():
+            target.writestr(name, data if name.endswith("data.pkl") else source.read(name))
     return buffer.getvalue()
 
 
@@ -69,7 +84,8 @@ def with_build() -> bytes:
     return b"ccollections\nOrderedDict\n)R" + by_hand("os", "system", touch())[:-1] + b"b."
 
 
-def extension_code() -> bytes: return b"\x80\x02" + b"\x82\x01" + b"."
+def extension_code() -> bytes:
+    return b"\x80\x02" + b"\x82\x01" + b"."
 
 
 def a_tar() -> bytes:
@@ -84,7 +100,8 @@ def a_tar() -> bytes:
     return buffer.getvalue()
 
 
-def legacy() -> bytes: return zipped(with_code(Calls(os.system, touch())), _use_new_zipfile_serialization=False)
+def legacy() -> bytes:
+    return zipped(with_code(Calls(os.system, touch())), _use_new_zipfile_serialization=False)
 
 
 def torchscript() -> bytes:
@@ -95,7 +112,7 @@ def torchscript() -> bytes:
     return buffer.getvalue()
 
 
-RUNS: dict[str, Callable[[], bytes]] = {       # each does run its code where nobody takes care
+RUNS: dict[str, Callable[[], bytes]] = {  # each does run its code where nobody takes care
     "a bare pickle": lambda: pickle.dumps(Calls(os.system, touch())),
     "protocol 0": lambda: pickle.dumps(Calls(os.system, touch()), protocol=0),
     "protocol 4 in torch's zip": lambda: in_torchs_zip(pickle.dumps(Calls(os.system, touch()), protocol=4)),
@@ -112,9 +129,9 @@ RUNS: dict[str, Callable[[], bytes]] = {       # each does run its code where no
     "a key": lambda: in_torchs_zip(b"}" + by_hand("os", "system", touch())[:-1] + b"K\x01s."),
     "the legacy format": legacy,
 }
-REFUSED: dict[str, Callable[[], bytes]] = {    # objects that are no plain types, and files made to mislead a reader
+REFUSED: dict[str, Callable[[], bytes]] = {  # objects that are no plain types, and files made to mislead a reader
     "a tar of torch 0.1": a_tar,
-    "a numpy scalar": lambda: zipped({"lr": np.float64(.1)}),
+    "a numpy scalar": lambda: zipped({"lr": np.float64(0.1)}),
     "a numpy array": lambda: zipped({"x": np.ones(3)}),
     "a Path": lambda: zipped({"x": Path("x")}),
     "a module": lambda: zipped(nn.Linear(2, 2)),
@@ -141,7 +158,8 @@ def unfolds(n: int = 2**24) -> bytes:
     """A few kilobytes that would take a thousand times as much memory."""
     buffer, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(zipped({"weight": torch.zeros(n // 4)})))
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
-        for name in source.namelist(): target.writestr(name, source.read(name))
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
     assert len(buffer.getvalue()) < n / 500
     return buffer.getvalue()
 
@@ -156,7 +174,7 @@ def with_a_record_twice(name: str) -> bytes:
 
 def pickle_of_a_large_tensor() -> bytes:
     data = zipfile.ZipFile(io.BytesIO(zipped({"weight": torch.ones(2)}))).read("archive/data.pkl")
-    assert data.count(b"K\x02\x85") == 1        # the shape (2,)
+    assert data.count(b"K\x02\x85") == 1  # the shape (2,)
     return data.replace(b"K\x02\x85", b"J" + struct.pack("<i", 2**30) + b"\x85")
 
 
@@ -166,26 +184,41 @@ def hashed(path: Path, **exchanged: bytes) -> Path:
     for part, data in exchanged.items():
         (path / f"{part}.pt").write_bytes(data)
         manifest["files"][f"{part}.pt"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (path / "manifest.json").write_text(json.dumps({"manifest": manifest, "sha256": snapshots.hash_of(manifest)}, indent=1))
+    (path / "manifest.json").write_text(
+        json.dumps({"manifest": manifest, "sha256": snapshots.hash_of(manifest)}, indent=1)
+    )
     snapshots.verify_snapshot(path)
     return path
 
 
 def assert_no_advice(text: str) -> None:
-    for words in ("weights_only=False", "trust the source", "can still be loaded", "add_safe_globals", "set to `False`", "arbitrary code"): assert words not in text
+    for words in (
+        "weights_only=False",
+        "trust the source",
+        "can still be loaded",
+        "add_safe_globals",
+        "set to `False`",
+        "arbitrary code",
+    ):
+        assert words not in text
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_files_of_these_tests_do_run_code_when_nobody_takes_care(kind):
     data = io.BytesIO(RUNS[kind]())
-    try: torch.load(data, weights_only=False)
-    except Exception: assert CANARY.exists()
+    try:
+        torch.load(data, weights_only=False)
+    except Exception:
+        assert CANARY.exists()
     assert CANARY.exists()
 
 
 KINDS = list(RUNS | REFUSED)
 # of torch, about other pickle protocols and TorchScript, before it refuses them
-pytestmark = [pytest.mark.filterwarnings("ignore:Detected pickle protocol"), pytest.mark.filterwarnings("ignore:'torch.load' received")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+    pytest.mark.filterwarnings("ignore:'torch.load' received"),
+]
 
 
 @pytest.mark.parametrize("part", ["model", "run"])
@@ -193,7 +226,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Detected pickle protocol"), pyt
 def test_no_file_of_a_checkpoint_runs_code_and_an_error_names_it(kind, part):
     fit_and_keep(Path("kept"))
     path = hashed(snapshots.all_in(Path("kept"))[-1], **{part: (RUNS | REFUSED)[kind]()})
-    with pytest.raises(Damaged, match=rf"{part}\.pt cannot be read safely as a state of plain tensors") as refused: snapshots.read_snapshot(path)
+    with pytest.raises(Damaged, match=rf"{part}\.pt cannot be read safely as a state of plain tensors") as refused:
+        snapshots.read_snapshot(path)
     assert refused.value.__cause__ is None and (refused.value.__context__ is None or refused.value.__suppress_context__)
     assert not CANARY.exists()
 
@@ -204,27 +238,35 @@ def test_a_resume_runs_no_code_and_goes_on_from_the_one_before(kind):
     older, newest = snapshots.all_in(Path("kept"))
     hashed(newest, optimizer=RUNS[kind]())
     learn = make_learner(Checkpoint("kept"))
-    with learn.no_logging(), pytest.warns(UserWarning, match=rf"passed over a damaged checkpoint: .*{newest.name}.optimizer\.pt"):
+    with (
+        learn.no_logging(),
+        pytest.warns(UserWarning, match=rf"passed over a damaged checkpoint: .*{newest.name}.optimizer\.pt"),
+    ):
         learn.fit_one_cycle(2, 1e-2, resume=True)
     assert learn.resumed is not None and f"step-{learn.resumed['step']}" in older.name
     assert learn.step == 24 and not CANARY.exists()
 
 
-@pytest.mark.parametrize("kind, named", [("in torch's zip", r"posix\.system"), ("eval", r"GLOBAL \S*eval"), ("a Path", "PosixPath"), ("HTML", "")])
+@pytest.mark.parametrize(
+    "kind, named",
+    [("in torch's zip", r"posix\.system"), ("eval", r"GLOBAL \S*eval"), ("a Path", "PosixPath"), ("HTML", "")],
+)
 def test_the_message_names_what_the_file_would_have_called_and_advises_nothing_unsafe(kind, named):
     fit_and_keep(Path("kept"))
     path = hashed(snapshots.all_in(Path("kept"))[-1], model=(RUNS | REFUSED)[kind]())
-    with pytest.raises(Damaged, match=rf"model\.pt .*{named}") as refused: snapshots.read_snapshot(path)
+    with pytest.raises(Damaged, match=rf"model\.pt .*{named}") as refused:
+        snapshots.read_snapshot(path)
     assert_no_advice(str(refused.value))
 
 
-# ---------------------------------------------------------------------- learn.load
+# --- learn.load --------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_learn_load_runs_no_code_and_changes_nothing(kind):
     Path("models").mkdir()
     Path("models/theirs.pt").write_bytes((RUNS | REFUSED)[kind]())
     learn = make_learner()
     before = [value.clone() for value in learn.model.state_dict().values()]
-    with pytest.raises(ValueError, match=r"theirs\.pt (cannot be read safely|was cut off) .*Nothing was loaded"): learn.load("theirs")
+    with pytest.raises(ValueError, match=r"theirs\.pt (cannot be read safely|was cut off) .*Nothing was loaded"):
+        learn.load("theirs")
     assert not CANARY.exists()
     assert all(torch.equal(a, b) for a, b in zip(before, learn.model.state_dict().values(), strict=True))

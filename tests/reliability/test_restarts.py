@@ -1,4 +1,5 @@
 """Under `torchrun --max-restarts` a run that crashed resumes by itself, and ends as one that did not crash."""
+
 import json
 import os
 import subprocess
@@ -33,7 +34,8 @@ learn = make_learner(Checkpoint(folder / "kept", every_n_steps=4))
 torch.manual_seed(3 + start)        # a resume must bring its own random states
 learn.to_distributed(timeout=30)
 with learn.no_logging(): learn.fit_one_cycle(3, 1e-2, resume=True, callbacks=[FailsOnce()])
-if learn.rank == 0: (folder / "outcome.json").write_text(json.dumps([start, learn.resumed and learn.resumed["step"], outcome(learn)]))
+found = [start, learn.resumed and learn.resumed["step"], outcome(learn)]
+if learn.rank == 0: (folder / "outcome.json").write_text(json.dumps(found))
 """
 
 
@@ -41,7 +43,17 @@ def torchrun(fault: str) -> Any:
     Path("train.py").write_text(SCRIPT)
     folder = Path(fault)
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "train.py", str(folder), fault]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        "train.py",
+        str(folder),
+        fault,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr

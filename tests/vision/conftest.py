@@ -1,4 +1,5 @@
 """Small folders of pictures, and a cache of the test's own."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,20 @@ def picture(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Ima
     return Image.frombytes(mode, size[::-1], pixels.numpy().tobytes())
 
 
-def make_folder(path: Path, *, n: int = 6, classes: tuple[str, ...] = ("cat", "dog"), size: tuple[int, int] = (8, 8),
-                parts: tuple[str, ...] = ("train", "valid")) -> Path:
+def make_folder(
+    path: Path,
+    *,
+    n: int = 6,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    size: tuple[int, int] = (8, 8),
+    parts: tuple[str, ...] = ("train", "valid"),
+) -> Path:
     """`n` pictures of each class in each part."""
     for p, part in enumerate(parts):
         for c, name in enumerate(classes):
             (path / part / name).mkdir(parents=True)
-            for i in range(n): picture(1000 * p + 100 * c + i, size).save(path / part / name / f"{i}.png")
+            for i in range(n):
+                picture(1000 * p + 100 * c + i, size).save(path / part / name / f"{i}.png")
     return path
 
 

@@ -1,4 +1,5 @@
 """Examples in the docstrings of what deals with pictures run as they stand."""
+
 import doctest
 import importlib
 
@@ -8,8 +9,14 @@ from torch import nn
 
 from learnkit.data.random import Draws
 
-MODULES = ["learnkit.data.random", "learnkit.data.loaders", "learnkit.vision.augmented", "learnkit.vision.models.resnet",
-           "learnkit.vision.models.wrn", "learnkit.vision.transform"]
+MODULES = [
+    "learnkit.data.random",
+    "learnkit.data.loaders",
+    "learnkit.vision.augmented",
+    "learnkit.vision.models.resnet",
+    "learnkit.vision.models.wrn",
+    "learnkit.vision.transform",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,5 @@
 """Residual networks for small pictures."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -17,14 +18,20 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
         self.conv2, self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
         same = stride == 1 and n_in == n_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.shortcut(x) + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
 def resnet18_cifar(n_classes: int = 10, *, n_in: int = 3) -> nn.Sequential:
-    """ResNet-18 for pictures of 32×32: a 3×3 convolution of stride 1 begins it, and no pooling; 11.2 million parameters."""
+    """ResNet-18 for pictures of 32×32: a 3×3 convolution of stride 1 begins it, and no pooling; 11.2 million
+    parameters.
+    """
     layers: list[nn.Module] = [nn.Conv2d(n_in, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
     n_before = 64
     for n, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
@@ -44,23 +51,39 @@ class Residual(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor: return x + self.inner(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
 
 
-def resnet9(n_classes: int = 10, *, n_in: int = 3, width: int = 64, scale: float = .125) -> nn.Sequential:
+def resnet9(n_classes: int = 10, *, n_in: int = 3, width: int = 64, scale: float = 0.125) -> nn.Sequential:
     """ResNet-9 as David Page's for fast CIFAR-10 training (DAWNBench, 2018); 6.6 million parameters at a width of 64.
 
     The widths are `width` × 1, 2, 4, 8; the scores are multiplied by `scale`.
     """
-    def two(n: int) -> Residual: return Residual(nn.Sequential(conv_bn(n, n), conv_bn(n, n)))
+
+    def two(n: int) -> Residual:
+        return Residual(nn.Sequential(conv_bn(n, n), conv_bn(n, n)))
+
     return nn.Sequential(
-        conv_bn(n_in, width), conv_bn(width, 2 * width, pool=True), two(2 * width), conv_bn(2 * width, 4 * width, pool=True),
-        conv_bn(4 * width, 8 * width, pool=True), two(8 * width),
-        nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * width, n_classes, bias=False), Scale(scale))
+        conv_bn(n_in, width),
+        conv_bn(width, 2 * width, pool=True),
+        two(2 * width),
+        conv_bn(2 * width, 4 * width, pool=True),
+        conv_bn(4 * width, 8 * width, pool=True),
+        two(8 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, n_classes, bias=False),
+        Scale(scale),
+    )
 
 
 def conv_bn(n_in: int, n_out: int, *, pool: bool = False) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(n_in, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(n_in, n_out, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(n_out),
+        nn.ReLU(inplace=True),
+    ]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
 
 
@@ -75,4 +98,5 @@ class Scale(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Tensor) -> Tensor: return x * self.factor
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor

@@ -1,4 +1,7 @@
-"""Wide ResNets (Zagoruyko & Komodakis, 2016, arXiv:1605.07146) as fastai v1 built them: residual branches count a fifth."""
+"""Wide ResNets (Zagoruyko & Komodakis, 2016, arXiv:1605.07146) as fastai v1 built them: residual branches count a
+fifth.
+"""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -6,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESIDUAL = .2       # fastai v1's factor for the residual branch
+RESIDUAL = 0.2  # fastai v1's factor for the residual branch
 
 
 class WideBlock(nn.Module):
@@ -16,7 +19,7 @@ class WideBlock(nn.Module):
     torch.Size([2, 32, 4, 4])
     """
 
-    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, dropout: float = 0.) -> None:
+    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(n_in)
         self.conv1 = conv(n_in, n_out, stride=stride)
@@ -30,16 +33,26 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """`n_groups` groups of `n_blocks` blocks, `width` times as wide as a thin ResNet; (n, n_in, height, width) -> (n, n_classes).
+    """`n_groups` groups of `n_blocks` blocks, `width` times as wide as a thin ResNet; (n, n_in, height, width) -> (n,
+    n_classes).
 
     >>> WideResNet(n_groups=3, n_blocks=1, width=1)(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
 
-    def __init__(self, n_groups: int, n_blocks: int, n_classes: int = 10, *, width: int = 1, dropout: float = 0., n_start: int = 16,
-                 n_in: int = 3) -> None:
+    def __init__(
+        self,
+        n_groups: int,
+        n_blocks: int,
+        n_classes: int = 10,
+        *,
+        width: int = 1,
+        dropout: float = 0.0,
+        n_start: int = 16,
+        n_in: int = 3,
+    ) -> None:
         super().__init__()
-        widths = [n_start, *(n_start * 2 ** i * width for i in range(n_groups))]
+        widths = [n_start, *(n_start * 2**i * width for i in range(n_groups))]
         layers: list[nn.Module] = [conv(n_in, n_start)]
         for i, (n_before, n) in enumerate(pairwise(widths)):
             layers.append(WideBlock(n_before, n, stride=2 if i else 1, dropout=dropout))
@@ -47,7 +60,8 @@ class WideResNet(nn.Module):
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_classes)]
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True), *head)
 
-    def forward(self, x: Tensor) -> Tensor: return self.features(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
 
 
 def conv(n_in: int, n_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -57,6 +71,6 @@ def conv(n_in: int, n_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
     return layer
 
 
-def wrn_22(n_classes: int = 10, *, dropout: float = 0., n_in: int = 3) -> WideResNet:
+def wrn_22(n_classes: int = 10, *, dropout: float = 0.0, n_in: int = 3) -> WideResNet:
     """WRN-22-6: 22 layers, six times as wide; 9.7 million parameters at 10 classes."""
     return WideResNet(n_groups=3, n_blocks=3, n_classes=n_classes, width=6, dropout=dropout, n_in=n_in)

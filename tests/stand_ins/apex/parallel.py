@@ -1,4 +1,5 @@
 """apex.parallel in plain PyTorch."""
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,12 +16,15 @@ class DistributedDataParallel(nn.Module):
         super().__init__()
         assert delay_allreduce
         self.module = module
-        for t in module.state_dict().values(): dist.broadcast(t, 0)
+        for t in module.state_dict().values():
+            dist.broadcast(t, 0)
         self.under_way = False
-        for p in module.parameters(): p.register_post_accumulate_grad_hook(self.note)
+        for p in module.parameters():
+            p.register_post_accumulate_grad_hook(self.note)
 
     def note(self, p):
-        if not self.under_way: torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
+        if not self.under_way:
+            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
         self.under_way = True
 
     def reduce(self):
@@ -29,4 +33,5 @@ class DistributedDataParallel(nn.Module):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 
-    def forward(self, *args): return self.module(*args)
+    def forward(self, *args):
+        return self.module(*args)
