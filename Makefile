@@ -74,6 +74,7 @@ fuzz: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(python) -m ruff check
+	$(python) -m ruff format --check
 	$(python) -m pyright --pythonpath $(python)
 
 bench: $(VENV)/.installed-bench
