@@ -261,8 +261,8 @@ class PowerSGD:
             None,
             matrix_approximation_rank=algorithm.rank,
             start_powerSGD_iter=max(2, algorithm.warmup_steps),
-            orthogonalization_epsilon=1e-8,
-        )  # type: ignore[arg-type]
+            orthogonalization_epsilon=1e-8,  # type: ignore[arg-type]
+        )
         self.compress = each_waited_for(powerSGD_hook)
         self.layouts: dict[int, Sequence[Tensor]] = {}  # bucket -> its parameters, in the memory as it is now
         self.errors: dict[int, Tensor] = {}  # by id of the parameter, of layouts that are gone
