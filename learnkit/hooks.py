@@ -31,9 +31,9 @@ calls it twice repeats them.
 StopX calls the after_X hooks of every layer that it passes on its way out. Callbacks further in than an around_X hook
 that was not reached have seen no before_X, and see no after_X.
 
-In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. If an after_X hook raises
-a Stop* or Skip* of an outer stage, the other after_X hooks are still called. The around_X hooks of callbacks further out
-see it come out of `run`, and may catch it.
+In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. If an after_X hook
+raises a Stop* or Skip* of an outer stage, the other after_X hooks are still called. The around_X hooks of callbacks
+further out see it come out of `run`, and may catch it.
 """
 
 from __future__ import annotations
