@@ -63,8 +63,8 @@ def begin_sharded(
 
 
 def in_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with a copy of each whose memory another one has too, such as tied weights: safetensors refuses
-    to write the same memory twice.
+    """Return the tensors, with a copy of each whose memory an earlier one has too, such as tied weights: safetensors
+    refuses to write the same memory twice.
     """
     seen: set[int] = set()
     found = {}
