@@ -2,7 +2,9 @@
 CONTRIBUTING.md names.
 """
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import learnkit
@@ -49,6 +51,27 @@ def test_the_version_is_the_same_wherever_it_stands():
 def test_contributing_names_every_folder_of_the_package_and_no_other():
     named = set(re.findall(r"^\| `learnkit/(\w+)/` \|", read("CONTRIBUTING.md"), re.MULTILINE))
     assert named == {path.parent.name for path in ROOT.glob("learnkit/*/__init__.py")} - {"callbacks"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The parts of learnkit that a module imports when it is imported itself."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.ImportFrom) and statement.module and statement.module.startswith("learnkit."):
+            yield statement.module.split(".")[1]
+
+
+def test_imports_point_down_the_layers_that_contributing_names():
+    [text] = re.findall(r"`(devices .*? vision)`", read("CONTRIBUTING.md").replace("\n ", ""))
+    layer = {name: i for i, names in enumerate(text.split("<-")) for name in names.split()}
+    wrong = []
+    for path in (*ROOT.glob("learnkit/**/*.py"), *ROOT.glob("callbacks/*.py")):
+        place = path.relative_to(ROOT).with_suffix("").parts
+        part = place[0] if place[0] == "callbacks" else place[1]
+        if part in layer:  # and not __init__ or __main__
+            wrong += [
+                (path.name, part, other) for other in imported(path) if other != part and layer[other] >= layer[part]
+            ]
+    assert wrong == []
 
 
 def test_contributing_names_files_that_exist():
