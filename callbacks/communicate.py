@@ -65,7 +65,7 @@ class Communicate(Callback):
         return mean(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.learn is None:
+        if self.learn is None or not state:  # {}: of a time without a fit, such as a trial's
             return
         if self.communication is not None:
             self.communication.load_state_dict(state, self.learn.opt)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from learnkit.callbacks.distributed import Distributed
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
@@ -13,7 +15,8 @@ class OptimizerModes(Callback):
 
     Every fit adds it by itself where the optimizer has both. The optimizer is in training mode for the length of a
     training pass, but for evaluations within it, and else in evaluation mode: so what is evaluated, saved, compared and
-    exported are the averaged weights.
+    exported are the averaged weights. An evaluation within a training pass leaves no trace; it costs a copy of the
+    weights.
 
     >>> import schedulefree  # doctest: +SKIP
     >>> Learner(data, model, opt_func=schedulefree.AdamWScheduleFree).fit(5, 1e-2)  # doctest: +SKIP
@@ -36,8 +39,13 @@ class OptimizerModes(Callback):
     def around_validate(self, learn: Learner, run: Run) -> None:
         if not self.training:
             return run()
+        parameters = [p for group in learn.opt.param_groups for p in group["params"]]
+        kept = [p.detach().clone() for p in parameters]
         set_mode(learn.opt, training=False)
         try:
             run()
         finally:
             set_mode(learn.opt, training=True)
+            with torch.no_grad():
+                for p, value in zip(parameters, kept, strict=True):
+                    p.copy_(value)  # there and back again rounds: 1e-18 in float64

@@ -128,7 +128,13 @@ class Communication:
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.averager is not None
-        self.averager.average_parameters([p for group in optimizer.param_groups for p in group["params"]])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        memory = [p.data for p in parameters]
+        self.averager.average_parameters(parameters)
+        if parameters[0].data_ptr() != memory[0].data_ptr():
+            # PyTorch puts views of one flat tensor in their place, which are contiguous: channels last would be lost.
+            for p, own in zip(parameters, memory, strict=True):
+                p.data = own.copy_(p.data)
 
     @torch.no_grad()
     def average_now(self) -> None:

@@ -99,6 +99,9 @@ def missing(c: Configuration, places: Places) -> list[str]:
     if c.max_steps is not None or c.stop is not None or c.has("repeats", "stops") or c.source == "DistributedSampler":
         return []
     left_out = c.n % c.global_bs if c.drop_last or c.has("drops", "dealt") else min(c.n % c.global_bs, c.world - 1)
+    if c.has("dealt") and c.has("own order"):  # whole batches, in any order: the last round may lack any of them
+        bs = c.global_bs // c.world
+        left_out = max(left_out, -(-c.n // bs) % c.world * bs)
     epochs = Counter((fit, epoch) for (fit, epoch, _), ranks in places.items() for own in ranks for _ in own)
     return [
         f"order: fit {fit}, epoch {epoch} has {n} of {c.n} samples"

@@ -317,7 +317,8 @@ def fitting(c: Configuration) -> Configuration:
         )
         for name in ("fits", "spread", "precision", "optimizer"):
             c = c if can_be_written(c) else c.changed(**{name: getattr(SIMPLEST, name)})
-    if c.has("batch norm"):  # and of a part of it, too
+    counts = c.model == "buffers" and c.check in ("worlds", "elsewhere")  # it counts its calls, a part of a batch each
+    if c.has("batch norm") or counts:  # and of a part of it, too
         c = c.changed(callbacks=tuple(code for code in c.callbacks if code != "AutoMicrobatch(2)"))
     if c.has("batch norm"):  # a rank's part of a batch has to have two samples at least
         c = c.changed(n=c.n - c.n % c.global_bs)

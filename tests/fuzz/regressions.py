@@ -220,4 +220,28 @@ REGRESSIONS: dict[str, Configuration] = {
         epochs=2,
         interruptions=(Interruption(kind="SIGTERM", hook="before_train"),),
     ),
+    "lr_find after a fit whose ranks averaged their weights": Configuration(
+        check="traces", world=2, spread="local_sgd", between=(("lr_find", "after", 3),)
+    ),
+    "channels last, of weights that were averaged": Configuration(
+        world=2,
+        spread="local_sgd",
+        valid="create",
+        model="convolutions, batch norm",
+        precision="channels last",
+        epochs=2,
+        checkpoint=(("every_n_epochs", None),),
+        interruptions=(Interruption(kind="kill", hook="before_step", step=4, early=True, world=2),),
+    ),
+    "a schedule-free optimizer evaluated within an epoch": Configuration(
+        check="traces",
+        world=2,
+        spread="to_distributed",
+        optimizer="AdamWScheduleFree",
+        valid="create",
+        model="transformer",
+        epochs=2,
+        n=36,
+        between=(("predict", "amid", 2), ("validate", "amid", 2)),
+    ),
 }
