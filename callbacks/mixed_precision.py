@@ -138,12 +138,17 @@ class MixedPrecision(Callback):
         state["stage"] = OptState.UNSCALED
 
     def overflows(self, learn: Learner) -> bool:
-        """Whether the unscaled gradients are not all finite; reads the device, once."""
+        """Whether the unscaled gradients are not all finite, on any rank; reads the device, once."""
         scaler: Any = self.scaler
         found = [flag.to(learn.device) for flag in scaler._found_inf_per_device(learn.opt).values()]
         *flags, scale = torch.stack([*found, scaler._scale]).tolist()
         self.scales.append(scale)
-        if not any(flags):
+        overflow = any(flags)
+        if learn.ranks.apart and learn.ranks.agree(overflow) != overflow:
+            overflow = True  # another rank's own gradients: all skip the step, and lower the scale
+            for flag in scaler._found_inf_per_device(learn.opt).values():
+                flag.fill_(1.0)
+        if not overflow:
             return False
         self.skips.append(learn.step)
         if scale <= SMALLEST_SCALE:
