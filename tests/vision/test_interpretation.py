@@ -134,9 +134,9 @@ def test_tta_draws_each_version_anew_and_the_same_each_time(learn):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"n": 0}, "n=0, beta=0.5: expected 1 or more versions"),
-        ({"beta": 2}, "a share of 0 to 1"),
-        ({"tfms": []}, "nothing to augment with"),
+        ({"n": 0}, "n=0, beta=0.5: expected n of 1 or more"),
+        ({"beta": 2}, "beta from 0 to 1"),
+        ({"tfms": []}, "no transforms to augment with"),
     ],
 )
 def test_tta_says_what_it_needs(learn, options, message):
