@@ -767,10 +767,10 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
             r"SGD\(fused=True\) beside",
             lambda: learner(model=(m := net()), opt_func=Together(SGD(m.parameters(), lr=0.1, fused=True))),
         )
-        refused("batch_size_find lets each rank try by itself", lambda: learner().batch_size_find())
+        refused("batch_size_find tries on each rank alone", lambda: learner().batch_size_find())
         refused("is spread over the ranks already", lambda: learner().to_fsdp())
         refused(
-            r"export needs the whole model, of which each rank has a part: learn\.save",
+            r"export needs the whole model, and this one is sharded: call learn\.save",
             lambda: learner().export("model.pt2"),
         )
         refused("is spread over the ranks already", lambda: learner().to_distributed())
