@@ -39,7 +39,7 @@ class ImageDataBunch(DataBunch):
     Create one with `from_folder` or `from_dataset`.
 
     Attributes:
-        pictures: {"train", "valid", "test"}: the decoded pictures and their files, if they are held
+        pictures: {"train", "valid", "test"}: the decoded pictures and their files, if they are in memory
         stats: the (means, standard deviations) that batches are normalized with; None before `normalize`
 
     Example:
@@ -82,7 +82,7 @@ class ImageDataBunch(DataBunch):
 
         They are decoded once by all cores, stored in a cache file, and read from it later.
 
-        On an accelerator, pictures are held in its memory if they take at most a quarter of what is free there.
+        On an accelerator, pictures stay in its memory if they take at most a quarter of what is free there.
         Otherwise they are mapped from the cache file: a thread prepares batches ahead of time, which are copied from
         pinned memory. On a CPU they are always mapped. Without a cache file (`cache=None`, or a full disk) they are
         decoded into memory, of which they may take at most half of what is free. If a machine runs several processes,
@@ -263,10 +263,10 @@ class ImageDataBunch(DataBunch):
         """Return (means, standard deviations) by channel of the training pictures, without their transforms.
 
         Raises:
-            ValueError: when the pictures are not held
+            ValueError: when the pictures are not in memory
         """
         if "train" not in self.pictures:
-            raise ValueError("these pictures are not held, so they cannot be measured: call normalize(stats).")
+            raise ValueError("these pictures are not in memory, so they cannot be measured: call normalize(stats).")
         pixels = self.pictures["train"].pixels
         sums, squares = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
         for part in pixels.split(1024):

@@ -157,7 +157,7 @@ class Interpretation:
         names = [name[:18] for name in self.classes[:n]]
         ax.set_xticks(range(n), names, rotation=90, fontsize=8)
         ax.set_yticks(range(n), names, fontsize=8)
-        ax.set(xlabel="taken for", ylabel="is")
+        ax.set(xlabel="predicted", ylabel="actual")
         for i in range(n if n <= 40 else 0):  # numbers in more cells would be too small to read
             for j in range(n):
                 text = f"{shares[i, j]:.2f}" if normalize else f"{int(matrix[i, j])}"
@@ -181,7 +181,7 @@ class Interpretation:
             columns: number of columns of pictures
         """
         worst = self.top_losses(k)
-        titles = [f"{t.predicted} {t.probability:.0%}\nis {t.actual}, loss {t.loss:.2f}" for t in worst]
+        titles = [f"{t.predicted} {t.probability:.0%}\nactual: {t.actual}, loss {t.loss:.2f}" for t in worst]
         colours = [RIGHT if t.predicted == t.actual else WRONG for t in worst]
         return show_grid(self.pictures([t.index for t in worst]), titles, columns, colours=colours)
 
@@ -196,7 +196,7 @@ class Interpretation:
         indices = torch.linspace(0, n - 1, min(rows * columns, n)).round().long()
         right = self.predicted == self.targets
         titles = [
-            self.classes[self.predicted[i]] + ("" if right[i] else f"\nis {self.classes[self.targets[i]]}")
+            self.classes[self.predicted[i]] + ("" if right[i] else f"\nactual: {self.classes[self.targets[i]]}")
             for i in indices
         ]
         return show_grid(

@@ -233,7 +233,7 @@ def test_batch_transforms_and_normalize_apply_to_datasets_too():
     assert torch.equal(flipped, plain.flip(3))
     data = ImageDataBunch.from_dataset(random_dataset(), bs=6, seed=3, num_workers=0).normalize(cifar_stats)
     torch.testing.assert_close(data.denormalize(data.one_batch()[0]), plain.clamp(0, 1))
-    with pytest.raises(ValueError, match="are not held, so they cannot be measured"):
+    with pytest.raises(ValueError, match="are not in memory, so they cannot be measured"):
         ImageDataBunch.from_dataset(random_dataset(), bs=6, num_workers=0).normalize()
 
 

@@ -100,7 +100,7 @@ def test_plots_show_the_pictures_with_what_they_were_taken_for(learn, tmp_path):
     figure = seen.plot_top_losses(5, columns=3)
     worst = seen.top_losses(5)
     assert [ax.get_title() for ax in figure.axes[:5]] == [
-        f"{t.predicted} {t.probability:.0%}\nis {t.actual}, loss {t.loss:.2f}" for t in worst
+        f"{t.predicted} {t.probability:.0%}\nactual: {t.actual}, loss {t.loss:.2f}" for t in worst
     ]
     for ax, t in zip(figure.axes, worst, strict=False):
         torch.testing.assert_close(
