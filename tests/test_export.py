@@ -351,7 +351,7 @@ def test_wrong_names_and_models_are_told(folder):
         learner().export("m.bin")
     with pytest.raises(ValueError, match=r"To load a file of learn.save, use learn.load"):
         load_learner(folder / "saved.pt")
-    with pytest.raises(FileNotFoundError, match="nowhere.pt2 does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt2 does not exist"):
         load_learner("nowhere.pt2")
     with pytest.raises(TypeError, match="pass load_learner"):
         load_learner(folder / "m.safetensors")

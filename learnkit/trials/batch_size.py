@@ -30,8 +30,8 @@ def find(learn: Learner, max_bs: int, n_steps: int) -> int:
     """
     if any(map(is_shard, learn.model.parameters())):
         raise ValueError(
-            "batch_size_find tries on each rank alone, and after to_fsdp no rank has the whole model: call it before "
-            "to_fsdp to get a bound, or try sizes by hand."
+            "batch_size_find lets each rank try by itself, but after to_fsdp no rank has the full model: call it "
+            "before to_fsdp to get a bound, or try sizes by hand."
         )
     samples = first_batch(learn.data.train_dl)
     with unchanged(learn):
