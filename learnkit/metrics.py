@@ -281,7 +281,7 @@ class FunctionMetric(Metric):
 
 @final
 class ObjectMetric(Metric):
-    """Adapts an object with `reset()`, `update(pred, target)` and `compute()`, such as one from torchmetrics.
+    """Adapt an object with `reset()`, `update(pred, target)` and `compute()`, such as one from torchmetrics.
 
     `compute` returns one number, or a mapping with a number for each column. In the second case the object needs
     `keys()`, as `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is not used,
