@@ -106,9 +106,7 @@ class Chain(Schedule):
         first_steps = [min(int(_check_steps(n) * edge), max(n - 1, 0)) for edge in self._edges()[:-1]]
         table: list[float] = []
         for (first, following), (_, schedule) in zip(pairwise(first_steps), self.parts[:-1], strict=True):
-            table += schedule.values(following - first + 1)[
-                :-1
-            ]  # a joint has one value: the first one of the next part
+            table += schedule.values(following - first + 1)[:-1]  # the value at a joint is the next part's first
         return table + self.parts[-1][1].values(n - first_steps[-1])
 
     def _edges(self) -> list[float | Fraction]:

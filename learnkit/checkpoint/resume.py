@@ -151,9 +151,7 @@ def restore_training(learn: Learner, keeper: Callback, parts: dict[str, Any]) ->
     callbacks = others(learn, keeper)
     run, keys = parts["run"], keys_of(callbacks)
     states = {**run["callbacks"], **states_of_rank(learn, dict(zip(keys, callbacks, strict=True)), run["ranks"])}
-    if (
-        run["place"]["fit"] > learn.n_fits
-    ):  # the state of this fit no longer exists: the callbacks are those of the later fit
+    if run["place"]["fit"] > learn.n_fits:  # the saved callbacks are those of a later fit
         keys = [key if callback in learn.callbacks else "" for key, callback in zip(keys, callbacks, strict=True)]
     elif unknown := [key for key in states if key not in keys]:
         raise ValueError(

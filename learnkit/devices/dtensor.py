@@ -19,9 +19,7 @@ from learnkit.devices.ranks import Ranks
 
 def is_shard(value: Any) -> bool:
     """Return whether a value is a sharded tensor."""
-    module = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # if it is not imported, there are no DTensors; importing it is slow
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensors exist; importing is slow
     return module is not None and isinstance(value, module.DTensor)
 
 

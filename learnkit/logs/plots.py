@@ -129,9 +129,7 @@ def plot_layer_lines(
             ax.plot(steps, values[:, j, i].tolist(), color=colors[j], linewidth=1.3, label=name)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set(xlabel="step", title=title, yscale="log" if log else "linear")
-    shown = (
-        [0, *range(-4, 0)] if len(names) > 12 else range(len(names))
-    )  # if there are many: the first and the last few
+    shown = [0, *range(-4, 0)] if len(names) > 12 else range(len(names))  # if many: the first and the last few
     handles = panels[-1].get_lines()
     figure.legend(handles=[handles[j] for j in shown], loc="outside right center", frameon=False, fontsize="small")
     return figure
