@@ -363,7 +363,7 @@ def test_wrong_names_and_models_are_told(folder):
         load_learner(folder / "m.safetensors", model=other)
     with pytest.raises(ValueError, match=r"expected samples of shapes \[\(3, 8, 8\)\]"):
         load_learner(folder / "m.pt2").predict(torch.zeros(8))
-    with pytest.raises(ValueError, match="one a channel"):
+    with pytest.raises(ValueError, match="one per channel"):
         learner().export("m.safetensors", stats=([0.5], [0.0]))
 
 
