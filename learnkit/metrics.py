@@ -1,4 +1,4 @@
-"""Metrics: functions that give a batch's mean, objects with reset, update and compute, and one face for both."""
+"""Metrics: functions that return a batch's mean, objects with reset, update and compute, and one interface for both."""
 
 import re
 from abc import ABC, abstractmethod
@@ -23,9 +23,10 @@ MetricFunction = Callable[[Any, Any], Any]
 
 
 def _mean_of(each: MetricFunction) -> MetricFunction:
-    """The metric that is the mean of what `each(pred, target)` gives for each element. A FunctionMetric takes the mean
-    in float64: one in float32, weighted by its samples, is 1e-8 off, and differs with the batch size and the number of
-    ranks.
+    """Make a metric that is the mean of what `each(pred, target)` returns for each element.
+
+    A FunctionMetric takes this mean in float64. In float32, weighted by the number of samples, it has an error of 1e-8
+    and changes with the batch size and the number of ranks.
     """
 
     @wraps(each)
@@ -39,28 +40,45 @@ def _mean_of(each: MetricFunction) -> MetricFunction:
 
 @_mean_of
 def accuracy(pred: Tensor, target: Tensor) -> Tensor:
-    """The share of right answers: `pred` (batch, classes, *) scores, `target` (batch, *) class numbers."""
+    """Return the fraction of correct predictions.
+
+    Args:
+        pred: scores, `(batch, classes, *)`
+        target: class indices, `(batch, *)`, integer
+
+    Raises:
+        ValueError: when the shapes or the type of `target` do not fit
+    """
     _check_classes("accuracy", pred, target)
     return pred.argmax(1) == target
 
 
 @_mean_of
 def error_rate(pred: Tensor, target: Tensor) -> Tensor:
-    """The share of wrong answers: `1 - accuracy`."""
+    """Return the fraction of wrong predictions: `1 - accuracy`. Shapes as in `accuracy`."""
     _check_classes("error_rate", pred, target)
     return pred.argmax(1) != target
 
 
 def top_k_accuracy(k: int = 5) -> MetricFunction:
-    """Makes the metric `top_{k}_accuracy`: the share of targets among the `k` highest scores; shapes as `accuracy`."""
+    """Return the metric `top_{k}_accuracy`: the fraction of targets that are among the `k` highest scores.
+
+    Shapes as in `accuracy`.
+
+    Args:
+        k: how many of the highest scores count, 1 or more
+
+    Raises:
+        ValueError: when `k` is below 1, or, at the first batch, larger than the number of classes
+    """
     if k < 1:
-        raise ValueError(f"top_k_accuracy needs k of 1 or more, got {k}.")
+        raise ValueError(f"top_k_accuracy got k={k}, expected 1 or more.")
     name = f"top_{k}_accuracy"
 
     def metric(pred: Tensor, target: Tensor) -> Tensor:
         _check_classes(name, pred, target)
         if pred.shape[1] < k:
-            raise ValueError(f"{name} needs {k} classes or more, got pred of {describe(pred)}: choose a smaller k.")
+            raise ValueError(f"{name} got pred {describe(pred)}, expected {k} classes or more: choose a smaller k.")
         return (pred.topk(k, dim=1).indices == target.unsqueeze(1)).any(1)
 
     metric.__name__ = name
@@ -69,25 +87,34 @@ def top_k_accuracy(k: int = 5) -> MetricFunction:
 
 @_mean_of
 def mean_squared_error(pred: Tensor, target: Tensor) -> Tensor:
-    """The mean of squared differences; the shapes must be equal, nothing is broadcast."""
+    """Return the mean of the squared differences. The shapes must be equal; nothing is broadcast.
+
+    Raises:
+        ValueError: when the shapes differ
+    """
     return _difference("mean_squared_error", pred, target).square()
 
 
 @_mean_of
 def mean_absolute_error(pred: Tensor, target: Tensor) -> Tensor:
-    """The mean of absolute differences; the shapes must be equal, nothing is broadcast."""
+    """Return the mean of the absolute differences. The shapes must be equal; nothing is broadcast.
+
+    Raises:
+        ValueError: when the shapes differ
+    """
     return _difference("mean_absolute_error", pred, target).abs()
 
 
 @final
 class Mean:
-    """A mean over samples, kept on the device as sum and count: sums and counts travel between ranks, never means.
+    """A mean over samples, kept on the device as sum and count. Ranks exchange sums and counts, never means.
 
-    >>> mean = Mean()
-    >>> mean.add(torch.tensor(1.0), n=3)
-    >>> mean.add(torch.tensor(5.0), n=1)
-    >>> mean.compute().item()
-    2.0
+    Example:
+        >>> mean = Mean()
+        >>> mean.add(torch.tensor(1.0), n=3)
+        >>> mean.add(torch.tensor(5.0), n=1)
+        >>> mean.compute().item()
+        2.0
     """
 
     def __init__(self) -> None:
@@ -98,45 +125,54 @@ class Mean:
         self._sums, self._count = [], 0
 
     def add(self, value: Tensor, n: int) -> None:
-        """Counts `value`, one number that is a mean over `n` samples, `n` times. Does not wait for the device."""
-        if n == 0:  # the mean of an empty batch is nan, and would stay
+        """Add `value` with weight `n`. Does not wait for the device.
+
+        Args:
+            value: one number, the mean over `n` samples
+            n: number of samples
+        """
+        if n == 0:  # the mean of an empty batch is nan, and the sum would stay nan
             return
         value = value.detach()
-        # The product is a new tensor: what happens to `value` later does not matter, and a view keeps no batch alive.
+        # The product is a new tensor: later changes of `value` do not matter, and a view does not keep a batch alive.
         self._sums.append(value.to(widest_float(value.device)) * n)
         self._count += n
-        if len(self._sums) == 256:  # bounds the memory of a long epoch
+        if len(self._sums) == 256:  # limits the memory of a long epoch
             self._sums = [_stacked(self._sums).sum()]
 
     def compute(self) -> Tensor:
-        """The mean of what was added, 0-d float64 on its device (float32 where it has no float64); nan where nothing
-        was.
+        """Return the mean of all that was added, or nan if nothing was.
+
+        Returns:
+            A 0-d float64 tensor on the device of the values (float32 if the device has no float64).
         """
         total, n_samples = self.state()
         return total / n_samples
 
     def state(self) -> Tensor:
-        """(sum, count), a new tensor to be added up over ranks; on the CPU where nothing was added."""
+        """Return (sum, count) as a new tensor, to be summed over ranks; on the CPU if nothing was added."""
         total = _stacked(self._sums).sum() if self._sums else torch.zeros((), dtype=torch.float64, device="cpu")
         return torch.stack([total, torch.zeros_like(total) + self._count])
 
     def load_state(self, state: Tensor) -> None:
-        """Puts (sum, count) in the place of what was added: all ranks', after their sums were added up."""
+        """Replace what was added by (sum, count), usually the sums over all ranks."""
         total, self._count = state.detach().clone()
         self._sums = [total]
 
 
 @final
 class RootMeanSquaredError:
-    """The root of the mean squared error: no mean over batches gives it, hence a class of its own.
+    """The root of the mean squared error. It is not a mean over batches, so it needs a class.
 
-    An example of one: all that it keeps is in `Mean`s, and it says so, so that on several ranks two numbers travel. Of
-    a class that does not, all ranks' predictions and targets do.
+    It is also an example of how to write such a class. It keeps all of its state in `Mean` objects and sets
+    `keeps_means_only = True`, so the ranks exchange two numbers only. For a class that does not set this, they exchange
+    all predictions and targets.
 
-    >>> metric = RootMeanSquaredError()
-    >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
-    >>> metric.update(torch.tensor([3.0]), torch.tensor([9.0])); round(metric.compute().item() ** 2, 6)
-    12.0
+    Example:
+        >>> metric = RootMeanSquaredError()
+        >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+        >>> metric.update(torch.tensor([3.0]), torch.tensor([9.0])); round(metric.compute().item() ** 2, 6)
+        12.0
     """
 
     keeps_means_only = True
@@ -155,18 +191,20 @@ class RootMeanSquaredError:
 
 
 class Metric(ABC):
-    """What a learner needs of a metric; `as_metric` makes one from whatever the user has.
+    """What a learner needs from a metric. `as_metric` makes one from a function or an object.
 
-    `names` are the columns, known before anything is computed. `summable`: what it keeps are sums, so that it becomes
-    the whole world's metric when `sums()` are added up over the ranks and given to `load_sums`; of another metric all
-    ranks' batches must be brought together. `keeps`: it may hold on to the predictions that it is given, which are then
-    copies, as a captured CUDA graph writes its next output over its last one; unless said otherwise, what is not
-    summable does.
+    Attributes:
+        names: the columns, known before anything is computed
+        summable: True if its state consists of sums. Then the metric of all ranks is found by adding up `sums()` over
+            the ranks and calling `load_sums`. For other metrics the batches of all ranks must be gathered.
+        keeps: True if it may keep the predictions that it is given. They are then copied, because a captured CUDA graph
+            writes its next output over the last one. The default is `not summable`.
 
-    >>> metric = as_metric(accuracy)
-    >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
-    >>> read_values(metric.compute())
-    {'accuracy': 0.6666666666666666}
+    Example:
+        >>> metric = as_metric(accuracy)
+        >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
+        >>> read_values(metric.compute())
+        {'accuracy': 0.6666666666666666}
     """
 
     name: str
@@ -180,33 +218,37 @@ class Metric(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets all batches."""
+        """Forget all batches."""
 
     @abstractmethod
     def update(self, pred: Any, target: Any, n: int) -> None:
-        """Takes in one batch of `n` samples, without waiting for the device unless the user's code does."""
+        """Add one batch of `n` samples. Does not wait for the device unless the user's code does."""
 
     @abstractmethod
     def sums(self) -> list[Tensor]:
-        """What it keeps, if it is summable."""
+        """Return the state, if the metric is summable."""
 
     @abstractmethod
     def load_sums(self, sums: list[Tensor]) -> None:
-        """Puts `sums` in the place of what it keeps."""
+        """Replace the state by `sums`."""
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor | float]:
-        """One number for each of `names`; tensors are 0-d and stay on the device, `read` fetches them."""
+        """Return one number for each of `names`. Tensors are 0-d and stay on the device; `read_values` reads them."""
 
 
 @final
 class FunctionMetric(Metric):
-    """Averages `function(pred, target)`, a mean over the batch, over samples (a short last batch weighs less).
+    """The mean of `function(pred, target)` over samples, so that a short last batch has a smaller weight.
 
-    >>> metric = FunctionMetric(lambda pred, target: pred.mean())
-    >>> metric.update(torch.zeros(3), None, n=3); metric.update(torch.ones(1), None, n=1)
-    >>> read_values(metric.compute())
-    {'metric': 0.25}
+    Args:
+        function: returns the mean over a batch
+
+    Example:
+        >>> metric = FunctionMetric(lambda pred, target: pred.mean())
+        >>> metric.update(torch.zeros(3), None, n=3); metric.update(torch.ones(1), None, n=1)
+        >>> read_values(metric.compute())
+        {'metric': 0.25}
     """
 
     def __init__(self, function: MetricFunction) -> None:
@@ -239,16 +281,20 @@ class FunctionMetric(Metric):
 
 @final
 class ObjectMetric(Metric):
-    """Adapts an object with `reset()`, `update(pred, target)` and `compute()`, such as one of torchmetrics.
+    """Adapt an object with `reset()`, `update(pred, target)` and `compute()`, such as one from torchmetrics.
 
-    `compute` returns one number, or a mapping with a number for each column: then the object has `keys()`, as
-    `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is left out, and its
-    `forward` never called. An object that has `.to` is moved to the first batch's device. Summable are torchmetrics
-    whose states are all sums, and objects with `keeps_means_only = True`.
+    `compute` returns one number, or a mapping with a number for each column. In the second case the object needs
+    `keys()`, as `torchmetrics.MetricCollection` has, or a tuple `names`. torchmetrics' own communication is not used,
+    and its `forward` is never called. An object that has a `.to` method is moved to the device of the first batch.
+    Summable are torchmetrics whose states are all sums, and objects with `keeps_means_only = True`.
 
-    >>> metric = ObjectMetric(RootMeanSquaredError())
-    >>> metric.names
-    ('root_mean_squared_error',)
+    Args:
+        wrapped: the object
+
+    Example:
+        >>> metric = ObjectMetric(RootMeanSquaredError())
+        >>> metric.names
+        ('root_mean_squared_error',)
     """
 
     def __init__(self, wrapped: Any) -> None:
@@ -287,7 +333,7 @@ class ObjectMetric(Metric):
         if set(result) != set(self._columns):
             raise ValueError(
                 f"The metric {self.name} computed {tuple(result)}, expected {self._columns}: "
-                "give the object a tuple `names` of the keys that its compute() returns."
+                "give the object a tuple `names` with the keys that its compute() returns."
             )
         values = [_scalar(self.name, result[column]) for column in self._columns]
         return dict(zip(self.names, values, strict=True))
@@ -295,9 +341,7 @@ class ObjectMetric(Metric):
     def _place(self, like: Any) -> None:
         move = getattr(self.wrapped, "to", None)
         if isinstance(like, Tensor) and isinstance(self.wrapped, nn.Module) and _torchmetrics_in(self.wrapped):
-            self.wrapped._apply(
-                partial(sent, device=like.device)
-            )  # what its `to` does, without waiting for each tensor
+            self.wrapped._apply(partial(sent, device=like.device))  # like its `to`, but without waiting for each tensor
         elif isinstance(like, Tensor) and callable(move):
             move(like.device)
         self._placed = True
@@ -310,14 +354,14 @@ def _means_of(wrapped: Any) -> list[Mean]:
 
 
 def _torchmetrics_in(wrapped: Any) -> list[Any]:
-    """The torchmetrics that an object is or collects, told by what they say of their states."""
+    """Return the torchmetrics that an object is or contains; they are recognized by `_reductions`."""
     parts = list(wrapped.values()) if callable(getattr(wrapped, "values", None)) else [wrapped]
     return parts if all(isinstance(getattr(part, "_reductions", None), dict) for part in parts) else []
 
 
 def _sum_states(wrapped: Any) -> list[tuple[Any, str]]:
-    """(metric, name of a state) for all states of torchmetrics, if they are all tensors that are added up over
-    ranks.
+    """Return (metric, name) of each state of torchmetrics, if all states are tensors that are summed over ranks, else
+    [].
     """
     reductions = [(part, name, how) for part in _torchmetrics_in(wrapped) for name, how in part._reductions.items()]
     sums = all(getattr(how, "__name__", "") == "dim_zero_sum" for _, _, how in reductions)
@@ -326,7 +370,7 @@ def _sum_states(wrapped: Any) -> list[tuple[Any, str]]:
 
 @contextmanager
 def _without_own_communication(wrapped: Any) -> Iterator[None]:
-    """torchmetrics' compute() without its collectives, and without its warning on a rank whose share was empty."""
+    """Run torchmetrics' compute() without its collectives, and without its warning on a rank that had no data."""
     parts = _torchmetrics_in(wrapped)
     kept = [part.distributed_available_fn for part in parts]
     for part in parts:
@@ -342,10 +386,14 @@ def _without_own_communication(wrapped: Any) -> Iterator[None]:
 
 
 def as_metric(thing: Any) -> Metric:
-    """A `Metric` from a function, an object with reset, update and compute, or a `Metric`; TypeError for all else.
+    """Return a `Metric` for a function, an object with reset, update and compute, or a `Metric`.
 
-    >>> as_metric(error_rate).names
-    ('error_rate',)
+    Raises:
+        TypeError: when it is none of these
+
+    Example:
+        >>> as_metric(error_rate).names
+        ('error_rate',)
     """
     if isinstance(thing, Metric):
         return thing
@@ -354,26 +402,29 @@ def as_metric(thing: Any) -> Metric:
     if not missing:
         return ObjectMetric(thing)
     if len(missing) < 3:
-        raise TypeError(f"The metric {thing!r} lacks {', '.join(missing)}: expected all of reset, update and compute.")
+        raise TypeError(f"The metric {thing!r} has no {', '.join(missing)}: expected all of reset, update and compute.")
     if not callable(thing):
         raise TypeError(
-            f"{thing!r} is no metric: expected a function (pred, target) -> mean over the batch, "
+            f"{thing!r} is not a metric: expected a function (pred, target) -> mean over the batch, "
             "or an object with reset, update and compute."
         )
     return FunctionMetric(thing)
 
 
 def as_metrics(things: Any, *, taken: Iterable[str] = ()) -> list[Metric]:
-    """Metrics from one thing, a list or a tuple; a name that occurs again, or is `taken`, gets the suffix _2, _3, …
+    """Return the metrics of one object, a list or a tuple. Repeated or `taken` names get the suffix _2, _3, …
 
-    >>> [metric.names for metric in as_metrics([accuracy, accuracy])]
-    [('accuracy',), ('accuracy_2',)]
+    Example:
+        >>> [metric.names for metric in as_metrics([accuracy, accuracy])]
+        [('accuracy',), ('accuracy_2',)]
     """
     metrics = [as_metric(thing) for thing in (things if isinstance(things, (list, tuple)) else [things])]
     objects = [id(metric.wrapped) if isinstance(metric, ObjectMetric) else id(metric) for metric in metrics]
     for i, metric in enumerate(metrics):
         if objects[i] in objects[:i]:
-            raise ValueError(f"One and the same {metric.name} is given twice and would see each batch twice: make two.")
+            raise ValueError(
+                f"The same {metric.name} object was given twice and would see each batch twice: create two objects."
+            )
     seen = set(taken)
     for metric in metrics:
         metric.names = tuple(_unique(name, seen) for name in metric.names)
@@ -381,18 +432,18 @@ def as_metrics(things: Any, *, taken: Iterable[str] = ()) -> list[Metric]:
 
 
 def read_values(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """All values as plain floats, with a single read for each device."""
+    """Return all values as floats, with a single read for each device."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
     for device in {value.device for value in tensors.values()}:
         names = [name for name, value in tensors.items() if value.device == device]
-        # THE device synchronisation: tolist() waits until everything that leads to these numbers has been computed.
+        # THE device synchronisation: tolist() waits until everything that these numbers depend on has been computed.
         numbers |= zip(names, _stacked([tensors[name].detach() for name in names]).tolist(), strict=True)
     return {name: numbers[name] for name in values}
 
 
 def _stacked(values: list[Tensor]) -> Tensor:
-    # A function may return a plain 0.0 for some batches, so that a few values are on the CPU.
+    # A function may return a plain 0.0 for some batches, so a few values may be on the CPU.
     device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
     return torch.stack([value.to(device, widest_float(device)) for value in values])
 
@@ -416,7 +467,7 @@ def _difference(name: str, pred: Tensor, target: Tensor) -> Tensor:
             "would compare every prediction with every target): use pred.squeeze(1) or target.unsqueeze(1)."
         )
     difference = pred - target
-    return difference.to(torch.promote_types(difference.dtype, torch.float32))  # half precision is too coarse to sum in
+    return difference.to(torch.promote_types(difference.dtype, torch.float32))  # sums in half precision are too coarse
 
 
 def _call(name: str, function: Callable[..., Any], *batch: Any) -> Any:
@@ -433,7 +484,7 @@ def _scalar(name: str, value: Any) -> Tensor:
     if number is None or number.numel() != 1:
         raise ValueError(
             f"The metric {name} returned {describe(value)}, expected one number: average it (.mean() in a function, "
-            "average='macro' in torchmetrics), or make a metric for each part."
+            "average='macro' in torchmetrics), or use one metric for each part."
         )
     return number.detach().reshape(())
 
@@ -476,13 +527,13 @@ def _unique(name: str, seen: set[str]) -> str:
 def _check_arguments(name: str, function: Callable[..., Any]) -> None:
     try:
         parameters = signature(function)
-    except (TypeError, ValueError):  # some functions written in C have none
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return
     try:
         parameters.bind("pred", "target")
     except TypeError as error:
         raise TypeError(
-            f"The metric {name}{parameters} cannot be called with (pred, target): {error}. Give other arguments by "
+            f"The metric {name}{parameters} cannot be called with (pred, target): {error}. Set other arguments with "
             "functools.partial; call a function that makes a metric first, as in metrics=top_k_accuracy(5)."
         ) from error
 

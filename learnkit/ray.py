@@ -1,5 +1,6 @@
-"""A Learner inside Ray Train: reports to it, goes on after its failures, reads its data. Needs `ray[train]`, imported
-where it is used.
+"""A Learner in Ray Train: it reports to Ray, resumes after failures and reads Ray datasets.
+
+Needs `ray[train]`, which is imported when it is used.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from learnkit.learner import Learner
 
 
 class RayReport(Callback):
-    """After each epoch, report `learn.values` and a checkpoint of the fit to Ray Train; after a failure, go on from the
-    last one, exactly.
+    """Report `learn.values` and a checkpoint to Ray Train after each epoch, and resume exactly after a failure.
 
-    For functions that a ray.train.torch.TorchTrainer runs. Rank 0's checkpoint is the one that Ray keeps, in the format
-    of `Checkpoint`: its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker ends as one that
-    did not. (Ray takes reports up about once a second: a worker that is lost sooner after an epoch costs that epoch.)
-    Raises RuntimeError at the fit's start where no Ray Train is about.
+    For functions that are run by a ray.train.torch.TorchTrainer. Ray keeps the checkpoint of rank 0, which has the
+    format of `Checkpoint`: its files are plain. With `FailureConfig(max_failures=…)` a run that lost a worker resumes
+    from the last checkpoint and ends like one that did not. (Ray collects reports about once per second: if a worker is
+    lost sooner after an epoch, that epoch is lost.)
 
-    >>> learn = Learner(data, model, callbacks=[RayReport()]).to_distributed()  # doctest: +SKIP
+    Raises:
+        RuntimeError: at the start of the fit, when the process is not a Ray Train worker
+
+    Example:
+        >>> learn = Learner(data, model, callbacks=[RayReport()]).to_distributed()  # doctest: +SKIP
     """
 
     order = Checkpoint.order - 5
@@ -35,9 +39,7 @@ class RayReport(Callback):
     in_trials = False
 
     def __init__(self) -> None:
-        self.parts: dict[str, Any] | None = (
-            None  # of the checkpoint that this fit goes on from, until they are put back
-        )
+        self.parts: dict[str, Any] | None = None  # of the checkpoint from which this fit resumes, until they are loaded
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         check_in_ray()
@@ -51,7 +53,7 @@ class RayReport(Callback):
         self.put_back(learn)
 
     def after_fit(self, learn: Learner) -> None:
-        self.put_back(learn)  # a finished fit has no epoch in which to do so
+        self.put_back(learn)  # a finished fit has no epoch in which to load them
 
     def put_back(self, learn: Learner) -> None:
         parts, self.parts = self.parts, None
@@ -69,7 +71,7 @@ class RayReport(Callback):
             raise stop
 
     def report(self, learn: Learner, *, over: bool) -> None:
-        """All ranks come here, as Ray waits for them; rank 0 brings the checkpoint."""
+        """Report to Ray. All ranks must call this, because Ray waits for them; rank 0 provides the checkpoint."""
         from ray import train  # type: ignore[attr-defined]
 
         parts = training_state(learn, self, place_of(learn, epoch_over=True, over=over), order_states(learn))
@@ -92,13 +94,13 @@ def check_in_ray() -> None:
         train.get_context().get_world_size()
     except Exception as error:
         raise RuntimeError(
-            "RayReport reports to Ray Train, and this process is none of its workers: run the function with "
-            "fit_on_ray(…) or a ray.train.torch.TorchTrainer, or take the callback away."
+            "RayReport needs Ray Train, and this process is not one of its workers: run the function with "
+            "fit_on_ray(…) or a ray.train.torch.TorchTrainer, or remove the callback."
         ) from error
 
 
 def read_latest() -> list[Any] | None:
-    """[name, parts] of the checkpoint that Ray gives to a run that goes on; None at a first start."""
+    """Return [name, parts] of the checkpoint that Ray gives to a resumed run; None at the first start."""
     from ray import train  # type: ignore[attr-defined]
 
     found = train.get_checkpoint()
@@ -110,17 +112,23 @@ def read_latest() -> list[Any] | None:
 
 
 class RayLoader:
-    """A worker's shard of a Ray dataset as a loader: batches are mappings from column to tensor, one pass an epoch.
+    """A worker's shard of a Ray dataset as a loader: batches are mappings from column to tensor, one pass per epoch.
 
-    shard           what ray.train.get_dataset_shard(name) gives: each worker has its own part already
-    bs              rows of a batch
-    target          the column that is the target; it goes to the model's loss under "target"
-    drop_last, shuffle_buffer   as Ray's iter_torch_batches has them; the buffer shuffles within so many rows, None: not
-                                at all
+    The order is Ray's. It is not a function of (seed, epoch), and it changes with the number of workers.
 
-    The order is Ray's: not a function of (seed, epoch), and not the same on another number of workers.
+    Args:
+        shard: what ray.train.get_dataset_shard(name) returns; it is already the worker's own shard
+        bs: rows per batch
+        target: the column that is the target; it is passed to the model's loss as "target"
+        drop_last: as in Ray's iter_torch_batches
+        shuffle_buffer: number of rows within which rows are shuffled, as in Ray's iter_torch_batches; None: no
+            shuffling
 
-    >>> DataBunch(RayLoader(ray.train.get_dataset_shard("train"), bs=64, target="label"))  # doctest: +SKIP
+    Raises:
+        KeyError: when the dataset has no column `target`
+
+    Example:
+        >>> DataBunch(RayLoader(ray.train.get_dataset_shard("train"), bs=64, target="label"))  # doctest: +SKIP
     """
 
     is_sharded = True
@@ -147,7 +155,7 @@ class RayLoader:
             batch_size=self.batch_size, drop_last=self.drop_last, local_shuffle_buffer_size=self.shuffle_buffer
         ):
             if self.target not in batch:
-                raise KeyError(f"the dataset has no column {self.target!r}: it has {', '.join(batch)}.")
+                raise KeyError(f"the dataset has no column {self.target!r}, expected one of {', '.join(batch)}.")
             yield {("target" if name == self.target else name): column for name, column in batch.items()}
 
 
@@ -162,16 +170,23 @@ def fit_on_ray(
     name: str | None = None,
     max_failures: int = 0,
 ) -> Any:
-    """Run `train_func` on Ray workers, which are ranks of one group; return Ray's Result (metrics, checkpoint, error).
+    """Run `train_func` on Ray workers, which are the ranks of one group.
 
-    train_func      a script as a function, of no argument, or of `config` where that is given
-    num_workers     processes, with `use_gpu` one GPU each
-    datasets        Ray datasets by name: in the function, RayLoader(ray.train.get_dataset_shard(name))
-    storage_path, name  where Ray keeps what RayReport reports: a run of a name that is there goes on. None: Ray's own
-                        folder, a new name
-    max_failures    how often a run that failed is started again, from its last checkpoint
+    Args:
+        train_func: a script as a function, without arguments, or with `config` as its argument if that is given
+        num_workers: number of processes
+        use_gpu: whether each process uses one GPU
+        config: argument of `train_func`
+        datasets: Ray datasets by name; the function reads one with RayLoader(ray.train.get_dataset_shard(name))
+        storage_path: where Ray stores what RayReport reports; None: Ray's own folder
+        name: name of the run; a run whose name exists is resumed; None: a new name
+        max_failures: how many times a failed run is restarted from its last checkpoint
 
-    >>> fit_on_ray(train, num_workers=2)  # doctest: +SKIP
+    Returns:
+        Ray's Result (metrics, checkpoint, error).
+
+    Example:
+        >>> fit_on_ray(train, num_workers=2)  # doctest: +SKIP
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # type: ignore[import-not-found]
     from ray.train.torch import TorchTrainer  # type: ignore[import-not-found]

@@ -98,7 +98,9 @@ def test_a_state_comes_back_and_one_of_another_model_is_refused():
     a.load_state_dict({name: value.clone() for name, value in b.state_dict().items()})
     for name, value in b.state_dict().items():
         assert torch.equal(a.values[name], value)
-    with pytest.raises(ValueError, match=r"the average is one of another model: 0\.bias, .* in one of them only"):
+    with pytest.raises(
+        ValueError, match=r"the saved average is of another model: 0\.bias, .* exist in only one of them"
+    ):
         a.load_state_dict(Average(nn.Linear(3, 2)).state_dict())
 
 

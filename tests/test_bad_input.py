@@ -456,11 +456,11 @@ class HalfMetric:
 METRICS: Cases = {
     "a class": (learner(metrics=HalfMetric), TypeError, ("HalfMetric is a class", "instance", r"HalfMetric\(")),
     "a misspelt name": (learner(metrics="acuracy"), TypeError, ("'acuracy' is a string", "accuracy", "without quotes")),
-    "a number": (learner(metrics=[3]), TypeError, ("3 is no metric", r"function \(pred, target\)")),
+    "a number": (learner(metrics=[3]), TypeError, ("3 is not a metric", r"function \(pred, target\)")),
     "an object without compute": (
         learner(metrics=HalfMetric()),
         TypeError,
-        ("lacks compute", "reset, update and compute"),
+        ("has no compute", "reset, update and compute"),
     ),
     "a function of one argument": (
         learner(metrics=lambda pred: 0.0),

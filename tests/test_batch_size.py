@@ -65,7 +65,7 @@ def test_of_one_sample_it_says_so_and_of_none_what_to_do():
             assert learn.batch_size_find() == 1
         else:
             with pytest.raises(
-                RuntimeError, match=r"not even one sample fits into memory: take a smaller model, or to_bf16\(\)"
+                RuntimeError, match=r"not even one sample fits into memory: use a smaller model, or to_bf16\(\)"
             ):
                 learn.batch_size_find()
 

@@ -178,7 +178,9 @@ class Branches(Draws):
 
 
 def test_a_model_that_gives_other_numbers_or_cannot_be_traced_leaves_no_file():
-    with pytest.raises(RuntimeError, match=r"gives other numbers than the model.*Does it draw random numbers"):
+    with pytest.raises(
+        RuntimeError, match=r"the outputs of the exported model and the model differ.*Does it draw random numbers"
+    ):
         learner(Draws()).export("m.pt2")
     with pytest.raises(Exception) as caught:  # noqa: PT011  # whichever torch.export has
         learner(Branches()).export("m.pt2")
@@ -286,7 +288,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_file_that_holds_more_than_tensors_and_operators_is_refused_unexecuted(folder, case):
     rewritten(folder, HOSTILE[case])
-    with pytest.raises(Damaged, match=r"does not write: nothing was loaded|is no archive of torch"):
+    with pytest.raises(Damaged, match=r"does not write: nothing was loaded|is not an archive of torch"):
         load_learner("m.pt2")
     assert not Path("canary").exists()
 
@@ -347,13 +349,13 @@ def test_other_operators_are_not(text):
 def test_wrong_names_and_models_are_told(folder):
     with pytest.raises(ValueError, match=r"ends in \.bin, expected \.pt2, \.onnx, \.safetensors"):
         learner().export("m.bin")
-    with pytest.raises(ValueError, match=r"What learn.save wrote goes to learn.load"):
+    with pytest.raises(ValueError, match=r"To load a file of learn.save, use learn.load"):
         load_learner(folder / "saved.pt")
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt2 does not exist"):
         load_learner("nowhere.pt2")
-    with pytest.raises(TypeError, match="give load_learner"):
+    with pytest.raises(TypeError, match="pass load_learner"):
         load_learner(folder / "m.safetensors")
-    with pytest.raises(TypeError, match="has its model in it"):
+    with pytest.raises(TypeError, match="contains its model"):
         load_learner(folder / "m.pt2", model=net())
     other = net()
     other[6] = nn.Linear(4, 2)  # type: ignore[index]
@@ -361,7 +363,7 @@ def test_wrong_names_and_models_are_told(folder):
         load_learner(folder / "m.safetensors", model=other)
     with pytest.raises(ValueError, match=r"expected samples of shapes \[\(3, 8, 8\)\]"):
         load_learner(folder / "m.pt2").predict(torch.zeros(8))
-    with pytest.raises(ValueError, match="one a channel"):
+    with pytest.raises(ValueError, match="one per channel"):
         learner().export("m.safetensors", stats=([0.5], [0.0]))
 
 
@@ -415,7 +417,7 @@ def test_what_cannot_be_used_is_told_on_stderr_with_exit_code_1(folder, capsys):
     Path("no.png").write_text("no picture")
     assert main(["predict", str(folder / "m.pt2"), "no.png"]) == 1 and main(["info", "nowhere.pt2"]) == 1
     err = capsys.readouterr().err
-    assert "no.png is no picture" in err and "there is no nowhere.pt2" in err
+    assert "no.png cannot be read as a picture" in err and "nowhere.pt2 does not exist" in err
     with pytest.raises(SystemExit):
         main([])
 

@@ -172,7 +172,7 @@ def test_a_suggested_rate_trains():
 
 def test_a_sweep_that_ended_at_once_says_why_there_is_no_suggestion():
     found = sgd().lr_find(1e5, 1e9, 50)
-    with pytest.raises(ValueError, match=r"ended after \d+ steps.*Begin lower"):
+    with pytest.raises(ValueError, match=r"ended after \d+ steps.*Start lower"):
         found.suggestion  # noqa: B018
     assert "too few" in repr(found)
     found.plot()

@@ -109,7 +109,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest_learns():
     [
         (lambda: Together(), ValueError, "no optimizer"),
         (lambda: Together(partial(SGD)), TypeError, "expected a torch.optim.Optimizer"),
-        (lambda: both(net()).step(lambda: 0.0), ValueError, "no closure"),
+        (lambda: both(net()).step(lambda: 0.0), ValueError, "cannot take a closure"),
     ],
 )
 def test_misuse_is_refused(make, error, message):

@@ -1,3 +1,1 @@
-"""What a training writes to continue later: files and folders that appear whole or not at all, and the state in
-them.
-"""
+"""Files for resuming a training: files and folders that appear completely or not at all, and the state in them."""

@@ -1,6 +1,4 @@
-"""The floor that everything written stands on: hashed while it is written, on the disk when it is said to be, verified
-when read.
-"""
+"""The base of everything that is written: hashed while it is written, durable when finished, verified when read."""
 
 from __future__ import annotations
 
@@ -24,29 +22,30 @@ from torch import Tensor
 from learnkit.devices.staging import on_host
 
 CHUNK = 1 << 18  # stays in a core's cache between reading and hashing: 1 MB took 5 % more processor time (2026-11-21)
-LARGE = 1 << 16  # bytes from which a piece is worth waking another thread
+LARGE = 1 << 16  # a piece with at least so many bytes wakes the other thread
 PARTIAL = re.compile(
     r"\..+\.(\d+)-(\d+)\.part|\.\d{6,}-step-\d+\.(\d+)\.part"
-)  # the second is what format 1 began with
-SEAL = b"sha256:"  # begins the comment that a sealed file ends with: a zip file may have one, and torch ignores it
+)  # the second pattern is that of format 1
+SEAL = b"sha256:"  # start of the zip comment at the end of a sealed file, which torch ignores
 BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
 _switch, _n_without, _crc32_before = threading.Lock(), 0, True
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path that the user gave; `~` at its beginning is a home folder, as in a shell."""
+    """Return a path that the user gave; `~` at its beginning is the home folder, as in a shell."""
     return Path(path).expanduser()
 
 
 class Damaged(ValueError):
-    """A file that does not verify; the message says which one and why."""
+    """A file that cannot be verified; the message says which one and why."""
 
 
 # --- writing -----------------------------------------------------------------
 class Growing:
-    """A new file that is hashed in another thread as it grows, from what it holds: the pages were written a moment ago.
+    """A new file that another thread hashes while it grows.
 
-    The memory that is saved may be a copy that torch frees at once, so the hash does not read that.
+    The thread reads the file, whose pages were just written. It does not read the memory that is saved: that may be a
+    copy that torch frees at once.
     """
 
     def __init__(self, path: Path, helpers: Executor) -> None:
@@ -73,8 +72,8 @@ class Growing:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with path.open("rb", buffering=0) as file:
             while True:
-                self.grown.clear()  # before the looks, so that whatever comes after them sets it again
-                last = self.ended.is_set()  # before it is read: then nothing follows
+                self.grown.clear()  # before the checks, so that anything later sets it again
+                last = self.ended.is_set()  # checked before reading: if it is set, nothing more is written
                 while n := file.readinto(buffer):
                     digest.update(buffer[:n])
                 if last:
@@ -82,7 +81,7 @@ class Growing:
                 self.grown.wait()
 
     def save(self, state: Any, *, crc32: bool) -> None:
-        """torch.save, into the system's memory."""
+        """torch.save, into the operating system's memory."""
         try:
             with nullcontext() if crc32 else without_crc32():
                 torch.save(state, self)  # type: ignore[arg-type]
@@ -90,7 +89,7 @@ class Growing:
             self.n_bytes = self.file.tell()
         except Exception:
             if self.error is not None:
-                raise self.error from None  # torch makes an internal error of it
+                raise self.error from None  # torch turns it into an internal error
             raise
         finally:
             self.end()
@@ -100,7 +99,7 @@ class Growing:
         self.grown.set()
 
     def settle(self, *, seal: bool) -> None:
-        """Durable and closed when it returns; the hash is still computed while the disk works."""
+        """Make the file durable and close it; the hash may still be computed while the disk works."""
         with self.file as file:
             os.fsync(file.fileno())
             if seal:
@@ -108,7 +107,7 @@ class Growing:
 
     def put_seal(self) -> None:
         comment = SEAL + self.digest.result().encode()
-        self.file.seek(-2, os.SEEK_END)  # the zip's last two bytes are the length of its comment, which is 0
+        self.file.seek(-2, os.SEEK_END)  # the zip's last two bytes are the length of its comment, 0 so far
         self.file.write(len(comment).to_bytes(2, "little") + comment)
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -116,11 +115,10 @@ class Growing:
 
 @contextmanager
 def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[Path, dict[str, Any]]]:
-    """torch.save of each to a new file; yields {"sha256", "bytes"} of each, while the disk works. Durable when the
-    block is over.
+    """Save each state to a new file with torch.save, and yield {"sha256", "bytes"} of each while the disk works.
 
-    While one is written, those before it are hashed and flushed. Tensors of a device are copied to the host, one state
-    after the other. `seal` puts the hash at the end of the file.
+    The files are durable after the block. While one is written, those before it are hashed and flushed. Tensors of a
+    device are copied to the host, one state after the other. `seal` puts the hash at the end of the file.
     """
     for path, state in states.items():
         check_plain(state, f"the state for {path.name}")
@@ -129,7 +127,7 @@ def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[
         for path, state in states.items():
             files[path] = file = Growing(path, helpers)
             open_files.callback(file.file.close)
-            file.save(on_host(state), crc32=seal)  # a sealed file is for other tools too, which may look at it
+            file.save(on_host(state), crc32=seal)  # other tools may read a sealed file and check its crc32
             settled.append(helpers.submit(file.settle, seal=seal))
         yield {path: {"sha256": file.digest.result(), "bytes": file.n_bytes} for path, file in files.items()}
         for done in settled:
@@ -138,10 +136,10 @@ def writing(states: Mapping[Path, Any], *, seal: bool = False) -> Iterator[dict[
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """torch.save computes no checksums of its own: a third of its time, for what sha256 does better, and what
-    torch.load never reads.
+    """Make torch.save skip its own checksums.
 
-    The switch is the whole process's, and threads may write at once: the last one puts it back.
+    They take a third of its time, sha256 is stronger, and torch.load never reads them. The setting is global for the
+    process, and several threads may write at the same time: the last one restores it.
     """
     global _n_without, _crc32_before
     with _switch:
@@ -159,7 +157,7 @@ def without_crc32() -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """A new file, durable when it returns."""
+    """Write a new file; it is durable when this returns."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -167,12 +165,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def partial(path: Path) -> Path:
-    """Where it lies while it is written: .<name>.<pid>-<when that process began>.part"""
+    """Return the path of a file while it is written: .<name>.<pid>-<start time of that process>.part"""
     return path.with_name(f".{path.name}.{os.getpid()}-{started(os.getpid()) or 0}.part")
 
 
 def clean(folder: Path, name: str = "") -> None:
-    """Remove what processes that were killed left unfinished in a folder, of all or of one name."""
+    """Remove unfinished files of killed processes from a folder: all, or those with one name."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -187,7 +185,7 @@ def clean(folder: Path, name: str = "") -> None:
 
 
 def is_running(pid: int, begun: str | None) -> bool:
-    """Whether the process that began then runs; another one may have its number now."""
+    """Return whether the process that started at that time is running; another process may have its pid now."""
     from learnkit.distributed.process import is_alive
 
     if begun is None:
@@ -196,7 +194,7 @@ def is_running(pid: int, begun: str | None) -> bool:
 
 
 def started(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since the machine did; None where that cannot be read."""
+    """Return when a process of this machine started, in clock ticks since boot; None if that cannot be read."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -204,8 +202,9 @@ def started(pid: int) -> int | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created and renamed in it survive a power cut; there is nothing to do where folders cannot be
-    opened.
+    """Make files that were created and renamed in a folder survive a power cut.
+
+    On systems where folders cannot be opened, this does nothing.
     """
     if os.name != "posix":
         return
@@ -217,13 +216,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def explained_os_error(error: OSError, path: Path, need: int) -> OSError:
-    """The same error, with what was to be written, what it needs, what is free, and what to do."""
+    """Return the same error with the path, the space needed, the free space, and what to do."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     advice = f"It needs about {need / 1e6:.1f} MB; {shutil.disk_usage(place).free / 1e6:.1f} MB are free there. "
     advice += (
         "Make room, or choose another folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else "See that the folder exists and may be written to"
+        else "Check that the folder exists and is writable"
     )
     return OSError(
         error.errno,
@@ -232,7 +231,7 @@ def explained_os_error(error: OSError, path: Path, need: int) -> OSError:
 
 
 def size_of(state: Any) -> int:
-    """Bytes of the tensors in it."""
+    """Return the number of bytes of the tensors in a state."""
     return sum(t.numel() * t.element_size() for t in tensors_to_write(state))
 
 
@@ -248,7 +247,7 @@ def tensors_to_write(value: Any) -> Iterable[Tensor]:
 
 
 def check_plain(value: Any, name: str) -> None:
-    """Refuse, before it is written, what could not be read again without executing code."""
+    """Raise TypeError, before anything is written, for objects that could not be read without executing code."""
     if value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype)):
         return
     if isinstance(value, Mapping):
@@ -265,46 +264,47 @@ def check_plain(value: Any, name: str) -> None:
 
 def not_plain_error(value: Any, name: str) -> TypeError:
     return TypeError(
-        f"{name} is a {type(value).__name__}, which a file cannot keep: expected None, a bool, number, string or "
+        f"{name} is a {type(value).__name__}, which cannot be saved: expected None, a bool, number, string or "
         f"tensor, or a list, tuple or dict of them. Convert it in state_dict(), and back in load_state_dict()."
     )
 
 
 # --- reading -----------------------------------------------------------------
 def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What torch.save wrote, if it is nothing but tensors and plain types; nothing in it is executed."""
+    """Return what torch.save wrote, if it contains only tensors and plain types; nothing in the file is executed."""
     check_records(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, before it refuses
+            warnings.simplefilter("ignore")  # torch warns before it raises
             return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # of many kinds, where a file was made to mislead
+    except Exception as error:  # malicious files cause many kinds of exceptions
         found = re.search(r"GLOBAL [\w.]+|Unsupported (operand|class) [\w.]+", str(error))
         raise unsafe(
-            path, f"it is damaged, or holds other objects ({found[0] if found else type(error).__name__})"
+            path, f"it is damaged, or contains other objects ({found[0] if found else type(error).__name__})"
         ) from None
 
 
 def check_records(path: Path) -> None:
-    """torch stores its records as they are: a packed one could unfold to any size, and of two of one name only one
-    would be read.
+    """Raise Damaged for compressed records and repeated names, which torch never writes.
+
+    A compressed record could expand to any size, and of two records with one name only one would be read.
     """
     if not is_zip(path):
-        return  # of torch's format before 1.6, or nothing of torch's
+        return  # torch's format before 1.6, or not a file of torch
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except BAD_ZIP as error:
-        raise unsafe(path, f"it was cut off or changed: {error}") from None
+        raise unsafe(path, f"it is incomplete or was changed: {error}") from None
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             raise unsafe(
                 path,
-                f"{record.filename} in it is packed, {record.compress_size} bytes that would unfold to "
+                f"{record.filename} in it is compressed, {record.compress_size} bytes that would expand to "
                 f"{record.file_size}, which torch.save never does",
             )
     if len({record.filename for record in records}) < len(records):
-        raise unsafe(path, "it has two records of one name")
+        raise unsafe(path, "it has two records with the same name")
 
 
 def unsafe(path: Path, why: str) -> Damaged:
@@ -316,11 +316,11 @@ def is_zip(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(2) == b"PK"
     except OSError:
-        return False  # torch will say why
+        return False  # torch will report why
 
 
 def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
-    """(sha256, bytes) of a file, or of its first n bytes followed by two zeros."""
+    """Return (sha256, bytes) of a file, or of its first n bytes followed by two zeros."""
     digest, left, n_read = hashlib.sha256(), n, 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK if left is None else min(CHUNK, left)):
@@ -334,7 +334,10 @@ def hash_file(path: Path, n: int | None = None) -> tuple[str, int]:
 
 
 def check_seal(path: Path) -> None:
-    """Raise Damaged where a sealed file was changed. One that others wrote has no seal, but its zip's own checksums."""
+    """Raise Damaged if a sealed file was changed.
+
+    A file that another tool wrote has no seal; then the zip's own checksums are verified.
+    """
     if not is_zip(path):
         return
     try:
@@ -342,7 +345,9 @@ def check_seal(path: Path) -> None:
             comment = archive.comment
             whole = comment.startswith(SEAL) if comment else archive.testzip() is None
     except BAD_ZIP as error:
-        raise Damaged(f"{path} was cut off or changed after it was written: {error}. Nothing was loaded.") from None
+        raise Damaged(
+            f"{path} is incomplete or was changed after it was written: {error}. Nothing was loaded."
+        ) from None
     if comment and whole:
         n = path.stat().st_size - len(comment) - 2
         with path.open("rb") as file:

@@ -1,6 +1,4 @@
-"""What a fit is at a step: taken as plain types and tensors, and put back, so that it goes on as if it had never
-stopped.
-"""
+"""The state of a fit at a step: saved as plain types and tensors, and restored, so that the fit continues exactly."""
 
 from __future__ import annotations
 
@@ -28,15 +26,18 @@ if TYPE_CHECKING:
 def training_state(
     learn: Learner, keeper: Callback, place: dict[str, Any], order: list[Any], *, gathered: bool = True
 ) -> dict[str, Any]:
-    """The parts of a snapshot. On several ranks all must call it, as each one's random state is asked for, which rank 0
-    has.
+    """Return the parts of a snapshot. All ranks must call this: rank 0 collects the random state of each.
 
-    `keeper`: the callback that keeps it, whose own state is left out. `order`: `order_states` at the start of the epoch
-    that the fit goes on with, which is drawn from them anew. `gathered`: a model that is spread over ranks is whole in
-    rank 0's parts, else each rank has its own.
+    Args:
+        learn: the Learner
+        keeper: the callback that saves the snapshot; its own state is not included
+        place: what `place_of` returned
+        order: `order_states` at the start of the epoch in which the fit resumes, from which its order is drawn again
+        gathered: if the model is sharded: True: rank 0's parts contain the full tensors; False: each rank's parts
+            contain its own shards
     """
     callbacks = others(learn, keeper)
-    states: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether ranks have different ones
+    states: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether the state differs between ranks
     for key, callback in zip(keys_of(callbacks), callbacks, strict=True):
         state = whole_on_main(callback.state_dict(), learn.rank)
         check_plain(state, f"the state of {type(callback).__name__}")
@@ -56,8 +57,9 @@ def training_state(
 
 
 def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
-    """Where the fit is: whole epochs, steps, and the items of the epoch's order that have been trained on. All ranks
-    must call it.
+    """Return the position of the fit: epochs, steps, and the items of the epoch's order that were trained on.
+
+    All ranks must call this.
     """
     in_epoch = not epoch_over and not over
     return {
@@ -80,10 +82,12 @@ def place_of(learn: Learner, *, epoch_over: bool, over: bool) -> dict[str, Any]:
 
 
 def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a snapshot in which only parameters and optimizer state are still the fit's own: they change in
-    steps alone, what callbacks keep and buffers at other times too. Waits for the device once for most models.
+    """Return the parts of a snapshot with copies of everything except parameters and optimizer state.
+
+    Those change only in steps; buffers and the state of callbacks change at other times too. For most models this waits
+    for the device once.
     """
-    if any(map(is_shard, learn.model.parameters())):  # gathered for this: a copy already
+    if any(map(is_shard, learn.model.parameters())):  # gathered for the snapshot, so they are copies already
         own = {name for name, _ in learn.model.named_buffers()}
     else:
         parameters = {p.data_ptr() for p in learn.model.parameters()}
@@ -99,15 +103,15 @@ def with_own_copies(learn: Learner, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def put_place(learn: Learner, place: dict[str, Any]) -> None:
-    """Before the first hook: the epoch and the step from which the fit goes on."""
+    """Set the epoch and the step from which the fit resumes, before the first hook."""
     if place["n_epochs"] != learn.n_epochs:
         raise ValueError(
-            f"the checkpoint is of a fit of {place['n_epochs']} epochs, this one is of {learn.n_epochs}: resume it "
-            f"with the same arguments, or begin a new fit with resume=False or in another folder."
+            f"the checkpoint is from a fit of {place['n_epochs']} epochs, this fit has {learn.n_epochs}: resume it "
+            f"with the same arguments, or start a new fit with resume=False or in another folder."
         )
     learn.epoch, learn.step, learn.n_items_done = place["epoch"], place["step"], place["items"]
     learn.values = dict(place.get("values", {}))
-    held = place.get("n_held", 0)  # batches of a window whose gradients each rank has kept: of no use to other ranks
+    held = place.get("n_held", 0)  # batches of an accumulation window; their gradients are useless to other ranks
     if place["world_size"] == learn.world_size:
         learn.n_held = held
     else:
@@ -116,9 +120,10 @@ def put_place(learn: Learner, place: dict[str, Any]) -> None:
 
 
 def begin_at(learn: Learner, place: dict[str, Any], *, is_over: bool = False) -> bool:
-    """Before the first hook: whether the fit goes on from this place. A place in a later fit of the same script says
-    that this one is over, as `is_over` does; one in an earlier fit, which has put it back, that this one has not
-    begun.
+    """Return whether the fit resumes from this place; called before the first hook.
+
+    If the place is in a later fit of the same script, this fit is finished, as with `is_over`. If it is in an earlier
+    fit, which has restored it, this fit has not begun.
     """
     if place["fit"] < learn.n_fits:
         return False
@@ -131,24 +136,22 @@ def begin_at(learn: Learner, place: dict[str, Any], *, is_over: bool = False) ->
 
 
 def check_fits(learn: Learner, parts: dict[str, Any]) -> None:
-    """Raise ValueError where a snapshot is of another model or optimizer; shapes are enough."""
+    """Raise ValueError if a snapshot belongs to another model or optimizer; shapes are sufficient for this check."""
     check_model(learn.model, parts["model"])
     if not optimizer_fits(learn.opt, parts["optimizer"]):
         raise ValueError(
-            f"the checkpoint's optimizer state is not one of this {type(learn.opt).__name__} and these parameters. "
+            f"the checkpoint's optimizer state does not fit this {type(learn.opt).__name__} and its parameters. "
             f"Resume with the same opt_func and splitter."
         )
 
 
 def restore_training(learn: Learner, keeper: Callback, parts: dict[str, Any]) -> None:
-    """When all callbacks have been told of the fit's start: weights, optimizer, what callbacks keep, random states."""
+    """Restore weights, optimizer, callback states and random states; called after `before_fit` of all callbacks."""
     check_fits(learn, parts)
     callbacks = others(learn, keeper)
     run, keys = parts["run"], keys_of(callbacks)
     states = {**run["callbacks"], **states_of_rank(learn, dict(zip(keys, callbacks, strict=True)), run["ranks"])}
-    if (
-        run["place"]["fit"] > learn.n_fits
-    ):  # of this fit there is none any more: callbacks of the later one are not these
+    if run["place"]["fit"] > learn.n_fits:  # the saved callbacks are those of a later fit
         keys = [key if callback in learn.callbacks else "" for key, callback in zip(keys, callbacks, strict=True)]
     elif unknown := [key for key in states if key not in keys]:
         raise ValueError(
@@ -161,7 +164,7 @@ def restore_training(learn: Learner, keeper: Callback, parts: dict[str, Any]) ->
     for key, callback in zip(keys, callbacks, strict=True):
         if key in states:
             callback.load_state_dict(parted(callback.state_dict(), states[key]) if spread else states[key])
-    has_come = learn.rank >= len(run["ranks"])  # a rank that was not there
+    has_come = learn.rank >= len(run["ranks"])  # a new rank
     own = run["ranks"][0 if has_come else learn.rank]
     put_states(of_order(learn), own.get("order", []), "the order of samples")
     if has_come:
@@ -171,7 +174,7 @@ def restore_training(learn: Learner, keeper: Callback, parts: dict[str, Any]) ->
 
 
 def states_of_rank(learn: Learner, callbacks: dict[str, Callback], ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What callbacks of this rank take back of what those of each rank kept."""
+    """Return the states that this rank's callbacks restore from those of all ranks."""
     kept = [own["callbacks"] for own in ranks]
     if len(ranks) == learn.world_size:
         return kept[learn.rank]
@@ -186,14 +189,17 @@ def others(learn: Learner, keeper: Callback) -> list[Callback]:
 
 
 def keys_of(callbacks: list[Callback]) -> list[str]:
-    """A name for each: its class's, with a number where there are several."""
+    """Return a name for each callback: its class name, with a number if there are several of the class."""
     names = [type(callback).__name__ for callback in callbacks]
     return [name if names.count(name) == 1 else f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
 
 
 # --- random states -----------------------------------------------------------
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of this process's generators: torch's on the CPU and the device, Python's, and numpy's where it is loaded."""
+    """Return the state of this process's generators.
+
+    These are torch's on the CPU and the device, Python's, and numpy's if it is loaded.
+    """
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
     if device.type != "cpu":
@@ -217,7 +223,7 @@ def put_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def of_order(learn: Learner) -> list[Any]:
-    """The user's generators that decide the order of training and validation samples."""
+    """Return the user's generators that decide the order of training and validation samples."""
     loaders = [dl for dl in (learn.data.train_dl, learn.data.valid_dl) if dl is not None]
     return once(generator for loader in loaders for generator in order_generators(loader))
 

@@ -1,9 +1,8 @@
 # pyright: reportPrivateImportUsage=false
-"""A snapshot whose spread tensors each rank writes and reads by itself: PyTorch's distributed checkpoint, in
-safetensors files.
+"""A snapshot whose sharded tensors each rank writes and reads itself, with PyTorch's distributed checkpoint.
 
-These hold nothing but numbers and shapes; PyTorch's own format of the kind is read by unpickling. Whoever reads, on any
-number of ranks, spread or not, takes from them the rows that are its own.
+It uses safetensors files, which contain only numbers and shapes; PyTorch's own format for this is read by unpickling. A
+reader with any number of ranks, sharded or not, takes from the files the rows that it needs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 
 def check_safetensors() -> None:
     if find_spec("safetensors") is None:
-        raise ImportError("Checkpoint(sharded=True) writes safetensors files: pip install safetensors.")
+        raise ImportError(
+            "Checkpoint(sharded=True) needs safetensors, which is not installed: pip install safetensors."
+        )
 
 
 # --- writing -----------------------------------------------------------------
@@ -40,9 +41,10 @@ def is_spread(parts: Mapping[str, Any]) -> bool:
 def begin_sharded(
     learn: Learner, folder: Path, parts: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Callable[[], Path]:
-    """By all ranks: each writes its own of what is spread in `parts`, under the next name. What rank 0 then calls
-    writes the rest, puts it all in place and returns its path, as `snapshots.write`; it raises where any rank has
-    failed.
+    """Write this rank's shards in `parts`, under the next name; called by all ranks.
+
+    Returns a function for rank 0, which writes the rest, puts the snapshot in place and returns its path, like
+    `write_snapshot`. It raises if any rank has failed.
     """
     spread = in_own_memory({key: tensor.detach() for key, tensor in leaves_by_key(parts).items() if is_shard(tensor)})
     final, hidden = map(
@@ -76,7 +78,7 @@ def in_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(tensors: dict[str, Tensor], hidden: Path, rank: int) -> dict[str, Any]:
-    """{name: {"sha256", "bytes"}} of the files that this rank has written, which are on the disk. Raises OSError."""
+    """Write this rank's tensors durably; return {name: {"sha256", "bytes"}} of its files. Raises OSError."""
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(hidden), save_distributed=True)
@@ -94,13 +96,13 @@ def save(tensors: dict[str, Tensor], hidden: Path, rank: int) -> dict[str, Any]:
 
 
 def reason_of(error: Any) -> str:
-    """What ended PyTorch's engine, of the first rank that failed."""
+    """Return the error that ended PyTorch's engine, from the first rank that failed."""
     rank, (cause, _) = next(iter(sorted(error.failures.items())))
     return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def leaves_by_key(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is in the model's and the optimizer's nested dicts, by the keys that lead to it."""
+    """Return the leaves of the model's and the optimizer's nested dicts, by their path of keys."""
 
     def leaves(tree: Any, key: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
@@ -111,7 +113,7 @@ def leaves_by_key(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_outline(tree: Any) -> Any:
-    """The same with shape and dtype alone of what is spread."""
+    """Return the same structure with sharded tensors as shape and dtype only."""
     return map_tensors(
         lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_shard(tensor) else tensor,
         tree,
@@ -120,7 +122,7 @@ def sharded_outline(tree: Any) -> Any:
 
 # --- reading -----------------------------------------------------------------
 def is_apart(parts: Mapping[str, Any]) -> bool:
-    """Whether a snapshot's tensors lie in files of their own."""
+    """Return whether a snapshot's tensors are in separate shard files."""
     return any(map(is_absent, parts["model"].values()))
 
 
@@ -129,8 +131,9 @@ def is_absent(value: Any) -> bool:
 
 
 def filled_parts(learn: Learner, parts: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """`parts` with the tensors that lie apart, of each the rows that this rank's own has. All ranks read; raises
-    OSError.
+    """Return `parts` with the tensors of the shard files: the rows that this rank needs.
+
+    All ranks must call this. Raises OSError.
     """
     own = learn.model.state_dict()
     parameters = [p for group in learn.opt.param_groups for p in group["params"]]
@@ -149,7 +152,7 @@ def filled_parts(learn: Learner, parts: Mapping[str, Any], path: Path) -> dict[s
 
 
 def room(value: Any, own: Any) -> Any:
-    """Where an absent tensor is read to: in the parts that `own` is in."""
+    """Return the memory into which an absent tensor is read, sharded like `own`."""
     if not is_absent(value):
         return value
     if is_shard(own) and own.shape == value.shape:
@@ -161,11 +164,11 @@ def load(tensors: dict[str, Tensor], path: Path, world_size: int) -> None:
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, which is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # expected with a single process
         try:
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=world_size == 1)
         except dcp.api.CheckpointException as error:
             raise OSError(
-                f"{path} could not be read: {reason_of(error)}. A checkpoint in parts is read by every rank: see that "
-                f"the folder is there on all machines."
+                f"{path} could not be read: {reason_of(error)}. Every rank reads a sharded checkpoint: check that the "
+                f"folder exists on all machines."
             ) from None

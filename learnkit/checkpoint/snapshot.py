@@ -1,14 +1,13 @@
-"""Folders of state that appear at once or not at all, can be verified, and are read without executing anything.
+"""Folders of state that appear completely or not at all, can be verified, and are read without executing anything.
 
     checkpoints/
         000007-step-1200/           appears by one rename, when every byte of it is on the disk
-            manifest.json           format, sha256 and size of each file, what the run says about it, sha256 of all that
+            manifest.json           format, sha256 and size of each file, information on the run, sha256 of all that
             model.pt, …             torch.save of plain types and tensors: torch.load(…, weights_only=True) reads them
-            shard-….safetensors     of a model that is spread over ranks, by choice: each rank's own rows; model.pt has
-            their shapes
+            shard-….safetensors     optional, for a sharded model: each rank's own rows; model.pt then has the shapes
 
-The newest one is that of the highest serial number which verifies. Not promised on network file systems and object
-stores, whose renames are not atomic.
+The newest snapshot is the one with the highest serial number that passes verification. This is not guaranteed on
+network file systems and object stores, whose renames are not atomic.
 """
 
 from __future__ import annotations
@@ -42,29 +41,28 @@ from learnkit.checkpoint.files import (
 from learnkit.devices.dtensor import is_shard
 from learnkit.devices.staging import bytes_of, fetch_bytes, is_simple
 
-SNAPSHOT_FORMAT = 2  # 1: all in .pt files
+SNAPSHOT_FORMAT = 2  # 1: everything in .pt files
 SNAPSHOT_NAME = re.compile(r"(\d{6,})-step-(\d+)")
 FILE = re.compile(r"\w[\w-]*\.(pt|safetensors)")
 
 
 # --- writing -----------------------------------------------------------------
 def write_snapshot(folder: Path, name: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Write `parts`, one file each, as folder/name; durable when it returns. Raises OSError that names path, need and
-    space.
+    """Write `parts`, one file each, as folder/name, durably; return the path.
 
-    Where another process has taken the name meanwhile, it is the next free one. Returns its path.
+    If another process has taken the name, the next free one is used. Raises OSError with path, needed and free space.
     """
     return finish_snapshot(folder / name, made(folder / name, size_of(parts)), parts, about)
 
 
 def begin_snapshot(folder: Path, step: int, need: int) -> tuple[Path, Path]:
-    """(path, where it is written until `finish`) of one to which others bring files first."""
+    """Return (final path, path while writing) of a snapshot to which other ranks write files first."""
     final = folder / next_name(folder, step)
     return final, made(final, need)
 
 
 def made(final: Path, need: int) -> Path:
-    """The hidden folder in which a snapshot of `need` bytes is written."""
+    """Create and return the hidden folder in which a snapshot of `need` bytes is written."""
     hidden = partial(final)
     try:
         hidden.mkdir(parents=True)
@@ -82,8 +80,9 @@ def finish_snapshot(
     others: Mapping[str, Any] | None = None,
     error: OSError | None = None,
 ) -> Path:
-    """Write `parts` beside the files that `others` tells of, and put all in place; or clean up after the `error` of
-    another.
+    """Write `parts` next to the files of `others`, and put everything in place.
+
+    If another rank failed with `error`, clean up and raise it.
     """
     try:
         if error is not None:
@@ -107,7 +106,7 @@ def finish_snapshot(
 def put_in_place(hidden: Path, final: Path) -> Path:
     while True:
         try:
-            os.rename(hidden, final)  # over an empty folder too, but never over a snapshot
+            os.rename(hidden, final)  # may replace an empty folder, but never a snapshot
         except OSError as error:
             match = SNAPSHOT_NAME.fullmatch(final.name)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or match is None:
@@ -119,28 +118,28 @@ def put_in_place(hidden: Path, final: Path) -> Path:
 
 # --- reading -----------------------------------------------------------------
 def read_snapshot(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parts, about) of a snapshot that verifies; raises Damaged, and executes nothing."""
+    """Return (parts, about) of a snapshot after verifying it; raise Damaged, and execute nothing."""
     manifest = verify_snapshot(path)
     parts = [name for name in manifest["files"] if name.endswith(".pt")]
     return {name.removesuffix(".pt"): read_state(path / name, device) for name in parts}, manifest["about"]
 
 
 def verify_snapshot(path: Path) -> dict[str, Any]:
-    """The manifest, if every file is there with every byte as it was written."""
+    """Return the manifest, if every file exists with every byte as it was written."""
     manifest = read_manifest(path)
     for name in manifest["files"]:
         if not FILE.fullmatch(name):
-            raise Damaged(f"{path}: the manifest names {name!r}, which is no file of a checkpoint.")
+            raise Damaged(f"{path}: the manifest lists {name!r}, which is not a file of a checkpoint.")
     extra = {file.name for file in path.iterdir()} - {*manifest["files"], "manifest.json"}
     if extra:
-        raise Damaged(f"{path} has {', '.join(sorted(extra))}, which the manifest does not name.")
+        raise Damaged(f"{path} has {', '.join(sorted(extra))}, which the manifest does not list.")
     for name, told in manifest["files"].items():
         try:
             digest, n = hash_file(own_file(path / name))
         except OSError as error:
             raise Damaged(f"{path / name} cannot be read: {error.strerror or error}.") from None
         if n != told["bytes"]:
-            raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it was cut off, or replaced.")
+            raise Damaged(f"{path / name} has {n} bytes, expected {told['bytes']}: it is incomplete, or was replaced.")
         if digest != told["sha256"]:
             raise Damaged(f"{path / name} was changed after it was written (sha256 differs).")
     return manifest
@@ -152,9 +151,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = own_file(file).read_bytes()
         content = json.loads(text)
     except OSError as error:
-        raise Damaged(f"{path} has no manifest.json that can be read: {error.strerror or error}.") from None
+        raise Damaged(f"{path} has no readable manifest.json: {error.strerror or error}.") from None
     except (ValueError, RecursionError):
-        raise Damaged(f"{file} is no JSON.") from None
+        raise Damaged(f"{file} is not valid JSON.") from None
     if (
         not isinstance(content, dict)
         or set(content) != {"manifest", "sha256"}
@@ -162,20 +161,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     ):
         raise Damaged(f"{file} was changed after it was written (sha256 differs).")
     if as_text(content) != text:
-        raise Damaged(f"{file} was changed after it was written: it says the same in other bytes.")
+        raise Damaged(f"{file} was changed after it was written: the content is equal, but its bytes differ.")
     manifest = content["manifest"]
     if not is_manifest(manifest):
-        raise Damaged(f"{file} is no manifest of a checkpoint.")
+        raise Damaged(f"{file} is not a manifest of a checkpoint.")
     if manifest["format"] > SNAPSHOT_FORMAT:
         raise Damaged(
-            f"{path} has format {manifest['format']}, this version of learnkit reads up to {SNAPSHOT_FORMAT}: install "
-            f"a newer one."
+            f"{path} has format {manifest['format']}, this version of learnkit reads formats up to {SNAPSHOT_FORMAT}: "
+            f"install a newer version."
         )
     return manifest
 
 
 def own_file(path: Path) -> Path:
-    """The path of a file that is the folder's own: a link leads elsewhere, and a pipe would be waited for."""
+    """Return the path if it is a regular file: a link leads elsewhere, and reading a pipe would block."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OSError("it is a link, a folder or a pipe, not a file")
     return path
@@ -201,7 +200,7 @@ def hash_of(manifest: Any) -> str:
 
 # --- the folder --------------------------------------------------------------
 def all_in(folder: Path) -> list[Path]:
-    """The snapshots in a folder, oldest first, whole or not."""
+    """Return the snapshots in a folder, oldest first, valid or not."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := SNAPSHOT_NAME.fullmatch(path.name))]
@@ -211,22 +210,22 @@ def all_in(folder: Path) -> list[Path]:
 def newest_snapshot(
     folder: Path, device: torch.device | str = "cpu", *, run: str | None = None
 ) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """(path, parts, about) of the newest snapshot, of this run, that verifies; damaged ones are named in a warning and
-    passed over.
+    """Return (path, parts, about) of the newest valid snapshot, of this run if given.
+
+    Damaged snapshots are skipped with a warning.
     """
     for path in reversed(all_in(folder) if run is None else snapshots_of_run(folder, run)):
         try:
             return path, *read_snapshot(path, device)
         except Damaged as damage:
-            warnings.warn(f"passed over a damaged checkpoint: {damage}", stacklevel=2)
+            warnings.warn(f"skipped a damaged checkpoint: {damage}", stacklevel=2)
     return None
 
 
 def snapshots_of_run(folder: Path, run: str, whole: str = "") -> list[Path]:
-    """Those whose manifest says that they are of this run, oldest first; but before them those after `whole`, the
-    newest whole one's name.
+    """Return the snapshots whose manifest names this run, oldest first, but those after `whole` before all others.
 
-    A damaged manifest does not say whose it is.
+    `whole` is the name of the newest valid snapshot. A damaged manifest does not say to which run it belongs.
     """
     found: list[Path] = []
     for path in all_in(folder):
@@ -243,8 +242,9 @@ def next_name(folder: Path, step: int) -> str:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Out of sight by one rename first, so that no half of it is ever taken for a snapshot. Nothing happens if it is
-    gone.
+    """Remove a snapshot; do nothing if it does not exist.
+
+    It is hidden by one rename first, so that a half-removed folder is never taken for a snapshot.
     """
     hidden = partial(path)
     try:
@@ -252,18 +252,21 @@ def remove_snapshot(path: Path) -> None:
     except FileNotFoundError:
         return
     if hidden.is_symlink():
-        hidden.unlink()  # what it leads to is not ours
+        hidden.unlink()  # the target of the link is not ours
     else:
         shutil.rmtree(hidden)
 
 
 def copied_to_host(parts: Any, into: Any = None) -> Any:
-    """A copy that training on does not change: tensors on the CPU, one for those that are the same memory. `into`: an
-    earlier copy, which is over; its memory is used again, as new pages cost up to ten times the copy (see
-    docs/decisions.md).
+    """Return a copy on the CPU that further training does not change; tensors that share memory become one.
 
-    Tensors of a device have the values that what is enqueued there next would find. The host waits for all of them
-    together.
+    Tensors of a device have the values that the next work enqueued there would see. The host waits once for all of
+    them.
+
+    Args:
+        parts: a nested structure
+        into: an earlier copy that is no longer needed; its memory is reused, because new pages cost up to ten times the
+            copy (see docs/decisions.md)
     """
     copies = Copies()
     made = copies.of(parts, into)
@@ -272,12 +275,12 @@ def copied_to_host(parts: Any, into: Any = None) -> Any:
 
 
 class Copies:
-    """Those of one snapshot: made on the CPU, asked for of a device."""
+    """The copies of one snapshot: made at once for tensors on the CPU, collected in `away` for tensors on a device."""
 
     def __init__(self) -> None:
-        self.of_memory: dict[Any, Tensor] = {}  # by where it lies and how
+        self.of_memory: dict[Any, Tensor] = {}  # by location and layout
         self.used: set[Any] = set()  # the memory of the copies
-        self.away: list[tuple[Tensor, Tensor]] = []  # bytes on a device, and where they go
+        self.away: list[tuple[Tensor, Tensor]] = []  # bytes on a device, and their destination
 
     def of(self, parts: Any, earlier: Any) -> Any:
         if isinstance(parts, Tensor):
@@ -294,10 +297,10 @@ class Copies:
 
     def of_tensor(self, tensor: Tensor, earlier: Any) -> Tensor:
         if tensor.is_meta:
-            return tensor  # of what rank 0 has
+            return tensor  # only the shape: rank 0 has the values
         key = memory_of(tensor)
         if key in self.of_memory:
-            return self.of_memory[key].detach()  # another tensor of the same memory
+            return self.of_memory[key].detach()  # another tensor with the same memory
         fits = (
             isinstance(earlier, Tensor)
             and (earlier.shape, earlier.dtype) == (tensor.shape, tensor.dtype)
@@ -317,7 +320,7 @@ class Copies:
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """What two tensors have in common that are one; None for those that have no memory that could be one."""
+    """Return a key that is equal for tensors with the same memory and layout; None if they cannot be compared."""
     if tensor.layout is not torch.strided or tensor.numel() == 0 or is_shard(tensor) or tensor.is_meta:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Files of model and optimizer state: written at once or not at all, read without executing anything."""
+"""Files of model and optimizer state: written completely or not at all, read without executing anything."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def write_weights(path: Path, state: dict[str, Any]) -> Path:
-    """Write `state` with torch.save next to `path`, sealed with its hash, and put it in place by one rename when it is
-    on the disk. What is on a device is copied to the host first: a file has the same bytes wherever its tensors
-    were.
+    """Write `state` with torch.save next to `path`, sealed with its hash; when it is durable, rename it to `path`.
+
+    Tensors of a device are copied to the host first, so that a file has the same bytes for any device.
     """
     part = partial(path)
     try:
@@ -51,20 +51,21 @@ def write_weights(path: Path, state: dict[str, Any]) -> Path:
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Any]:
-    """A state written by `write` or by plain torch.save, its tensors on `device`; only plain types are accepted."""
+    """Return a state written by `write_weights` or by plain torch.save, on `device`; only plain types are accepted."""
     if not path.exists():
         there = sorted(p.stem for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no {path}. Saved in that folder: {', '.join(there) or 'nothing'}.")
+        raise FileNotFoundError(f"{path} does not exist. Saved in that folder: {', '.join(there) or 'nothing'}.")
     check_seal(path)
     state = read_state(path, device)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds {type(state).__name__}, expected a dict of tensors.")
+        raise ValueError(f"{path} contains {type(state).__name__}, expected a dict of tensors.")
     return state
 
 
 def read_for(learn: Learner, path: Path) -> dict[str, Any]:
-    """As `read`, into the CPU's memory: on a device the state would lie twice until it is loaded. Of a model that is
-    sharded over ranks, rank 0 reads the file, and keeps it until it is put into parts.
+    """Like `read_weights`, into CPU memory: on a device, the state would take twice the memory until it is loaded.
+
+    If the model is sharded, rank 0 reads the file, and holds it until it is sharded.
     """
     cpu = torch.device("cpu")
     if not any(map(is_shard, learn.model.parameters())):
@@ -73,7 +74,7 @@ def read_for(learn: Learner, path: Path) -> dict[str, Any]:
 
 
 def snapshot_from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> list[Any] | None:
-    """[name, parts, …] of a snapshot as rank 0 reads it, on all ranks; what is spread over them as by `read_for`."""
+    """Return [name, parts, …] of a snapshot that rank 0 reads, on all ranks; sharded tensors as in `read_for`."""
     if not any(map(is_shard, learn.model.parameters())):
         return learn.ranks.from_main(read)
     return read_on_main(
@@ -82,9 +83,7 @@ def snapshot_from_main(learn: Learner, read: Callable[[], list[Any] | None]) -> 
 
 
 def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's state with shapes and dtypes alone where the model is spread over ranks: parameters, and the optimizer's
-    state.
-    """
+    """Return a file's state with parameters and optimizer state as shapes and dtypes, for a sharded model."""
     buffers = {name for name, _ in model.named_buffers()}
     buffers |= {f"{WRAPPED}{name}" for name in buffers}
     if "model" not in state:
@@ -97,9 +96,10 @@ def outline_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Load a model's state, or raise with every difference listed and nothing changed. `strict=False` loads what fits.
+    """Load a model's state, or raise an error that lists every difference, with nothing changed.
 
-    To a device the tensors are copied one by one from ordinary memory; the host waits for each.
+    `strict=False` loads what fits. Tensors are copied to a device one by one from ordinary memory; the host waits for
+    each.
     """
     if strict:
         check_model(model, state)
@@ -110,12 +110,12 @@ def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> N
         if key in own and shape_of(value) == shape_of(own[key])
     }
     if not fitting:
-        raise ValueError("nothing in the file fits the model: no name and shape agree.")
+        raise ValueError("nothing in the file fits the model: no tensor has the same name and shape.")
     model.load_state_dict(fitting, strict=False)
 
 
 def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise ValueError that lists every difference between a model and a state."""
+    """Raise a ValueError that lists every difference between a model and a state."""
     _, own, given = named(model, state)
     lines = [
         *(f"{key}: only the model has it" for key in own if key not in given),
@@ -130,12 +130,12 @@ def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the file is of another model; {len(lines)} differences, nothing was loaded:\n  "
             + "\n  ".join(lines)
-            + "\nBuild the same model, or take what fits with strict=False."
+            + "\nBuild the same model, or load what fits with strict=False."
         )
 
 
 def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-    """({plain name: the model's key}, the model's values, the state's), by plain names."""
+    """Return ({plain name: the model's key}, the model's values, the state's values), by plain names."""
     own = plain_state(model)
     of_ddp = all(key.startswith(WRAPPED) for key in state) and not all(key.startswith(WRAPPED) for key in own)
     given = {name: state[key] for name, key in plain_keys(state, wrapped=of_ddp).items()}
@@ -143,7 +143,7 @@ def named(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, str], d
 
 
 def has_same_dtypes(model: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether the model's tensors have the dtypes of a state of the same shapes."""
+    """Return whether the model's tensors have the dtypes of a state of the same shapes."""
     _, own, given = named(model, state)
     return all(
         value.dtype == given[name].dtype for name, value in own.items() if isinstance(value, Tensor) and name in given

@@ -1,4 +1,4 @@
-"""The global random states, as they were after what was only looked at."""
+"""Code that draws random numbers without changing the global random states."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 
 @contextmanager
 def unmoved(*devices: torch.device) -> Iterator[None]:
-    """What is drawn in the block from the global generators of Python, numpy and torch, on the CPU and on `devices`, is
-    not missed later.
+    """Restore the global generators of Python, numpy and torch, on the CPU and on `devices`, after the block.
 
-    Only the block's own process: workers have generators of their own.
+    This covers the block's own process only: workers have their own generators.
     """
     places = [device for device in dict.fromkeys(devices) if device.type != "cpu"]
     states = [torch.get_device_module(device).get_rng_state(device) for device in places]

@@ -1,6 +1,6 @@
-"""The sources of randomness that a user's loaders, samplers and datasets own: found, read as plain types, and put back.
+"""Find, read and restore the random generators in a user's loaders, samplers and datasets.
 
-Those are a torch.Generator, a random.Random, a numpy Generator or RandomState, under any name, and a sampler or dataset
+These are a torch.Generator, a random.Random, a numpy Generator or RandomState, under any name, and a sampler or dataset
 with state_dict and load_state_dict.
 """
 
@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from learnkit.data.order import Around, EpochOrder, PrivateGenerator, generator_of, is_stream, parts_of
 
-MOST = 64  # entries of a container that is looked into: the indices or samples of a data set are no generators
-DEEPEST = 6  # attributes from a loader down to a generator
+MOST = 64  # containers with more entries are not searched: indices or samples of a dataset are not generators
+DEEPEST = 6  # maximum number of attributes from a loader to a generator
 NOT_LOOKED_INTO = (
     str,
     bytes,
@@ -40,8 +40,10 @@ NOT_LOOKED_INTO = (
 
 
 def order_generators(loader: Any) -> list[Any]:
-    """Those that decide a loader's order: its own, its samplers', and those of loaders within it; its dataset's too,
-    where it is read again up to a place: a stream, or a loader of the user's own kind.
+    """Return the generators that decide a loader's order.
+
+    These are its own, its samplers', and those of loaders inside it. Its dataset's are included if resuming reads the
+    loader again up to the position: if it is a stream, or a loader of the user's own class.
     """
     loader = inner(loader)
     is_indexed = isinstance(loader, DataLoader) and not is_stream(loader)
@@ -49,16 +51,16 @@ def order_generators(loader: Any) -> list[Any]:
 
 
 def sample_generators(loader: Any) -> list[Any]:
-    """Those with which a loader's dataset draws its samples in this process."""
+    """Return the generators with which a loader's dataset makes its samples in this process."""
     loader = inner(loader)
     if not isinstance(loader, DataLoader) or loader.num_workers or is_stream(loader):
-        return []  # each worker has copies of its own
+        return []  # each worker has its own copies
     of_order = order_generators(loader)
     return [found for found in once(sources_in(loader.dataset)) if not any(found is other for other in of_order)]
 
 
 def inner(loader: Any) -> Any:
-    """The loader that ours were put around."""
+    """Return the user's loader inside our wrappers."""
     return inner(loader.loader) if isinstance(loader, Around) else loader
 
 
@@ -69,9 +71,7 @@ def once(found: Iterable[Any]) -> list[Any]:
 def sources_in(
     thing: Any, leave_out: type | tuple[()] = (), depth: int = 0, seen: set[int] | None = None
 ) -> Iterator[Any]:
-    """The sources of randomness in what an object keeps, in the order of its attributes; without those in objects of a
-    kind.
-    """
+    """Yield the generators in an object's attributes, in order, except those inside objects of type `leave_out`."""
     seen = set() if seen is None else seen
     if isinstance(thing, (NOT_LOOKED_INTO, leave_out)) or id(thing) in seen or depth > DEEPEST:
         return
@@ -87,7 +87,7 @@ def sources_in(
             yield thing
         left_out = (
             ("dataset", "data_source", "_iterator") if leave_out else ("_iterator",)
-        )  # workers that live on have copies
+        )  # persistent workers have copies
         parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name not in left_out]
     for part in parts:
         yield from sources_in(part, leave_out, depth + 1, seen)
@@ -105,14 +105,14 @@ def is_numpys(thing: Any) -> bool:
 
 
 def has_state(thing: Any) -> bool:
-    """Whether a sampler or dataset says itself how to go on. A loader would begin to load, to be asked."""
+    """Return whether a sampler or dataset saves its own state. A loader is not asked: that would start loading."""
     if not isinstance(thing, (Sampler, Dataset)) or isinstance(thing, IterableDataset):
-        return False  # a stream is read again
+        return False  # a stream is read again when resuming
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
 def generator_state(generator: Any) -> Any:
-    """As tensors and plain types."""
+    """Return the state as tensors and plain types."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -144,10 +144,13 @@ def plain(value: Any) -> Any:
 
 
 def put_states(generators: Sequence[Any], states: Sequence[Any], what: str) -> None:
-    """Raises ValueError where there are not as many as a checkpoint has. `what` they decide."""
+    """Restore the states of generators that decide `what`.
+
+    Raises ValueError if their number differs from the checkpoint's.
+    """
     if len(generators) != len(states):
         raise ValueError(
-            f"the checkpoint has the states of {len(states)} random generators that decide {what}; the loaders of this "
+            f"the checkpoint has the states of {len(states)} random generators that decide {what}, the loaders of this "
             f"fit have {len(generators)}. Resume with the same loaders, samplers and datasets."
         )
     for generator, state in zip(generators, states, strict=True):
@@ -156,9 +159,7 @@ def put_states(generators: Sequence[Any], states: Sequence[Any], what: str) -> N
 
 @contextmanager
 def unmoved_loaders(*loaders: Any) -> Iterator[None]:
-    """Whatever is read from these loaders in the block, and however it ends: afterwards their epochs are the same, and
-    so are their generators and those of their datasets in this process.
-    """
+    """Restore the epochs and generators of loaders, and of their datasets in this process, after the block."""
     parts = [part for loader in loaders for part in parts_of(loader)]
     epochs = [(part, part.epoch) for part in parts if isinstance(part, EpochOrder)]
     private = [generator for part in parts if (generator := generator_of(part)) is not None]

@@ -1,4 +1,4 @@
-"""Batches made by a thread while the model works on those before."""
+"""Batches that a thread prepares while the model processes earlier ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ T = TypeVar("T")
 
 
 class Failed:
-    """What ended the thread."""
+    """The exception that ended the thread."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 def ahead(items: Iterable[T], n: int) -> Iterator[T]:
-    """The same items, up to `n` of them made ahead of time by a thread, which ends with the loop that reads them.
+    """Yield the same items; a thread prepares up to `n` of them ahead of time. It ends with the loop that reads them.
 
-    What `items` raises is raised here, in its place.
+    Exceptions that `items` raises are raised here, at the same position.
     """
     queue: Queue[Any] = Queue(n)
     left, end = Event(), object()
@@ -47,7 +47,7 @@ def feed(items: Iterable[Any], queue: Queue[Any], left: Event, end: object) -> N
 
 
 def put_item(item: Any, queue: Queue[Any], left: Event) -> bool:
-    """Whether there was a place for it before the reader left."""
+    """Put an item into the queue; return False if the reader left first."""
     while not left.is_set():
         try:
             queue.put(item, timeout=0.1)

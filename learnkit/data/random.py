@@ -1,5 +1,6 @@
-"""Random numbers for the samples of a batch: a pure function of (seed, epoch, sample), whatever batch, rank or run a
-sample is in.
+"""Random numbers for the samples of a batch: a pure function of (seed, epoch, sample).
+
+They do not depend on the batch, rank or run that a sample is in.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ GOLDEN_RATIO_SIGNED = -7046029254386353131  # 2**64 / golden ratio, odd, as a si
 
 
 class Draws:
-    """What is random about the samples of one batch, for one transform.
+    """The random numbers of the samples of one batch, for one transform.
 
-    Counters are hashed (splitmix64: Steele, Lea & Flood, 2014), so a draw needs no state, and no other draw before it.
+    Counters are hashed (splitmix64: Steele, Lea & Flood, 2014), so a number depends on no state and on no earlier
+    number.
 
-    seed, epoch     decide the numbers, together with
-    index           each sample's number in its data set: int64 (n,), on the device of the batch
-    place           number of the transform among those of its loader: each has numbers of its own
+    Args:
+        seed: seed of the loader
+        epoch: number of the epoch
+        index: index of each sample in its dataset: int64 `(n,)`, on the device of the batch
+        place: number of the transform among those of its loader; each transform has its own numbers
 
-    >>> draws = Draws(seed=1, epoch=0, index=torch.tensor([7, 3]))
-    >>> bool(draws.uniform()[1] == Draws(1, 0, torch.tensor([3])).uniform()[0])
-    True
+    Example:
+        >>> draws = Draws(seed=1, epoch=0, index=torch.tensor([7, 3]))
+        >>> bool(draws.uniform()[1] == Draws(1, 0, torch.tensor([3])).uniform()[0])
+        True
     """
 
     def __init__(self, seed: int, epoch: int, index: Tensor, place: int = 0) -> None:
@@ -37,29 +42,40 @@ class Draws:
         return len(self.index)
 
     def at(self, *, epoch: int | None = None, place: int | None = None) -> Draws:
-        """Those of another epoch, or for another transform, from their beginning."""
+        """Return the random numbers of another epoch or another transform, from their beginning."""
         return Draws(
             self.seed, self.epoch if epoch is None else epoch, self.index, self.place if place is None else place
         )
 
     def uniform(self, low: float = 0.0, high: float = 1.0, *shape: int) -> Tensor:
-        """New numbers in [low, high), one a sample, or `shape` of them: float32 (n, *shape)."""
+        """Return new numbers in [low, high): float32 `(n, *shape)`.
+
+        Args:
+            low: lower bound
+            high: upper bound
+            *shape: shape of the numbers of one sample; none: one number per sample
+        """
         return low + (high - low) * (self.bits(*shape) & 0xFFFFFF).float() * 2**-24
 
     def integers(self, n: int, *shape: int) -> Tensor:
-        """New whole numbers of range(n), n up to 2**24: int64 (n samples, *shape)."""
+        """Return new integers of range(n): int64 `(n samples, *shape)`.
+
+        Args:
+            n: upper bound, exclusive, up to 2**24
+            *shape: as in `uniform`
+        """
         return (self.bits(*shape) & 0x7FFFFFFF) * n >> 31
 
     def chance(self, p: float) -> Tensor:
-        """Whether something of probability `p` happens: bool (n,)."""
+        """Return for each sample whether an event of probability `p` happens: bool `(n,)`."""
         return self.uniform() < p
 
     def seeds(self) -> list[int]:
-        """A new seed for each sample, for generators of other kinds; read from the device."""
+        """Return a new seed for each sample, for generators of other kinds. Waits for the device."""
         return (self.bits() & 0x7FFFFFFFFFFFFFFF).tolist()
 
     def bits(self, *shape: int) -> Tensor:
-        """64 new random bits: int64 (n, *shape)."""
+        """Return 64 new random bits per number: int64 `(n, *shape)`."""
         n_each = 1
         for size in shape:
             n_each *= size
@@ -73,8 +89,9 @@ class Draws:
 
 
 def scramble(z: Tensor) -> Tensor:
-    """The finalizer of splitmix64, on int64; torch's wraps around, and its shifts drag the sign along, hence the
-    masks.
+    """Apply the finalizer of splitmix64 to int64.
+
+    torch's integers wrap around, and its right shifts copy the sign bit, hence the masks.
     """
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -82,16 +99,17 @@ def scramble(z: Tensor) -> Tensor:
 
 
 class SampleTransform(ABC):
-    """A transform of batches that is random per sample: it is handed the batch and the `Draws` of its samples.
+    """A transform of batches that is random per sample: it is called with the batch and the `Draws` of its samples.
 
-    >>> class Noise(SampleTransform):
-    ...     def __call__(self, x, draws):
-    ...         return x + draws.uniform(-.1, .1, *x.shape[1:])
+    Example:
+        >>> class Noise(SampleTransform):
+        ...     def __call__(self, x, draws):
+        ...         return x + draws.uniform(-.1, .1, *x.shape[1:])
     """
 
     @abstractmethod
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
-        """The batch (n, …), transformed; sample i is that of draws.index[i]."""
+        """Return the batch `(n, …)`, transformed; sample i has the index draws.index[i]."""
 
 
 BatchTransform = Callable[[Tensor], Tensor] | SampleTransform
@@ -100,7 +118,10 @@ BatchTransform = Callable[[Tensor], Tensor] | SampleTransform
 def transform_batch(
     x: Tensor, transforms: Sequence[BatchTransform], seed: int, epoch: int, index: Callable[[], Tensor]
 ) -> Tensor:
-    """`x` after all transforms, in order. `index`: gives the samples' numbers, where a transform asks for draws."""
+    """Return `x` after all transforms, in order.
+
+    `index` returns the sample indices; it is called only if a transform needs them.
+    """
     draws: Draws | None = None
     for place, transform in enumerate(transforms):
         if isinstance(transform, SampleTransform):

@@ -1,3 +1,1 @@
-"""What training runs on: the accelerator of this machine, copies between it and the host, its memory, and the ranks
-beside this one.
-"""
+"""What training runs on: the accelerator, copies between it and the host, its memory, and the other ranks."""

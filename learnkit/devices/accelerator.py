@@ -1,4 +1,4 @@
-"""The accelerator of this machine, and what a device can do: asked here once, the same way for every backend."""
+"""The accelerator of this machine and what a device supports: queried here, in the same way for every backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 def accelerator() -> torch.device | None:
-    """The accelerator that this machine has, without an index (`device(type='cuda')`); None where it has none.
+    """Return the accelerator of this machine, without an index (`device(type='cuda')`), or None.
 
-    Asking must not use the device: a process that has called `torch.cuda.is_available()` cannot fork children that use
-    CUDA (torch 2.15), and `launch` and the workers of a DataLoader fork. So this counts devices as the driver lists
-    them (NVML, amdsmi, Level Zero Sysman), which does not start CUDA. That torch can use them, e.g. that the driver is
-    new enough, shows at the first use. Where the driver has no such list (Jetson, CUDA_VISIBLE_DEVICES=MIG-…, ROCm
-    without amdsmi, XPU without pyzes) the runtime is asked, and `launch` then starts its ranks by spawn.
+    This query must not use the device: a process that has called `torch.cuda.is_available()` cannot fork children that
+    use CUDA (torch 2.15), and `launch` and the workers of a DataLoader fork. So this counts the devices that the driver
+    lists (NVML, amdsmi, Level Zero Sysman), which does not start CUDA. Whether torch can use them, e.g. whether the
+    driver is new enough, shows at the first use. If the driver has no such list (Jetson, CUDA_VISIBLE_DEVICES=MIG-…,
+    ROCm without amdsmi, XPU without pyzes), the runtime is queried, and `launch` then starts its ranks with spawn.
     """
-    kind = torch.accelerator.current_accelerator()  # the one that torch was built for: this asks no device
+    kind = torch.accelerator.current_accelerator()  # the one that torch was built for: this does not use the device
     if kind is None:
         return None
     listed = kind.type == "cuda" and sys.platform != "win32" and not torch.cuda.is_initialized()
@@ -28,20 +28,18 @@ def accelerator() -> torch.device | None:
 
 
 def _lists_cuda() -> bool:
-    """Whether the driver lists a CUDA or ROCm device; CUDA is started only where the driver has no list."""
+    """Return whether the driver lists a CUDA or ROCm device; CUDA is started only if the driver has no list."""
     if not has_driver():
-        return False  # else torch would ask the runtime, which ends forking for no device at all
-    with warnings.catch_warnings():  # "Can't initialize NVML": the runtime, which is asked then, decides
+        return False  # else torch would query the runtime, after which forking is impossible, even without a device
+    with warnings.catch_warnings():  # "Can't initialize NVML": then the runtime is queried and decides
         warnings.simplefilter("ignore", UserWarning)
         return torch.cuda.device_count() > 0
 
 
 def has_driver() -> bool:
-    """Whether a driver for CUDA or ROCm is installed on this Linux: without one there is no device, and nothing to
-    ask.
-    """
+    """Return whether a driver for CUDA or ROCm is installed on this Linux; without a driver there is no device."""
     if torch.version.hip:
-        return os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")  # dxg: under Windows (WSL)
+        return os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")  # dxg: on Windows (WSL)
     return any(map(_loads, ("libnvidia-ml.so.1", "libcuda.so.1")))
 
 
@@ -54,31 +52,32 @@ def _loads(library: str) -> bool:
 
 
 def can_float64(device: torch.device) -> bool:
-    """Whether `device` computes in float64. MPS and some of Intel's GPUs do not.
+    """Return whether `device` computes in float64. MPS and some Intel GPUs do not.
 
-    A backend that is not known here is tried with one addition, once per process, which waits for the device.
+    An unknown backend is tested with one addition, once per process, which waits for the device.
     """
     return _computes_float64(device.type)
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The dtype for sums that must be exact: float64, or float32 where `device` has no float64."""
+    """Return the dtype for sums that must be exact: float64, or float32 if `device` does not support float64."""
     return torch.float64 if can_float64(device) else torch.float32
 
 
 def can_pin(device: torch.device) -> bool:
-    """Whether copies to `device` gain from pinned host memory: CUDA, ROCm, XPU and backends with an allocator for it.
+    """Return whether pinned host memory speeds up copies to `device`.
 
-    False for the CPU, MPS (shares its memory with the CPU; torch warns of pinning) and any device that is not this
-    process's accelerator.
+    True for CUDA, ROCm, XPU and backends with an allocator for pinned memory. False for the CPU, for MPS (it shares its
+    memory with the CPU; torch warns about pinning) and for any device that is not this process's accelerator.
     """
     kind = torch.accelerator.current_accelerator()
     return kind is not None and device.type == kind.type and _pins(device.type)
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether `device` has streams besides its default one, so that a copy can run while it computes. False for the CPU
-    and MPS.
+    """Return whether `device` has more than one stream, so that a copy can run while it computes.
+
+    False for the CPU and MPS.
     """
     return _has_second_stream(device.type)
 
@@ -94,7 +93,7 @@ def _computes_float64(kind: str) -> bool:
     try:
         _add(kind, torch.float64)
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
-        _add(kind, torch.float32)  # raises where the device does not work at all
+        _add(kind, torch.float32)  # raises if the device does not work at all
         return False
     return True
 

@@ -14,12 +14,13 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(*, warn_only: bool = False) -> Iterator[None]:
-    """For the length of a with block torch takes deterministic algorithms alone; afterwards its switches are as they
-    were.
+    """Make torch use only deterministic algorithms in a with block; afterwards its settings are restored.
 
-    An operation that has none raises RuntimeError, or warns with `warn_only`. cuBLAS reads its variable when it is
-    first used in a process: where a GPU has computed before the block, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the
-    script starts.
+    cuBLAS reads its environment variable when it is first used in a process: if a GPU has computed before the block,
+    set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the script starts.
+
+    Args:
+        warn_only: an operation without a deterministic algorithm warns, instead of raising RuntimeError
     """
     cudnn: Any = torch.backends.cudnn
     workspace = os.environ.get(WORKSPACE)

@@ -1,7 +1,7 @@
-"""Tensors of which each rank has a part, PyTorch's DTensors: made whole, put into parts again. Where there are none,
-nothing happens.
+"""Sharded tensors, PyTorch's DTensors: gathered and sharded again. Without them, nothing happens.
 
-All ranks must call these in the same order, as parts travel; `is_shard`, `own_part` and `outline` send nothing.
+All ranks must call these functions in the same order, because shards are communicated; `is_shard`, `own_part` and
+`outline` communicate nothing.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from learnkit.devices.ranks import Ranks
 
 
 def is_shard(value: Any) -> bool:
-    """Whether it is a tensor of which this rank has a part."""
-    module = sys.modules.get("torch.distributed.tensor")  # without it there can be none; importing it takes a while
+    """Return whether a value is a sharded tensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensors exist; importing is slow
     return module is not None and isinstance(value, module.DTensor)
 
 
 def own_part(tensor: Any) -> Tensor:
-    """What this rank has of a tensor."""
+    """Return this rank's shard of a tensor; a tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def own_parts(tensors: list[Any]) -> list[Tensor]:
-    """What this rank has of each; the same list where they are no shards."""
+    """Return this rank's shard of each tensor; the same list if they are not sharded."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not any([isinstance(t, module.DTensor) for t in tensors]):  # noqa: C419
-        return tensors  # a generator is a call a tensor
+        return tensors  # a generator would cost one call per tensor
     return [own_part(t) for t in tensors]
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor, on every rank."""
+    """Return the full tensor, on every rank."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def whole_on_main(tree: Any, rank: int) -> Any:
-    """A nested structure with every shard as a whole in rank 0's memory, on the CPU; on other ranks as shape and dtype
-    alone.
+    """Return a nested structure with every sharded tensor gathered: as a full CPU tensor on rank 0.
 
-    One after the other: no rank but 0 holds more than one of them.
+    Other ranks get its shape and dtype. Tensors are gathered one after the other: no rank but 0 holds more than one
+    full tensor.
     """
     return map_tensors(lambda tensor: gathered(tensor, rank) if is_shard(tensor) else tensor, tree)
 
@@ -54,12 +54,12 @@ def gathered(tensor: Any, rank: int) -> Tensor:
     full = whole(tensor.detach())
     if rank:
         return torch.empty_like(full, device="meta")
-    cut = full.untyped_storage().nbytes() > full.nbytes  # padding would be written to files too
+    cut = full.untyped_storage().nbytes() > full.nbytes  # otherwise padding would be written to files too
     return full.to("cpu", copy=cut)
 
 
 def like(own: Any, value: Any) -> Any:
-    """`value` in the parts that `own` is in. Rank 0's counts; of the others' only the shape and dtype."""
+    """Return `value`, sharded like `own`. The value of rank 0 is used; other ranks need only its shape and dtype."""
     if not is_shard(own) or not isinstance(value, Tensor) or is_shard(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -70,7 +70,7 @@ def like(own: Any, value: Any) -> Any:
 
 
 def parted(own: Any, value: Any) -> Any:
-    """A nested structure with its tensors in the parts that those of `own`, one like it, are in."""
+    """Return a nested structure with its tensors sharded like those of `own`, which has the same structure."""
     if isinstance(value, dict) and isinstance(own, dict):
         return {key: parted(own.get(key), v) for key, v in value.items()}
     if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)) and len(own) == len(value):
@@ -79,8 +79,9 @@ def parted(own: Any, value: Any) -> Any:
 
 
 def outline(tree: Any, kept: Collection[str] = ()) -> Any:
-    """A nested structure in which tensors are shape and dtype alone, but for those of no dimension and those of these
-    names.
+    """Return a nested structure with tensors as shape and dtype only.
+
+    0-d tensors and those with names in `kept` stay.
     """
 
     def without(tensor: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def outline(tree: Any, kept: Collection[str] = ()) -> Any:
 
 
 def read_on_main(ranks: Ranks, read: Callable[[], Any], sent: Callable[[Any], Any]) -> Any:
-    """What `read` returns, on rank 0, and of it on the others what `sent` leaves; all raise if it fails."""
+    """Return what `read` returns on rank 0, and what `sent` makes of it on the others; all ranks raise if it fails."""
     kept: list[Any] = []
 
     def told() -> Any:

@@ -1,4 +1,4 @@
-"""Nested structures of tuples, lists and mappings: their tensors listed, replaced, copied, moved, described."""
+"""Nested structures of tuples, lists and mappings: list, replace, copy, move and describe their tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from learnkit.devices.accelerator import can_pin
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A nested structure of tuples, lists and dicts with `function` of every tensor in it; other objects as they
-    are.
+    """Return a nested structure of tuples, lists and dicts with `function` applied to each tensor.
+
+    Other objects are unchanged.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -28,7 +29,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor of a nested structure of tuples, lists and mappings, in order."""
+    """Return every tensor of a nested structure of tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -37,10 +38,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def copied(value: Any) -> Any:
-    """A nested structure of tuples, lists and mappings with a copy of every tensor in it, without its graph.
+    """Return a nested structure of tuples, lists and mappings with a detached copy of every tensor.
 
-    What is kept of a model's output for longer than a batch must be one: a captured CUDA graph writes its next output
-    into the same memory.
+    If a model's output is kept for longer than a batch, it must be such a copy: a captured CUDA graph writes its next
+    output into the same memory.
     """
     if isinstance(value, MutableMapping):
         made = copy.copy(value)
@@ -58,8 +59,10 @@ def as_float32(tensor: Tensor) -> Tensor:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`. The host does not wait for a copy from pinned memory to a device; it
-    waits for a copy to the CPU, or to a device that would read pageable memory later (MPS).
+    """Return `value` with every tensor on `device`.
+
+    The host does not wait for a copy from pinned memory to a device. It waits for a copy to the CPU, or to a device
+    that would read pageable memory later (MPS).
     """
     non_blocking = can_pin(device)
     return moved(
@@ -70,8 +73,9 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def moved(value: Any, device: torch.device, move: Callable[[Any], Any]) -> Any:
-    """`value` with `move` of each part that is not on `device`: tensors, and objects with a method `to`, e.g. a
-    PackedSequence.
+    """Return `value` with `move` applied to each part that is not on `device`.
+
+    Parts are tensors, and objects with a method `to`, e.g. a PackedSequence.
     """
     if isinstance(value, Tensor):
         return value if value.device == device else move(value)
@@ -87,7 +91,7 @@ def moved(value: Any, device: torch.device, move: Callable[[Any], Any]) -> Any:
 
 
 def describe(value: Any) -> str:
-    """A batch, prediction or target in words for an error message: `(float32 (8, 3, 32, 32), int64 (8,))`."""
+    """Describe a batch, prediction or target for an error message: `(float32 (8, 3, 32, 32), int64 (8,))`."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -101,7 +105,7 @@ def describe(value: Any) -> str:
 
 
 def in_bytes(n: float) -> str:
-    """Bytes in words, by thousands: `1.3 MB`."""
+    """Return a number of bytes as text, with decimal prefixes: `1.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000 or unit == "GB":
             break

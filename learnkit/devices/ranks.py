@@ -1,8 +1,7 @@
-"""What the processes that train together tell each other, as the core and callbacks ask for it. Alone, there is nothing
-to tell.
+"""Communication between the ranks of one training, as the core and callbacks use it. With one process, it does nothing.
 
-Sums and counts travel, never means. All ranks must call the same of these in the same order, and none on an exception's
-path.
+Ranks exchange sums and counts, never means. All ranks must call the same functions in the same order, and none while an
+exception is handled.
 """
 
 from __future__ import annotations
@@ -16,54 +15,63 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """The ranks of one Learner: `learn.ranks`. learnkit.distributed has the same for those who keep their own loop."""
+    """The ranks of one Learner: `learn.ranks`.
+
+    For your own training loop, learnkit.distributed has the same functions.
+    """
 
     @property
     def apart(self) -> bool:
-        """Whether each rank's weights are its own from one average to the next, as with algorithm="decentralized"."""
+        """Whether the ranks' weights differ between two averages, as with algorithm="decentralized"."""
         ...
 
     def all_sum(self, tensors: Any) -> Any:
-        """The sums over all ranks of a tensor, a number, or a nested structure of them, in one collective."""
+        """Return the sums over all ranks of a tensor, a number, or a nested structure of them, in one collective."""
         ...
 
     def batches_in_order(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """All ranks' rows, one a batch, in the order of the data set."""
+        """Return the rows of all ranks, one per batch, in the order of the dataset."""
         ...
 
     def on_main(self, action: Callable[[], object], name: str) -> None:
-        """Do something on rank 0 only; the others that come here wait for it, and raise if it fails. `name` says
-        what.
+        """Run an action on rank 0 only; the other ranks wait for it, and raise if it fails.
+
+        Args:
+            action: the action
+            name: its description for error messages
         """
         ...
 
     def gather(self, state: Any) -> list[Any]:
-        """What each rank gave, in rank order: plain types and tensors."""
+        """Return the values that the ranks passed, in rank order: plain types and tensors."""
         ...
 
     def gather_on_main(self, state: Any) -> list[Any]:
-        """As `gather`, on rank 0 alone; [] on the others."""
+        """Like `gather`, but on rank 0 only; other ranks get []."""
         ...
 
     def from_main(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, on all ranks: plain types and tensors; all raise if it fails."""
+        """Return on all ranks what `action` returns on rank 0: plain types and tensors. All ranks raise if it fails."""
         ...
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """Put rank 0's values in the place of these tensors' on every rank, in one broadcast."""
+        """Overwrite these tensors with rank 0's values on every rank, in one broadcast."""
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of each tensor, of floating point, the mean over all ranks; where all have the same, exactly that."""
+        """Return the mean over all ranks of each floating-point tensor.
+
+        If a tensor is the same on all ranks, the mean is exactly equal.
+        """
         ...
 
     def agree(self, flag: bool) -> bool:
-        """Whether any rank's flag is true."""
+        """Return whether the flag is true on any rank."""
         ...
 
 
 class Alone:
-    """A world of one."""
+    """A group of one rank."""
 
     apart = False
 

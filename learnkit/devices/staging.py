@@ -1,4 +1,4 @@
-"""Tensors of a device copied to the host with few waits, through a bounded amount of pinned memory."""
+"""Copy tensors from a device to the host with few waits, through a limited amount of pinned memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from learnkit.devices.nested import tensors_in
 from learnkit.devices.transfer import is_asynchronous
 
-ROOM = 1 << 27  # bytes of a buffer: 128 MiB take 5 ms over PCIe 4 (25 GB/s), many times what a wait costs
+ROOM = 1 << 27  # bytes of a buffer: 128 MiB take 5 ms over PCIe 4 (25 GB/s), many times the cost of a wait
 
-Pair = tuple[Tensor, Tensor]  # (bytes on a device, bytes on the host where they go): uint8 (n,)
+Pair = tuple[Tensor, Tensor]  # (source bytes on a device, destination bytes on the host): uint8 (n,)
 
 
 def fetch_bytes(pairs: Iterable[Pair]) -> None:
-    """Copy bytes of devices to the host, with the values that they have for what is enqueued next on each one's current
-    stream.
+    """Copy bytes from devices to the host, with few waits.
 
-    Waits once for each ROOM bytes. Two buffers are pinned at most, one of which is filled while the other is emptied.
-    From a device without pinned memory or streams (MPS), each copy waits.
+    They have the values that the next work on each device's current stream would see. Waits once for each ROOM bytes.
+    At most two buffers are pinned; one is filled while the other is emptied. For a device without pinned memory or
+    streams (MPS), each copy waits.
     """
     of_devices: dict[torch.device, list[Pair]] = {}
     for pair in pairs:
@@ -66,7 +66,7 @@ def fetch_by_buffers(pairs: list[Pair], stream: torch.Stream) -> None:
 
 
 def loads(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
-    """The same bytes, in lists of at most `size` bytes together."""
+    """Yield the same bytes, in lists of at most `size` bytes in total."""
     load: list[Pair] = []
     left = size
     for source, into in pairs:
@@ -82,7 +82,7 @@ def loads(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The memory of a tensor without gaps: uint8 (bytes,), not a copy."""
+    """Return the memory of a tensor without gaps: uint8 (bytes,), not a copy."""
     first = tensor.storage_offset() * tensor.element_size()
     return bytes_in(tensor.untyped_storage())[first : first + tensor.numel() * tensor.element_size()]
 
@@ -92,9 +92,10 @@ def bytes_in(storage: torch.UntypedStorage) -> Tensor:
 
 
 def on_host(state: Any) -> Any:
-    """`state` with the tensors of a device in host memory; those that share memory there share it here. A file of it is
-    the one that the CPU would write. The same object where nothing is on a device; tensors that are more than their
-    elements are left to torch.save.
+    """Return `state` with the tensors of a device in host memory; tensors that shared memory there share it here too.
+
+    When saved, this makes the same file as a state on the CPU. If nothing is on a device, the same object is returned.
+    Tensors that are more than their elements are left to torch.save.
     """
     tensors = list(tensors_in(state))
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if is_simple(t)}
@@ -110,13 +111,11 @@ def on_host(state: Any) -> Any:
             copies[t.untyped_storage()._cdata], t.storage_offset(), t.size(), t.stride()
         )
 
-    return copy.deepcopy(
-        state, {id(t): hosted(t) for t in tensors}
-    )  # what is around the tensors, with its kinds and attributes
+    return copy.deepcopy(state, {id(t): hosted(t) for t in tensors})  # keeps the types and attributes of the containers
 
 
 def is_simple(tensor: Tensor) -> bool:
-    """Whether it is a view of memory of a device, and nothing more."""
+    """Return whether a tensor is a view of a device's memory, and nothing more."""
     return (
         type(tensor) is Tensor
         and tensor.device.type not in ("cpu", "meta")
@@ -126,15 +125,16 @@ def is_simple(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers lie one after the other in memory as they are."""
+    """Return whether a tensor's elements are stored contiguously and unmodified."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The bytes of a dense tensor in the order of its elements, uint8 (bytes,): its own memory where it `is_plain`,
-    else a copy.
+    """Return the bytes of a dense tensor in the order of its elements, uint8 (bytes,).
+
+    They are its own memory if possible, else a copy.
     """
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.as_strided((plain.numel(),), (1,)).view(
         torch.uint8
-    )  # torch leaves any stride to a dimension of one row or of none
+    )  # torch allows any stride for a dimension of size one or zero

@@ -1,4 +1,4 @@
-"""Between the host and a device, without either waiting for the other."""
+"""Copies between the host and a device in which neither waits for the other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from learnkit.devices.nested import moved, to_device
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on its way to `device`: what is enqueued there from now on finds it, and the host does not
-    wait.
+    """Copy a small host tensor to `device`: work that is enqueued afterwards can use it, and the host does not wait.
 
-    It is copied through pinned memory, which torch keeps for later copies. Where there is none (MPS), the copy blocks:
-    MPS would read the host's memory later, when it may be freed (pytorch#189690). A tensor that is not on the CPU, or
-    is to stay there, is only moved.
+    It is copied through pinned memory, which torch keeps for later copies. Without pinned memory (MPS) the copy blocks:
+    MPS would read the host's memory later, when it may have been freed (pytorch#189690). A tensor that is not on the
+    CPU, or that stays there, is just moved.
     """
     if tensor.device.type != "cpu" or not can_pin(device):
         return tensor.to(device)
@@ -28,25 +27,27 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def mover(device: torch.device) -> Callable[[Any], Any]:
-    """A function that brings the batches of one pass to `device`, one after the other."""
+    """Return a function that moves the batches of one pass to `device`, one after the other."""
     return Mover(device) if is_asynchronous(device) else lambda batch: to_device(batch, device)
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether copies between the host and a device can run while both work: through pinned memory, and on a stream of
-    their own.
+    """Return whether copies between host and device can run while both work.
+
+    This needs pinned memory and a separate stream.
     """
     return can_pin(device) and has_streams(device)
 
 
 class Mover:
-    """Copies the batches of one pass to a device, each while the device works on the batch before.
+    """Copy the batches of one pass to a device, each while the device works on the batch before.
 
     The host enqueues the work on one batch, and then the copy of the next one, from pinned memory, on the process's
-    copy stream. The copy does not wait for that work: its destination is memory that was taken before the work was
-    enqueued. So two batches lie on the device at a time, however far the host is ahead. A batch of other shapes than
-    the one before takes its memory late, and waits for that work. The first batch has no work to overlap with, and is
-    copied on the stream of the work: a pass of one batch takes its memory once.
+    copy stream. The copy does not wait for that work: its destination is memory that was allocated before the work was
+    enqueued. So there are two batches on the device at a time, however far the host is ahead. If the shapes of a batch
+    differ from those of the batch before, its memory is allocated late, and its copy waits for that work. The first
+    batch has no work to overlap with, and is copied on the stream of the work: a pass of one batch allocates memory
+    only once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,8 +55,8 @@ class Mover:
         self.device = torch.device(device.type, index)
         self.is_first = True
         self.rooms: list[Tensor] = []  # memory on the device for the next batch,
-        self.work: torch.Stream | None = None  # which belongs to this stream,
-        self.taken = torch.Event(self.device)  # since then: what used it before has been enqueued
+        self.work: torch.Stream | None = None  # allocated on this stream,
+        self.taken = torch.Event(self.device)  # at this point: earlier uses of the memory were enqueued before
 
     def __call__(self, batch: Any) -> Any:
         if self.is_first:
@@ -69,7 +70,7 @@ class Mover:
         return moved(batch, self.device, lambda _: next(arrived))
 
     def brought(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Copies on the device, for what is enqueued on its current stream from now on."""
+        """Return copies on the device, for work that is enqueued on its current stream afterwards."""
         work, copies = torch.accelerator.current_stream(self.device), copy_stream(self.device)
         if work != self.work or list(map(form, self.rooms)) != list(map(form, tensors)):
             self.take_rooms(tensors, work)
@@ -80,7 +81,7 @@ class Mover:
                 for room, tensor in zip(rooms, tensors, strict=True):
                     room.copy_(tensor, non_blocking=True)
         finally:
-            work.wait_stream(copies)  # also where that was interrupted: `rooms` may be free then, and used again
+            work.wait_stream(copies)  # also after an interruption: `rooms` may then be freed, and used again
         self.take_rooms(tensors, work)
         return rooms
 
@@ -91,8 +92,9 @@ class Mover:
 
 
 def is_plain_cpu_tensor(part: Any) -> bool:
-    """Whether elements in the CPU's memory are all that it is: subclasses, sparse tensors and those with a graph move
-    themselves.
+    """Return whether a part is a plain tensor in CPU memory.
+
+    Subclasses, sparse tensors and tensors with a graph are moved by their own methods.
     """
     return (
         type(part) is Tensor and part.device.type == "cpu" and part.layout is torch.strided and not part.requires_grad
@@ -104,8 +106,9 @@ def form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """The same in pinned memory, without gaps: a copy from other memory waits. torch keeps pinned memory that is free
-    for the next one.
+    """Return the tensor in pinned memory without gaps, since a copy from other memory waits.
+
+    torch keeps freed pinned memory for later tensors.
     """
     is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor if is_dense and tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True).copy_(tensor)
@@ -113,14 +116,16 @@ def pinned(tensor: Tensor) -> Tensor:
 
 @cache
 def copy_stream(device: torch.device) -> torch.Stream:
-    """The stream on which this process copies from and to a device, while the device computes on others. A child that
-    is forked makes its own: a process that has used the device, and so has a stream, cannot fork one that uses it.
+    """Return the stream on which this process copies from and to a device while the device computes on others.
+
+    A forked child creates its own: a process that has used the device, and so has a stream, cannot fork a child that
+    uses it.
     """
     return torch.Stream(device)
 
 
 class Enqueued:
-    """What is enqueued on a device's current stream by now, for a thread that copies its results on the copy stream."""
+    """The work enqueued on a device's current stream so far, for a thread that copies results on the copy stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -128,7 +133,7 @@ class Enqueued:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """In the block, the copy stream is the current one, and comes after it; the host waits for nothing."""
+        """In the block, the copy stream is the current stream and runs after that work; the host does not wait."""
         if self.event is None:
             yield
             return
@@ -139,14 +144,14 @@ class Enqueued:
 
 
 class Moved:
-    """A loader whose batches come on a device (see `mover`); everything else is the loader's own."""
+    """A loader whose batches are moved to a device (see `mover`); everything else is the wrapped loader's."""
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self.loader, self.device = loader, device
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":
-            raise AttributeError(name)  # while it is being copied
+            raise AttributeError(name)  # while this object is being copied
         return getattr(self.loader, name)
 
     def __len__(self) -> int:
@@ -157,10 +162,10 @@ class Moved:
 
 
 class Reading:
-    """Numbers on their way from a device to the host: look whether they have arrived before you read them, which waits
-    for them.
+    """Numbers that are being copied from a device to the host.
 
-    From a device without pinned memory or without events (MPS) they are read at once, which waits for the device.
+    `has_arrived` says whether they are there; reading them earlier waits. For a device without pinned memory or events
+    (MPS) they are read immediately, which waits for the device.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -185,8 +190,9 @@ class Reading:
 
 
 def stacked_on_host(rows: list[Tensor]) -> Tensor:
-    """Rows of equal shape as one tensor, float (n, …), on the CPU. Those on a device come by one read; the first may be
-    on the CPU, as those of a fit that was resumed are.
+    """Return rows of equal shape as one tensor, float (n, …), on the CPU.
+
+    Rows on a device are fetched with a single read. The first rows may be on the CPU, as in a fit that was resumed.
     """
     here = [row for row in rows if row.is_cpu]
     there = [row for row in rows if not row.is_cpu]

@@ -1,4 +1,4 @@
-"""What the writer of exported files and their reader agree on."""
+"""Definitions shared by the writer and the reader of exported files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from learnkit.data.batch import prediction
 
 EXPORT_FORMAT = 1
-ABOUT = "learnkit.json"  # the name under which a file says what it is
+ABOUT = "learnkit.json"  # the name of a file's description
 
 
 class Predicts(nn.Module):
-    """The model as a function of tensors by position, which gives what metrics see of its output."""
+    """The model as a function of tensors by position; it returns what metrics use of the output."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A picture in a file, as the tensor that an exported model takes."""
+"""A picture file as the tensor that an exported model takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 def load_picture(path: Path, info: dict[str, Any]) -> Tensor:
-    """Float (channels, height, width): the shorter side resized and the middle cut out, in [0, 1], normalized by the
-    file's stats.
+    """Return the picture as float (channels, height, width) in [0, 1], normalized with the file's stats.
+
+    The shorter side is resized, and the middle is cut out.
     """
     shapes = [entry["shape"] for entry in info["inputs"]]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
@@ -28,13 +29,13 @@ def load_picture(path: Path, info: dict[str, Any]) -> Tensor:
 
 
 def pixels_of(path: Path, channels: int, height: int, width: int) -> Tensor:
-    """uint8 (channels, height, width), by the same steps as the pictures of a folder that a model is trained on."""
+    """Return uint8 (channels, height, width), with the same steps as for the training pictures of a folder."""
     from learnkit.vision.decode import fitted_picture, read_picture
 
     try:
         picture = fitted_picture(read_picture(str(path), channels), height, width)
     except OSError as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
     return (
         torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         .reshape(height, width, channels)

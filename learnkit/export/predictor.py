@@ -1,4 +1,4 @@
-"""What `learn.export` wrote, loaded again: a model that predicts, and what its file says of it."""
+"""Load a file that `learn.export` wrote: a model that predicts, and the file's information about it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ RunModel = Callable[[Sequence[Tensor]], Any]
 
 @final
 class Predictor:
-    """A model for inference; what it is given may be anywhere, what it returns is on the CPU.
+    """A model for inference. Inputs may be on any device; predictions are on the CPU.
 
-    info        what the file says: model, parameters, inputs (name, dtype, shape of one sample), classes, stats,
-                values, versions
-    classes     the names of the classes, or None
+    Attributes:
+        info: information in the file: model, parameters, inputs (name, dtype, shape of one sample), classes, stats,
+            values, versions
+        classes: the names of the classes, or None
 
-    >>> predictor = load_learner("model.pt2")  # doctest: +SKIP
-    >>> predictor.predict(x)  # doctest: +SKIP
+    Example:
+        >>> predictor = load_learner("model.pt2")  # doctest: +SKIP
+        >>> predictor.predict(x)  # doctest: +SKIP
     """
 
     def __init__(self, run: RunModel, info: dict[str, Any]) -> None:
@@ -34,8 +36,13 @@ class Predictor:
         self.classes: list[str] | None = info.get("classes")
 
     def predict(self, x: Any) -> Any:
-        """The prediction for one sample or a batch of them, as `learn.predict` has it: a tensor, or a tuple of several
-        inputs, or a mapping by their names.
+        """Return the prediction for one sample or a batch of samples, as `learn.predict` does.
+
+        Args:
+            x: a tensor; for several inputs a tuple, or a mapping with their names
+
+        Raises:
+            ValueError: when the shapes do not fit the model
         """
         if isinstance(x, dict):
             x = tuple(x[entry["name"]] for entry in self.info["inputs"])
@@ -43,7 +50,7 @@ class Predictor:
         ndims = [len(entry["shape"]) for entry in self.info["inputs"]]
         if [t.ndim for t in inputs] not in (ndims, [n + 1 for n in ndims]):
             raise ValueError(
-                f"predict was given inputs of shapes {[tuple(t.shape) for t in inputs]}, expected samples of shapes "
+                f"predict got inputs of shapes {[tuple(t.shape) for t in inputs]}, expected samples of shapes "
                 f"{[tuple(entry['shape']) for entry in self.info['inputs']]}, or batches of them."
             )
         single = [t.ndim for t in inputs] == ndims
@@ -52,56 +59,70 @@ class Predictor:
         return found[0] if single and isinstance(found, Tensor) else found
 
     def predict_image(self, path: str | Path) -> dict[str, float]:
-        """{class: probability} of a picture in a file, the likeliest first; needs a model of one picture that gives a
-        score a class.
+        """Return {class: probability} for a picture file, most probable class first.
+
+        Args:
+            path: the picture file
+
+        Raises:
+            ValueError: when the model does not take one picture, or does not return one score per class
         """
         from learnkit.export.picture import load_picture
 
         scores = self.predict(load_picture(as_path(path), self.info))
         if not isinstance(scores, Tensor) or scores.ndim != 1:
-            raise ValueError("the model does not give one score a class, so there is no likeliest one.")
+            raise ValueError("predict_image needs a model that returns one score per class; this model does not.")
         shares, order = scores.float().softmax(0).sort(descending=True)
         names = self.classes or [str(i) for i in range(len(scores))]
         return {names[i]: share for i, share in zip(order.tolist(), shares.tolist(), strict=True)}
 
 
 def load_learner(path: str | Path, *, model: nn.Module | None = None, device: torch.device | str = "cpu") -> Predictor:
-    """A model that `learn.export` wrote to a .pt2, .onnx or .safetensors file, for inference; of the latter, `model` is
-    an object of the same class, whose weights are replaced.
+    """Load a model that `learn.export` wrote, for inference.
 
-    `device`: where it computes, such as "cuda"; an .onnx file on the CPU only. What it is given goes there, what it
-    predicts comes back. Nothing in the file is executed: one that holds more than `learn.export` writes, or was
-    changed, is refused with Damaged.
+    Nothing in the file is executed. Inputs are moved to `device`, predictions are moved back to the CPU.
+
+    Args:
+        path: a .pt2, .onnx or .safetensors file
+        model: for a .safetensors file only: an object of the model's class, whose weights are replaced
+        device: where the model computes, such as "cuda"; an .onnx file runs on the CPU only
+
+    Raises:
+        FileNotFoundError: when there is no such file
+        Damaged: when the file was changed, or contains more than `learn.export` writes
+        ValueError: when the ending of the file is unknown, or the device is not available for it
+        TypeError: when `model` is missing, or given for a file that contains its model
     """
     path, place = as_path(path), torch.empty(0, device=device).device
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}.")
+        raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix not in READERS:
         raise ValueError(
-            f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(READERS)}. What learn.save wrote goes to "
-            "learn.load."
+            f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(READERS)}. To load a file of learn.save, "
+            "use learn.load."
         )
     if (model is not None) != (path.suffix == ".safetensors"):
         raise TypeError(
             f"{path} "
             + (
-                "has its model in it: leave model=… out."
+                "contains its model: remove model=…."
                 if model is not None
-                else "has the weights alone: give load_learner(path, model=…) an object of the model's class."
+                else "contains only weights: pass load_learner(path, model=…) an object of the model's class."
             )
         )
     run, info = READERS[path.suffix](path, model, place)
     if not isinstance(info, dict) or info.get("format") != 1:
         raise Damaged(
-            f"{path} has format {info.get('format') if isinstance(info, dict) else None}, this version of learnkit "
-            f"reads 1."
+            f"{path} has format {info.get('format') if isinstance(info, dict) else None}, expected 1, which this "
+            f"version of learnkit reads."
         )
     return Predictor(there_and_back(run, place), info)
 
 
 def there_and_back(run: RunModel, device: torch.device) -> RunModel:
-    """`run` on a device, from wherever the inputs are, and to the CPU. Reading what it predicts waits for the
-    device.
+    """Return `run` on a device, for inputs from any device, with results on the CPU.
+
+    Reading the results waits for the device.
     """
     return lambda inputs: to_device(run(to_device(inputs, device)), torch.device("cpu"))
 
@@ -112,7 +133,7 @@ def from_pt2(path: Path, _: nn.Module | None, device: torch.device) -> tuple[Run
 
     program, extra = pt2.read_archive(path, device)
     if ABOUT not in extra:
-        raise Damaged(f"{path} has no {ABOUT}: it was written by something else than learn.export.")
+        raise Damaged(f"{path} has no {ABOUT}: it was not written by learn.export.")
     return lambda inputs: program(*inputs), json.loads(extra[ABOUT])
 
 
@@ -121,8 +142,8 @@ def from_onnx(path: Path, _: nn.Module | None, device: torch.device) -> tuple[Ru
 
     if device.type != "cpu":
         raise ValueError(
-            f"{path} cannot be loaded on {device}: ONNX Runtime computes on the CPU here. Leave device=… out, or "
-            f"export to a file ending in .pt2."
+            f"{path} cannot be loaded on {device}: ONNX Runtime computes on the CPU here. Remove device=…, or export "
+            f"to a file ending in .pt2."
         )
     session = onnx_file.session_of(path)
     names = [entry.name for entry in session.get_inputs()]

@@ -1,8 +1,8 @@
-"""torch.export's archives, written without anything pickled, and read after everything in them was looked at.
+"""torch.export's archives, written without pickles, and read only after all of their content was checked.
 
 torch.export.load trusts its file: it unpickles example inputs, evaluates expressions of sizes, and calls functions by
-their names. So nothing but tensors, numbers, names and operators of torch's own gets past `check`, which knows all that
-`as_bytes` writes.
+their names. Therefore `check_archive` accepts only tensors, numbers, names and torch's own operators: what
+`archive_bytes` writes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MEMBERS = re.compile(
     r"model_constants_config\.json)|sample_inputs/model\.pt)|extra/[\w.]+|archive_format|archive_version|byteorder|"
     r"\.data/(version|serialization_id|alignment)|\.format_version|\.storage_alignment)"
 )
-NODE_NAME = re.compile(r"[\w.\-]*")  # of nodes, parameters and the like
+NODE_NAME = re.compile(r"[\w.\-]*")  # of nodes, parameters and similar objects
 OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|torchvision)\.(?!from_file)\w+\.\w+|torch\.sym_\w+|math\.(ceil|floor|sqrt|trunc)|"
     r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
@@ -39,9 +39,9 @@ CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.O
 
 # --- writing -----------------------------------------------------------------
 def archive_bytes(program: torch.export.ExportedProgram, extra: dict[str, str]) -> bytes:
-    """The sealed archive of a program, without its examples and what it remembers of the source code."""
+    """Return the sealed archive of a program, without its example inputs and its record of the source code."""
     program._example_inputs = None  # type: ignore[assignment]
-    program._guards_code = []  # are Python code; sizes are checked by the operators
+    program._guards_code = []  # guards are Python code; the operators check sizes
     for node in program.graph.nodes:
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom"):
             node.meta.pop(name, None)
@@ -51,7 +51,10 @@ def archive_bytes(program: torch.export.ExportedProgram, extra: dict[str, str]) 
 
 
 def sealed_archive(archive: bytes) -> bytes:
-    """A zip file with its own hash as its comment: its last two bytes are the comment's length, which is 0."""
+    """Return a zip file with its own hash as its comment.
+
+    The last two bytes of a zip file are the comment's length, which is 0 before.
+    """
     import hashlib
 
     comment = SEAL + hashlib.sha256(archive).hexdigest().encode()
@@ -60,8 +63,9 @@ def sealed_archive(archive: bytes) -> bytes:
 
 # --- reading -----------------------------------------------------------------
 def read_archive(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict[str, str]]:
-    """(the model on `device`, the extra texts) of an archive. Raises Damaged, and executes nothing that is in the
-    file.
+    """Return (the model on `device`, the extra texts) of an archive.
+
+    Nothing in the file is executed; an invalid file raises Damaged.
     """
     extra = check_archive(path)
     found = dict.fromkeys(extra, "")
@@ -76,31 +80,31 @@ def read_archive(path: Path, device: torch.device) -> tuple[torch.nn.Module, dic
 
 
 def check_archive(path: Path) -> dict[str, str]:
-    """The extra texts of an archive in which everything is as `as_bytes` writes it."""
+    """Return the extra texts of an archive, after checking that all of its content is what `archive_bytes` writes."""
     check_seal(path)
     try:
         with zipfile.ZipFile(path) as archive:
             files = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
             tops = {name.partition("/")[0] for name in archive.namelist()}
             if len(files) != len(archive.namelist()) or len(tops) != 1:
-                raise Damaged(f"{path} has files of the same name in it.")
+                raise Damaged(f"{path} contains two files with the same name.")
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise Damaged(f"{path} is no archive of torch.export: {error}") from None
+        raise Damaged(f"{path} is not an archive of torch.export: {error}") from None
     try:
         check_members(files)
         check_graph(json.loads(files["models/model.json"]))
     except Refused as refused:
         raise Damaged(
-            f"{path} holds {refused}, which learn.export does not write: nothing was loaded. To trust the file all the "
-            f"same, use torch.export.load, which may execute what is in it."
+            f"{path} contains {refused}, which learn.export does not write: nothing was loaded. If you trust the file, "
+            f"use torch.export.load, which may execute its content."
         ) from None
     except (ValueError, KeyError, RecursionError, AttributeError, TypeError) as error:
-        raise Damaged(f"{path} is no archive of torch.export: {error!r}") from None
+        raise Damaged(f"{path} is not an archive of torch.export: {error!r}") from None
     return {name.removeprefix("extra/"): text.decode() for name, text in files.items() if name.startswith("extra/")}
 
 
 class Refused(Exception):
-    """What was found."""
+    """What was found and is not allowed."""
 
 
 def check_members(files: dict[str, bytes]) -> None:
@@ -117,11 +121,11 @@ def check_members(files: dict[str, bytes]) -> None:
     try:
         torch.load(io.BytesIO(sample), weights_only=True)
     except Exception:
-        raise Refused("example inputs that are no plain tensors") from None
+        raise Refused("example inputs that are not plain tensors") from None
 
 
 def check_graph(value: Any, key: str = "") -> None:
-    """Every string in the description of the graph, by the key that it is under."""
+    """Check every string in the description of the graph, by its key."""
     if isinstance(value, dict):
         for name, part in value.items():
             if not NODE_NAME.fullmatch(name):
@@ -148,7 +152,7 @@ def check_text(text: str, key: str) -> None:
 
 
 def check_containers(value: Any) -> None:
-    """The structure of arguments and results, as torch.utils._pytree writes it."""
+    """Check the structure of arguments and results, as torch.utils._pytree writes it."""
     if isinstance(value, dict):
         if value.get("type") not in CONTAINERS:
             raise Refused(f"a structure of {value.get('type')!r}")

@@ -1,8 +1,7 @@
-"""safetensors files of a model's state, written and read with plain Python: a JSON header, then the bytes of the
-tensors.
+"""safetensors files of a model's state, in plain Python: a JSON header, then the bytes of the tensors.
 
-Format: https://github.com/huggingface/safetensors#format. Every reader of it reads these; `__metadata__` has what the
-file is, and the hash of all the rest.
+Format: https://github.com/huggingface/safetensors#format. Every reader of the format can read them; `__metadata__` has
+the file's description, and the hash of everything else.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-LARGEST_HEADER = 100_000_000  # bytes; as the format's own reader has it
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], said: dict[str, Any]) -> bytes:
     header, parts, place = {}, [], 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
+            raise TypeError(f"{name} is {tensor.dtype}, which a safetensors file cannot store.")
         data = packed(tensor.cpu()).numpy().tobytes()
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
@@ -50,12 +49,12 @@ def safetensors_bytes(tensors: dict[str, Tensor], said: dict[str, Any]) -> bytes
     body, text = b"".join(parts), json.dumps(said)
     header["__metadata__"] = {"learnkit": text, "sha256": digest_of_file(header, text, body)}
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8 bytes
+    head += b" " * (-len(head) % 8)  # tensors start at a multiple of 8 bytes
     return len(head).to_bytes(8, "little") + head + body
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, what the file says of itself). Raises Damaged."""
+    """Return (tensors, the file's description); raise Damaged if the file is not valid."""
     data = path.read_bytes()
     try:
         n = int.from_bytes(data[:8], "little")
@@ -64,17 +63,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header, body = json.loads(data[8 : 8 + n]), data[8 + n :]
         own = header.pop("__metadata__", {})
         if own.get("sha256") != digest_of_file(header, own.get("learnkit", ""), body):
-            raise ValueError("its hash differs, or it is of another program")
+            raise ValueError("its hash differs, or another program wrote it")
         return {name: tensor_of(entry, body) for name, entry in header.items()}, json.loads(own["learnkit"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise Damaged(f"{path} is no whole safetensors file of learn.export: {error}. Nothing was loaded.") from None
+        raise Damaged(
+            f"{path} is not a complete safetensors file of learn.export: {error}. Nothing was loaded."
+        ) from None
 
 
 def tensor_of(entry: dict[str, Any], body: bytes) -> Tensor:
     dtype = next(dtype for dtype, name in DTYPES.items() if name == entry["dtype"])
     start, stop = entry["data_offsets"]
     if not 0 <= start <= stop <= len(body) or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
-        raise ValueError("a tensor lies outside of it")
+        raise ValueError("a tensor is outside of the file")
     if start == stop:
         return torch.empty(entry["shape"], dtype=dtype)
     return torch.frombuffer(bytearray(body[start:stop]), dtype=dtype).reshape(entry["shape"])

@@ -1,12 +1,11 @@
-"""A trained model as one file for inference: it loads without the training data, the training code, or anything being
-unpickled.
+"""A trained model as one file for inference. It loads without the training data, the training code, or pickles.
 
     model.pt2           torch.export's own format: plain torch runs it, without learnkit and without the model's class
     model.onnx          for ONNX Runtime and others; needs the extra `onnx`
-    model.safetensors   the weights alone, where a model cannot be traced: its class has to be there when it is loaded
+    model.safetensors   only the weights, for models that cannot be traced; loading needs the model's class
 
-Each says in JSON what it is (see `about`), ends in a seal of its bytes, is loaded and compared with the model before it
-gets its name, and appears at once or not at all.
+Each file contains its description as JSON (see `about`) and ends in a seal of its bytes. Before it gets its name, it is
+loaded and compared with the model. It appears completely or not at all.
 """
 
 from __future__ import annotations
@@ -38,18 +37,17 @@ if TYPE_CHECKING:
 
 
 def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:
-    """What `learn.export` does: see there."""
+    """Implement `learn.export`."""
     path = as_path(path)
     if path.suffix not in WRITERS:
         raise ValueError(
-            f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(WRITERS)}: the ending says which format "
-            f"it is."
+            f"{path} ends in {path.suffix or 'nothing'}, expected {', '.join(WRITERS)}: the ending selects the format."
         )
     if learn.is_running:
-        raise RuntimeError("export was called while this Learner runs: let the fit under way end first.")
+        raise RuntimeError("export was called while this Learner runs: let the current fit end first.")
     if any(map(is_shard, learn.model.parameters())):
         raise RuntimeError(
-            "export needs the whole model, of which each rank has a part: learn.save(name) on all ranks, then in one "
+            "export needs the whole model, and this one is sharded: call learn.save(name) on all ranks, then in one "
             "process Learner(data, model).load(name).export(path)."
         )
     with unmoved(learn.device):
@@ -80,7 +78,7 @@ def write_export(learn: Learner, path: Path, stats: Any) -> None:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy of a model on the CPU, made without a second one on its device."""
+    """Return a copy of a model on the CPU, without a second copy on its device."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     held = copied_to_host({key: t for key, t in tensors.items() if not t.is_cpu})
     memo: dict[int, Any] = {
@@ -91,19 +89,19 @@ def on_cpu(model: nn.Module) -> nn.Module:
 
 
 def example_of(inputs: Inputs) -> tuple[list[str], tuple[Tensor, ...]]:
-    """(names, two samples of each input): a batch of one would be taken for a fixed size."""
+    """Return (names, two samples of each input): a batch of one would be treated as a fixed size."""
     names = list(inputs) if isinstance(inputs, dict) else []
     values = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
     if not all(isinstance(value, Tensor) and value.ndim for value in values):
         raise TypeError(
-            f"the model's inputs are {describe(values)}; a file for inference needs one tensor each, with the batch "
-            f"first."
+            f"the model's inputs are {describe(values)}, expected tensors whose first dimension is the batch: a file "
+            f"for inference needs this."
         )
     return names, tuple(torch.cat([value, value])[:2].detach().cpu() for value in values)
 
 
 def about(learn: Learner, names: list[str], example: tuple[Tensor, ...], stats: Any) -> dict[str, Any]:
-    """What a file says of itself, in plain JSON."""
+    """Return a file's description, as plain JSON."""
     from learnkit import __version__
 
     inputs = [
@@ -124,17 +122,19 @@ def about(learn: Learner, names: list[str], example: tuple[Tensor, ...], stats: 
 
 
 def as_stats(stats: Any) -> list[list[float]] | None:
-    """(means, standard deviations), one a channel, of inputs in [0, 1]."""
+    """Return (means, standard deviations), one per channel, of inputs in [0, 1]."""
     if stats is None:
         return None
     mean, std = (torch.as_tensor(part, dtype=torch.float64).flatten().tolist() for part in stats)
     if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"stats={stats!r}: expected (means, standard deviations), one a channel, the latter above 0.")
+        raise ValueError(
+            f"stats={stats!r}: expected (means, standard deviations), one per channel, the deviations above 0."
+        )
     return [mean, std]
 
 
 def compare(path: Path, model: nn.Module, names: list[str], example: tuple[Tensor, ...]) -> None:
-    """Load what was written, and see that it says what the model says."""
+    """Load the file, and check that it predicts what the model predicts."""
     from learnkit.export.predictor import load_learner
 
     expected = tensors_in(Predicts(model, names)(*example))
@@ -142,15 +142,15 @@ def compare(path: Path, model: nn.Module, names: list[str], example: tuple[Tenso
         predictor = load_learner(path, model=copy.deepcopy(model) if path.suffix == ".safetensors" else None)
     except Damaged as damage:
         raise ValueError(
-            f"the traced model has what a file that is safe to load may not have, so nothing was written. Export to "
-            f".onnx or .safetensors instead. ({damage})"
+            f"the traced model contains something that is not safe to load, so nothing was written. Export to .onnx "
+            f"or .safetensors instead. ({damage})"
         ) from None
     found = tensors_in(predictor.run(example))
     for a, b in zip(found, expected, strict=True):
         if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
             raise RuntimeError(
-                f"the exported model gives other numbers than the model (up to {float((a - b).abs().max()):.2g} "
-                f"apart), so nothing was written. Does it draw random numbers, or decide by values, in evaluation mode?"
+                f"the outputs of the exported model and the model differ (by up to {float((a - b).abs().max()):.2g}), "
+                f"so nothing was written. Does it draw random numbers, or branch on values, in evaluation mode?"
             )
 
 
@@ -165,8 +165,8 @@ def as_pt2(model: nn.Module, example: tuple[Tensor, ...], said: dict[str, Any]) 
     except Exception as error:
         add_note(
             error,
-            "learnkit: torch.export cannot trace this model. Change what it complains of, or export to a file ending "
-            "in .safetensors, which needs the model's class when it is loaded.",
+            "learnkit: torch.export cannot trace this model. Change the code that it reports, or export to a file "
+            "ending in .safetensors, which needs the model's class when it is loaded.",
         )
         raise
     return pt2.archive_bytes(program, {ABOUT: json.dumps(said)})

@@ -1,8 +1,7 @@
-"""From a fit to a log: what is told, when, and to whom. The callbacks CSVLogger, TensorBoardLogger and so on are a
-`Journal` and a `Sink`.
+"""From a fit to a log: what is logged, when and where.
 
-A log goes on where its run did: of a fit that is resumed from a checkpoint, what was logged after that is told anew,
-once.
+CSVLogger, TensorBoardLogger and so on are a `Journal` and a `Sink`. A log continues where its run continues: if a fit
+is resumed from a checkpoint, entries after the checkpoint are replaced and appear once.
 """
 
 from __future__ import annotations
@@ -26,33 +25,47 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Where a log goes: three methods of its own, and one that says where it begins. All are called on rank 0 alone."""
+    """Where a log is written. All four methods are called on rank 0 only."""
 
     def open(self, after: int | None, names: list[str]) -> None:
-        """Begin. `after`: None for a new log; a step, after which everything that is there is to be forgotten. `names`:
-        of all values.
+        """Open the log.
+
+        Args:
+            after: None for a new log; a step for an existing one, whose entries after this step must be removed
+            names: the names of all values
         """
         ...
 
     def config(self, values: dict[str, Any]) -> None:
-        """What the run is: plain numbers and strings. Once, at the beginning of each of its fits."""
+        """Log the configuration of the run: plain numbers and strings.
+
+        Called once, at the beginning of each fit of the run.
+        """
         ...
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Values measured when so many optimizer steps were done."""
+        """Log values.
+
+        Args:
+            values: values by name
+            step: number of optimizer steps done when they were measured
+        """
         ...
 
     def finish(self) -> None:
-        """The fit is over, or has failed."""
+        """Close the log: the fit has ended or failed."""
         ...
 
 
 class Journal:
-    """What a fit tells a sink: every n steps the loss over the samples since the last time and the rate, every epoch
-    all values.
+    """Log a fit to a sink: every n steps the loss and the rate, every epoch all values.
 
-    Values are those of all ranks. Nothing waits for the device: sums stay on it, and a row of steps is logged when its
-    numbers have arrived, at the latest before the next row or a checkpoint. Steps count on from fit to fit.
+    The loss is the mean over the samples since the last entry. Values are those of all ranks. Nothing waits for the
+    device: sums stay on it, and an entry is logged when its numbers have arrived, at the latest before the next entry
+    or a checkpoint. The step number continues from fit to fit.
+
+    Args:
+        every_n_steps: number of steps between two entries; None: log epochs only
     """
 
     def __init__(self, every_n_steps: int | None) -> None:
@@ -60,29 +73,29 @@ class Journal:
             isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
         ):
             raise ValueError(
-                f"every_n_steps={every_n_steps!r}: expected a whole number, 1 or more, or None for epochs alone."
+                f"every_n_steps={every_n_steps!r}: expected an integer, 1 or more, or None to log epochs only."
             )
         self.every = every_n_steps
         self.n_before = 0  # steps of the fits before this one
         self.n_done = 0  # steps of this one
-        self.next_step = 0  # of this fit, after which it is time again
-        self.total: Any = 0.0  # of the losses since the last time, each by its samples
-        self.count: Any = 0.0  # these samples
-        self.place: int | None = None  # the step after which a log goes on; None: it begins
-        self.epoch_continued: int | None = None  # the epoch within which that is
-        self.told: dict[str, Any] | None = None  # what the fit is, as it was at its first step
-        self.begin: Callable[[], None] | None = None  # opens the sink, in a fit that has not said a word
+        self.next_step = 0  # the step of this fit after which the next entry is logged
+        self.total: Any = 0.0  # sum of the losses since the last entry, weighted by samples
+        self.count: Any = 0.0  # number of these samples
+        self.place: int | None = None  # the step after which an existing log continues; None: a new log
+        self.epoch_continued: int | None = None  # the epoch that contains this step, if it continues
+        self.told: dict[str, Any] | None = None  # the configuration at the first step
+        self.begin: Callable[[], None] | None = None  # opens the sink, if this fit has logged nothing yet
         self.in_fit = False
-        self.writes = False  # whether this rank does
-        self.due: Callable[[], None] | None = (
-            None  # what logs a row of steps whose numbers are on their way from the device
-        )
+        self.writes = False  # whether this rank writes the log
+        self.due: Callable[[], None] | None = None  # logs an entry whose numbers are being copied from the device
         self.readings: list[Reading] = []  # these numbers
 
     @contextmanager
     def of_fit(self, learn: Learner, sink: Sink) -> Iterator[None]:
-        """For the length of a fit. The sink is opened at the first word or checkpoint, when it is known where a resumed
-        fit goes on.
+        """Log one fit.
+
+        The sink is opened at the first entry or checkpoint, because only then it is known where a resumed fit
+        continues.
         """
         self.writes, self.total, self.count = learn.rank == 0, 0.0, 0.0
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
@@ -101,7 +114,7 @@ class Journal:
         finally:
             try:
                 if not failed or self.has_arrived():
-                    self.tell_due()  # after an error the device may never answer
+                    self.tell_due()  # after an error the device may never respond
             finally:
                 if self.begin is None and self.writes:
                     sink.finish()
@@ -151,7 +164,7 @@ class Journal:
         return all(reading.has_arrived for reading in self.readings)
 
     def tell_due(self) -> None:
-        """Log the last row of steps, where that was not done yet; waits for its numbers."""
+        """Log the pending entry, if there is one; this waits for its numbers."""
         due, self.due, self.readings = self.due, None, []
         if due is not None:
             due()
@@ -166,8 +179,9 @@ class Journal:
 
     # --- checkpoints ---------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Of this rank: each one sums up its own losses. The log has all up to here, its beginning too: a resumed fit
-        goes on after it.
+        """Return the state of this rank; each rank sums its own losses.
+
+        Everything up to this point, including the beginning, is logged first: a resumed fit continues after it.
         """
         if self.begin is not None:
             self.begin()
@@ -181,14 +195,17 @@ class Journal:
         }
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        """For another number of ranks: what all had summed up is rank 0's."""
+        """Return the state for another number of ranks: rank 0 gets the sums of all ranks."""
         return {
             **states[0],
             **{name: sum(state[name] for state in states) if rank == 0 else 0.0 for name in ("total", "count")},
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Told after a fit began and before its first word, or when it turned out to be over already."""
+        """Load a state.
+
+        Called after a fit began and before its first entry, or when the fit turned out to be finished already.
+        """
         if not self.in_fit:
             self.n_before = state["n_before"] + state["n_done"]
             return
@@ -203,7 +220,7 @@ def column_names(learn: Learner, *, steps: bool) -> list[str]:
 
 
 def config_of(learn: Learner) -> dict[str, Any]:
-    """What a run is, in plain numbers and strings."""
+    """Return the configuration of a run as plain numbers and strings."""
     loss = learn.loss_func
     group = learn.opt.param_groups[-1]
     return {
@@ -225,5 +242,5 @@ def config_of(learn: Learner) -> dict[str, Any]:
 
 
 def as_json_numbers(values: dict[str, float]) -> dict[str, float | None]:
-    """With None for what JSON cannot say."""
+    """Return the values with None for those that JSON cannot represent."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

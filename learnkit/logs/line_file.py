@@ -1,4 +1,7 @@
-"""Text files that grow line by line, and go on after a step: what a killed process left of a line is cut off."""
+"""Text files that grow line by line and can continue after a given step.
+
+The incomplete line of a killed process is removed.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from learnkit.checkpoint.files import explained_os_error, sync_folder
 
 
 class Lines:
-    """A text file to which lines are added, each in it when `add` returns.
+    """A text file to which lines are added; each line is in the file when `add` returns.
 
-    `step_of` returns the step of a line, None for a line that stays in any case; it raises ValueError for an incomplete
-    line. `epoch_of` returns the epoch of an epoch's line, None for other lines.
+    Args:
+        path: the file
+        step_of: returns the step of a line, or None for a line without a step, which is kept; raises ValueError for an
+            incomplete line
+        epoch_of: returns the epoch of an epoch's line, None for other lines
     """
 
     def __init__(self, path: Path, step_of: Callable[[str], int | None], epoch_of: Callable[[str], int | None]) -> None:
@@ -22,8 +28,11 @@ class Lines:
         self.file: IO[str] | None = None
 
     def open(self, after: int | None, *, epoch: int | None = None) -> bool:
-        """Open the file: a new one with `after=None`, else with the lines up to this step, except that of an `epoch`
-        which is continued. Returns whether any line was kept.
+        """Open the file; return whether it has any lines.
+
+        Args:
+            after: None: a new file; a step: keep the lines up to this step
+            epoch: an epoch that continues, whose line is removed
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Watching one value for its best, for the callbacks that decide by it."""
+"""Monitor the best value of a metric, for callbacks that make decisions based on it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from learnkit.learner import Learner
 
-# Words of a name whose values are to fall; of all others they are to rise.
+# Values with one of these words in their name are minimized; all others are maximized.
 SMALLER_IS_BETTER = re.compile(
     r"loss|error|perplexity|divergence|(?<![a-z])(mse|mae|rmse|mape|nll|wer|cer|fid|ece|bpb)(?![a-z])"
 )
 
 
 class Monitor:
-    """The best value so far of `name` in learn.values, which may also be called valid_… or val_….
+    """The best value so far of `name` in learn.values. The name may also be valid_… or val_….
 
-    `mode`: "min", "max", or None, which infers it from the name; `str(monitor)` says which it is.
+    Args:
+        name: name of the value
+        mode: "min", "max", or None to infer it from the name; `str(monitor)` shows the result
+        min_delta: smallest change that counts as an improvement
     """
 
     def __init__(self, name: str, mode: str | None = None, min_delta: float = 0.0) -> None:
@@ -33,7 +36,7 @@ class Monitor:
         self.best: float | None = None
 
     def start(self, learn: Learner) -> None:
-        """Begin anew; refuse a name that this fit will not measure."""
+        """Start again; raise ValueError for a name that this fit does not measure."""
         self.best = None
         found = as_measured(self.name, learn.value_names)
         if found is None:
@@ -46,11 +49,11 @@ class Monitor:
         self.name = found
 
     def is_measured(self, learn: Learner) -> bool:
-        """Whether this epoch has the value: not where StopEpoch left it before it was measured."""
+        """Return whether this epoch has the value: not if StopEpoch ended it before it was measured."""
         return self.name in learn.values
 
     def improved(self, learn: Learner) -> bool:
-        """Whether the value just measured is better than the best by more than min_delta; if so, it is the best now."""
+        """Return whether the last value is better than the best by more than min_delta; if so, it becomes the best."""
         value = learn.values[self.name]
         if math.isnan(value):
             return False
@@ -65,6 +68,9 @@ class Monitor:
 
 
 def as_measured(name: str, measured: Sequence[str]) -> str | None:
-    """What a fit calls `name`: itself, or valid_loss for val_loss, or accuracy for valid_accuracy and val_accuracy."""
+    """Return the fit's name for `name`.
+
+    This is `name` itself, valid_loss for val_loss, or accuracy for valid_accuracy and val_accuracy.
+    """
     bare = re.sub(r"^val(id)?_", "", name)
     return next((candidate for candidate in (name, f"valid_{bare}", bare) if candidate in measured), None)

@@ -1,4 +1,4 @@
-"""Pictures of a fit. matplotlib is imported here, by whoever draws first, and is the extra `plots`."""
+"""Plots of a fit. matplotlib, the extra `plots`, is imported at the first plot."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SMOOTH, RAW, VALID, SECOND = "#1f4e9c", "#b9cbe8", "#d1603d", "#3b8f5a"
 
 
 def import_pyplot() -> Any:
-    """matplotlib.pyplot; ImportError says what to install."""
+    """Return matplotlib.pyplot, or raise an ImportError that says what to install."""
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which is not installed: it is the extra 'plots' of this library."
+            "plots need matplotlib, which is not installed: install matplotlib, or the extra 'plots' of this library."
         ) from error
     return pyplot
 
 
 def new_axes() -> Axes:
-    """Axes of a new figure, 6.4 × 4 inches."""
+    """Return the axes of a new figure, 6.4 × 4 inches."""
     pyplot = import_pyplot()
     ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")[1]
     ax.spines[["top", "right"]].set_visible(False)
@@ -33,7 +33,7 @@ def new_axes() -> Axes:
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values at each place, of fewer at the start."""
+    """Return the mean of the last `window` values at each position, of fewer at the start."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -70,7 +70,7 @@ def plot_rates(ax: Axes, lrs: Sequence[float], moms: Sequence[float]) -> Axes:
 
 
 def plot_columns(ax: Axes, columns: Mapping[str, Sequence[float]]) -> Axes:
-    """One line a column, by epoch."""
+    """Plot one line per column, by epoch."""
     from matplotlib.ticker import MaxNLocator
 
     for name, values in columns.items():
@@ -87,7 +87,10 @@ def plot_columns(ax: Axes, columns: Mapping[str, Sequence[float]]) -> Axes:
 def plot_sweep(
     ax: Axes, lrs: Sequence[float], losses: Sequence[float], marks: Mapping[str, float], best: float
 ) -> Axes:
-    """Losses by rate on a logarithmic axis, a point for each of `marks`; what lies far above the start is cut off."""
+    """Plot losses by rate on a logarithmic axis, with a point for each of `marks`.
+
+    Values far above the start are cut off.
+    """
     ax.plot(lrs, losses, color=SMOOTH, linewidth=1.8)
     for (name, rate), color in zip(marks.items(), (VALID, SECOND, "#8a5fb0"), strict=False):
         nearest = min(range(len(lrs)), key=lambda i: abs(lrs[i] - rate))
@@ -103,7 +106,7 @@ def plot_sweep(
 
 
 def new_grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of rows × columns axes, each of so many inches, and these in reading order."""
+    """Return a figure of rows × columns axes, each of the given size in inches, and these axes in reading order."""
     figure, grid = import_pyplot().subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False
     )
@@ -113,8 +116,9 @@ def new_grid(rows: int, columns: int, *, width: float, height: float) -> tuple[F
 def plot_layer_lines(
     steps: Sequence[int], values: Tensor, names: Sequence[str], titles: Sequence[str], *, log: bool = False
 ) -> Figure:
-    """One panel for each of `titles`, one line for each of `names`; values: (steps, names, titles). Early layers dark,
-    late ones light.
+    """Plot one panel for each of `titles`, with one line for each of `names`.
+
+    values: (steps, names, titles). Early layers are dark, late ones light.
     """
     figure, panels = new_grid(1, len(titles), width=4, height=3.2)
     from matplotlib import colormaps
@@ -125,14 +129,14 @@ def plot_layer_lines(
             ax.plot(steps, values[:, j, i].tolist(), color=colors[j], linewidth=1.3, label=name)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set(xlabel="step", title=title, yscale="log" if log else "linear")
-    shown = [0, *range(-4, 0)] if len(names) > 12 else range(len(names))  # of many, the first and the last few
+    shown = [0, *range(-4, 0)] if len(names) > 12 else range(len(names))  # if many: the first and the last few
     handles = panels[-1].get_lines()
     figure.legend(handles=[handles[j] for j in shown], loc="outside right center", frameon=False, fontsize="small")
     return figure
 
 
 def plot_layer_pictures(steps: Sequence[int], histograms: Tensor, names: Sequence[str], limit: float) -> Figure:
-    """One picture a name: histograms (steps, names, bins) side by side, the share in colour on a logarithmic scale."""
+    """Plot one picture per name: histograms (steps, names, bins) side by side, colours on a logarithmic scale."""
     columns = min(3, len(names))
     figure, panels = new_grid(-(-len(names) // columns), columns, width=4, height=2.4)
     for ax in panels[len(names) :]:

@@ -1,1 +1,1 @@
-"""Optimizers: parameter groups, several optimizers as one, averages of weights, and the state that files hold."""
+"""Optimizers: parameter groups, several optimizers as one, averages of weights, and saved state."""

@@ -1,4 +1,4 @@
-"""An average of a model's weights and buffers, in storage of its own, and the exchange of the two."""
+"""An average of a model's weights and buffers in separate storage, and swapping the two."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from learnkit.devices.wrappers import is_wrapper, plain_keys
 
 
 class Average:
-    """Starts as a copy of the model's state; `update` moves it towards what the model is now.
+    """Average the model's state, starting with a copy; `update` moves it towards the model's current state.
 
-    Half-precision weights are averaged in float32; integer buffers follow the model's.
+    Half-precision weights are averaged in float32; integer buffers are copied from the model.
     """
 
     @torch.no_grad()
@@ -24,17 +24,17 @@ class Average:
         own = model.state_dict(keep_vars=True)
         names = {
             id(own[key]): name for name, key in plain_keys(own, wrapped=is_wrapper(model)).items()
-        }  # shared ones once
+        }  # shared tensors once
         tensors = [t for t in own.values() if isinstance(t, Tensor)]
         self.tensors: dict[str, Tensor] = {names[id(t)]: t for t in tensors}  # the model's own
         self.values = {name: t.detach().to(kept_as(t), copy=True) for name, t in self.tensors.items()}
         floats = [name for name, t in self.tensors.items() if t.is_floating_point()]
-        # This rank's parts: a model that is spread over ranks has whole buffers, too, and torch adds no mixture.
+        # This rank's shards: a sharded model also has unsharded buffers, and torch cannot mix both in one operation.
         self.own = own_parts([self.values[name] for name in floats]), own_parts([self.tensors[name] for name in floats])
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
-        """average += weight × (model − average)."""
+        """Compute average += weight × (model − average)."""
         averages, now = self.own
         if any(a.dtype != t.dtype for a, t in zip(averages, now, strict=True)):
             now = [t.to(a.dtype) for a, t in zip(averages, now, strict=True)]
@@ -45,8 +45,9 @@ class Average:
 
     @torch.no_grad()
     def unite(self, ranks: Ranks) -> None:
-        """Make it one on all ranks, as the model is when training ends: rank 0's buffers, the means of weights that are
-        apart.
+        """Make the average equal on all ranks, as the model is when training ends.
+
+        Buffers are those of rank 0; weights that differ between the ranks are averaged.
         """
         weights = [value for name, value in self.values.items() if isinstance(self.tensors[name], nn.Parameter)]
         ranks.share([value for name, value in self.values.items() if not isinstance(self.tensors[name], nn.Parameter)])
@@ -57,10 +58,10 @@ class Average:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the block the model is the average; its own weights are back afterwards, whatever is raised.
+        """In the block, the model has the averaged weights; afterwards its own are restored, even after an exception.
 
-        Storage changes places, nothing is copied: a checkpoint that is being written reads the same numbers on. Of a
-        model that is spread over ranks, whose storage is not ours to change, the numbers do.
+        Storage is swapped and nothing is copied, so that a checkpoint that is being written still reads the same
+        numbers. For a sharded model, whose storage cannot be swapped, the numbers are copied.
         """
         own = {name: t.detach().clone() if is_shard(t) else t.data for name, t in self.tensors.items()}
         try:
@@ -73,7 +74,7 @@ class Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Make the model's own weights equal to the average."""
+        """Copy the average into the model's own weights."""
         for name, t in self.tensors.items():
             t.copy_(self.values[name])
 
@@ -84,7 +85,10 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         differing = sorted(state.keys() ^ self.values.keys())
         if differing:
-            raise ValueError(f"the average is one of another model: {', '.join(differing[:5])} in one of them only.")
+            raise ValueError(
+                f"the saved average is of another model: {', '.join(differing[:5])} exist in only one of them. "
+                "Resume with the same model."
+            )
         for name, value in self.values.items():
             value.copy_(like(value, state[name]))
 

@@ -12,21 +12,28 @@ from learnkit.optim.state import load_optimizer
 
 
 class Together(Optimizer):
-    """Optimizers of different parameters, which step, are scheduled, saved and skipped (in float16) as one.
+    """Several optimizers for different parameters that step, are scheduled, saved and skipped (in float16) as one.
 
-    Each keeps its own rate where a fit is given none. A loss of its own for one of them is a callback's matter:
-    differentiate it with `learn.differentiate(loss)`, which scales it where float16 needs that. Raises ValueError where
-    two hold the same parameter.
+    If a fit is given no rate, each optimizer keeps its own. To give one of them its own loss, use a callback and
+    differentiate the loss with `learn.differentiate(loss)`, which scales it if float16 requires that.
 
-    >>> matrices = [p for p in model.parameters() if p.ndim == 2]  # doctest: +SKIP
-    >>> rest = [p for p in model.parameters() if p.ndim != 2]  # doctest: +SKIP
-    >>> opt = Together(Muon(matrices, lr=0.02), AdamW(rest, lr=3e-3))  # doctest: +SKIP
-    >>> Learner(data, model, opt_func=opt).fit_one_cycle(5)  # doctest: +SKIP
+    Args:
+        *optimizers: optimizers; no two may have a parameter in common
+
+    Raises:
+        ValueError: when there is no optimizer, or two have the same parameter
+        TypeError: when an argument is not a torch.optim.Optimizer
+
+    Example:
+        >>> matrices = [p for p in model.parameters() if p.ndim == 2]  # doctest: +SKIP
+        >>> rest = [p for p in model.parameters() if p.ndim != 2]  # doctest: +SKIP
+        >>> opt = Together(Muon(matrices, lr=0.02), AdamW(rest, lr=3e-3))  # doctest: +SKIP
+        >>> Learner(data, model, opt_func=opt).fit_one_cycle(5)  # doctest: +SKIP
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
         if not optimizers:
-            raise ValueError("Together() was given no optimizer: give one or more.")
+            raise ValueError("Together got no optimizer, expected one or more.")
         for opt in optimizers:
             if not isinstance(opt, Optimizer):
                 raise TypeError(f"Together got {type(opt).__name__}, expected a torch.optim.Optimizer.")
@@ -35,16 +42,16 @@ class Together(Optimizer):
         self.optimizers = optimizers
         groups = [group for opt in optimizers for group in opt.param_groups]
         super().__init__([{"params": group["params"]} for group in groups], {})
-        self.param_groups = groups  # the optimizers' own: a rate that is set here is theirs
+        self.param_groups = groups  # the optimizers' own groups: a rate that is set here applies to them
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
-            raise ValueError("Together takes no closure: which of its optimizers would call it?")
+            raise ValueError("Together cannot take a closure, because it is unclear which optimizer would call it.")
         for opt in self.optimizers:
             opt.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """As one optimizer's: the parameters of all, numbered through."""
+        """Return the state like that of one optimizer: the parameters of all are numbered consecutively."""
         state, groups = {}, []
         for opt, first in self.numbered():
             own = opt.state_dict()
@@ -68,7 +75,7 @@ class Together(Optimizer):
             )
 
     def numbered(self) -> list[tuple[Optimizer, int]]:
-        """Each optimizer with the number of its first parameter."""
+        """Return each optimizer with the number of its first parameter."""
         found, n = [], 0
         for opt in self.optimizers:
             found.append((opt, n))

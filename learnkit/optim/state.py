@@ -1,4 +1,4 @@
-"""The state of an optimizer, as files hold it: whether it fits, and loading it into the optimizer that is there."""
+"""Saved optimizer state: whether it fits, and loading it into an existing optimizer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HOW = (
     "foreach",
     "capturable",
     "differentiable",
-)  # an optimizer's settings that are of the machine, not of the algorithm
+)  # settings of an optimizer that belong to the machine, not to the algorithm
 
 
 def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
-    """Whether a state is of the same algorithm and of parameters of the same shapes."""
+    """Return whether a state belongs to the same algorithm and to parameters of the same shapes."""
     groups = state.get("param_groups", [])
     own = [p for group in opt.param_groups for p in group["params"]]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in opt.param_groups]:
@@ -38,19 +38,25 @@ def optimizer_fits(opt: Optimizer, state: Mapping[str, Any]) -> bool:
 
 
 def is_of(shape: torch.Size, kept: torch.Size) -> bool:
-    """Whether what is kept is of a parameter of this shape: of each element, of each row or column (Adafactor's), or of
-    it as a whole.
+    """Return whether a state tensor belongs to a parameter of this shape.
+
+    It has one value per element, per row or column (Adafactor's), or one for the whole parameter.
     """
     return not kept or (len(kept) == len(shape) and all(k in (1, n) for k, n in zip(kept, shape, strict=True)))
 
 
 def load_optimizer(opt: Optimizer, state: Mapping[str, Any], *, same_dtypes: bool = True) -> None:
-    """As `opt.load_state_dict`, but the groups stay the same objects, which schedules may hold, and step as they did;
-    and the state keeps the dtypes that it was saved with, which torch changes to the parameters' (2.15: NAdam's float32
-    `mu_product` in a float64 model).
+    """Like `opt.load_state_dict`, but with two differences.
 
-    same_dtypes     whether the parameters have the dtypes that they were saved with; where not, what is kept for each
-                    element takes theirs
+    The groups stay the same objects, which schedules may hold, and keep their implementation settings. The state keeps
+    its saved dtypes, which torch would change to the parameters' (2.15: NAdam's float32 `mu_product` in a float64
+    model).
+
+    Args:
+        opt: the optimizer
+        state: its saved state
+        same_dtypes: whether the parameters have the dtypes that they were saved with; if not, per-element state takes
+            theirs
     """
     groups = list(opt.param_groups)
     own = {
@@ -86,14 +92,15 @@ def load_optimizer(opt: Optimizer, state: Mapping[str, Any], *, same_dtypes: boo
 
 
 def fitted_to_parameter(own: Tensor, value: Tensor, same_dtypes: bool) -> Tensor:
-    """What is kept for a parameter, in the parts that it is in; in its dtype where that is another one now."""
+    """Return a parameter's state, sharded like the parameter, and in its dtype if that has changed."""
     casts = not same_dtypes and own.is_floating_point() and value.is_floating_point()
     return like(own, value.to(own.dtype) if casts else value)
 
 
 def restored_value(own: Any, loaded: Any) -> Any:
-    """A hyper-parameter's value from a file, as what it is here: a tensor stays the same object, and a number does not
-    become one.
+    """Return a hyper-parameter's saved value in its current form.
+
+    A tensor stays the same object, and a number does not become a tensor.
     """
     if isinstance(own, tuple) and isinstance(loaded, (tuple, list)) and len(own) == len(loaded):
         return tuple(map(restored_value, own, loaded))

@@ -1,1 +1,1 @@
-"""Short runs that leave no trace: the learning-rate range test, the batch-size search, a fast run, a summary."""
+"""Short runs that leave the Learner unchanged: learning-rate range test, batch-size search, fast run, summary."""

@@ -1,4 +1,4 @@
-"""The largest batch that fits into memory, by trying."""
+"""Find the largest batch that fits into memory, by trying."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ if TYPE_CHECKING:
     from learnkit.learner import Learner
 
 N_SKIPS = (
-    30  # steps that float16 may skip until its scaled gradients are finite: from 2^16 down to its smallest scale, 2^-14
+    30  # steps that float16 may skip until its scaled gradients are finite: from scale 2^16 down to the smallest, 2^-14
 )
 
 
 def find(learn: Learner, max_bs: int, n_steps: int) -> int:
-    """What `learn.batch_size_find` does: each rank by itself, without the others' gradients, and then the least of
-    all.
+    """Implement `learn.batch_size_find`.
+
+    Each rank tries alone, without the others' gradients; the result is the minimum over all ranks.
     """
     if any(map(is_shard, learn.model.parameters())):
         raise ValueError(
-            "batch_size_find lets each rank try by itself, and after to_fsdp none has a whole model: find it before, "
-            "for a bound, or try sizes by hand."
+            "batch_size_find lets each rank try by itself, but after to_fsdp no rank has the full model: call it "
+            "before to_fsdp to get a bound, or try sizes by hand."
         )
     samples = first_batch(learn.data.train_dl)
     with unchanged(learn):
         by_oneself(learn)
-        largest, bs, failure = 0, 2, None  # of one sample there is no batch norm
+        largest, bs, failure = 0, 2, None  # batch norm needs more than one sample
         while bs <= max_bs and (failure := attempt(learn, samples, bs, n_steps)) is None:
             largest, bs = bs, 2 * bs
         if not largest and not (
             failure is not None and stage_of(failure) == "step"
-        ):  # what a step needs depends on no batch
+        ):  # the memory of an optimizer step does not depend on the batch
             failure = attempt(learn, samples, 1, n_steps)
             largest = int(failure is None)
     found = min(learn.ranks.gather(largest))
     if found:
         return found
     if failure is not None and not is_out_of_memory(failure):
-        raise failure  # taken for one of memory, which it was not
-    raise RuntimeError("not even one sample fits into memory: take a smaller model, or to_bf16().") from failure
+        raise failure  # it looked like an out-of-memory error, but was another one
+    raise RuntimeError("not even one sample fits into memory: use a smaller model, or to_bf16().") from failure
 
 
 def by_oneself(learn: Learner) -> None:
@@ -63,9 +64,9 @@ def by_oneself(learn: Learner) -> None:
 
 
 def attempt(learn: Learner, samples: Any, bs: int, n_steps: int) -> BaseException | None:
-    """Train `n_steps` steps with batches of bs samples; the error, where memory runs out.
+    """Train `n_steps` steps with batches of bs samples; return the error if memory runs out.
 
-    From the second step on the optimizer has its state.
+    From the second step on, the optimizer has its state.
     """
     n_batches = (n_steps + N_SKIPS) * math.prod(cb.batches_per_step for cb in learn.callbacks)
     learn.data = copy.copy(learn.data)
@@ -86,7 +87,7 @@ def attempt(learn: Learner, samples: Any, bs: int, n_steps: int) -> BaseExceptio
 
 
 def grown(batch: Any, bs: int) -> Any:
-    """A batch of bs samples, those of `batch` over and over."""
+    """Return a batch of bs samples that repeats those of `batch`."""
     n = len(next(t for t in tensors_in(batch) if t.ndim))
     rows = torch.arange(bs) % n
     return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim and len(t) == n else t, batch)

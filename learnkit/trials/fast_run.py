@@ -1,6 +1,4 @@
-"""Quick looks at a whole fit: one batch of everything, and the same few batches again and again. Nothing is left of
-either.
-"""
+"""Quick checks of a whole fit: one batch of everything, or a few batches repeatedly. The Learner stays unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FirstBatches:
-    """The first n batches of a loader's pass."""
+    """The first n batches of one pass over a loader."""
 
     def __init__(self, loader: Any, n: int) -> None:
         self.loader, self.n = loader, n
@@ -30,33 +28,33 @@ class FirstBatches:
 
 
 class OneOfEach(Callback):
-    """One optimizer step an epoch, and one batch in each validation."""
+    """One optimizer step per epoch, and one batch per validation."""
 
     order = Recorder.order - 50
 
     def before_validate(self, learn: Learner) -> None:
-        learn.dl = FirstBatches(learn.dl, 1)  # the Learner puts its own back
+        learn.dl = FirstBatches(learn.dl, 1)  # the Learner restores its own
 
     def after_step(self, learn: Learner) -> None:
         raise StopTrain
 
 
 def fast_run(learn: Learner) -> dict[str, float]:
-    """What `learn.fast_run` does: see there."""
+    """Implement `learn.fast_run`."""
     with unchanged(learn):
         learn.fit(1, callbacks=[recorder := Recorder(), OneOfEach()])
         return dict(zip(recorder.metric_names, recorder.values[-1], strict=True))
 
 
 def overfit(learn: Learner, n: int, steps: int, lr: Rate | None) -> list[float]:
-    """What `learn.overfit_batches` does: see there."""
+    """Implement `learn.overfit_batches`."""
     check_count("n", n)
     check_count("steps", steps)
     with unchanged(learn):
         batches = list(islice(learn.data.train_dl, n * learn.world_size))
         if len(batches) < n * learn.world_size:
             raise ValueError(
-                f"train_dl has {len(batches)} batches, expected {n} for each of {learn.world_size} ranks: take a "
+                f"train_dl has {len(batches)} batches, expected {n} for each of {learn.world_size} ranks: use a "
                 f"smaller n."
             )
         learn.data = copy.copy(learn.data)

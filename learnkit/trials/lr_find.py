@@ -1,4 +1,4 @@
-"""The learning-rate range test: a short fit with a rising rate, whose losses say which rates can be used."""
+"""The learning-rate range test: a short fit with an increasing rate, whose losses show which rates are usable."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ from learnkit.trials.trial import unchanged
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTHING = 0.98  # of the losses, a debiased moving average, as in fastai v1
-DIVERGED = 4.0  # times the best smoothed loss: where a sweep is stopped, as in fastai v1
+SMOOTHING = 0.98  # of the debiased moving average of the losses, as in fastai v1
+DIVERGED = 4.0  # a sweep stops at this multiple of the best smoothed loss, as in fastai v1
 SWEEPS = {"exponential": exponential, "linear": linear}
-FEWEST = 10  # steps from which a curve says something
+FEWEST = 10  # a curve with fewer steps is not used
 
 
 class RateFinder:
-    """What a sweep of learning rates found: print it, plot it, or take `suggestion` for a fit.
+    """The result of a learning-rate sweep: print it, plot it, or use its `suggestion` for a fit.
 
-    lrs             the rate of each step
-    losses          the smoothed training loss after it, over the samples of all ranks
-    raw_losses      as they were measured
-    suggestions     {"valley", "steep", "minimum"}: rates, read off three ways; `suggestion` is the valley's
+    Attributes:
+        lrs: the rate of each step
+        losses: the smoothed training loss after each step, over the samples of all ranks
+        raw_losses: the losses before smoothing
+        suggestions: {"valley", "steep", "minimum"}: rates by three rules; `suggestion` is the valley's
 
-    >>> found = learn.lr_find()  # doctest: +SKIP
-    >>> learn.fit_one_cycle(5, found.suggestion)  # doctest: +SKIP
+    Example:
+        >>> found = learn.lr_find()  # doctest: +SKIP
+        >>> learn.fit_one_cycle(5, found.suggestion)  # doctest: +SKIP
     """
 
     def __init__(self, lrs: Sequence[float], raw_losses: Sequence[float], *, diverged: bool = False) -> None:
@@ -52,12 +54,16 @@ class RateFinder:
 
     @cached_property
     def suggestions(self) -> dict[str, float]:
-        """Rates by three rules. Raises ValueError where the sweep ended too soon for any."""
+        """Return the rates by three rules.
+
+        Raises:
+            ValueError: when the sweep has too few steps
+        """
         lrs, losses = self.trusted()
         if len(lrs) < FEWEST:
             raise ValueError(
                 f"the sweep ended after {len(self.lrs)} steps, at a rate of "
-                f"{self.lrs[-1] if self.lrs else math.nan:.2g}: too soon to suggest one. Begin lower (start_lr), take "
+                f"{self.lrs[-1] if self.lrs else math.nan:.2g}: too soon to suggest one. Start lower (start_lr), use "
                 f"more steps (num_it), or check the untrained model's loss."
             )
         return {
@@ -67,12 +73,19 @@ class RateFinder:
         }
 
     def trusted(self) -> tuple[list[float], list[float]]:
-        """Without the first tenth, where the average is of few losses, and where it diverged without the last five."""
+        """Return (rates, losses) without the first tenth, where the average has few losses.
+
+        If the sweep diverged, the last five are removed too.
+        """
         start, stop = len(self.lrs) // 10, len(self.lrs) - 5 * self.diverged
         return self.lrs[start:stop], self.losses[start:stop]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The smoothed loss by rate, with a point at each suggestion."""
+        """Plot the smoothed loss by rate, with a point at each suggestion.
+
+        Args:
+            ax: axes to draw on; None: a new figure
+        """
         from learnkit.logs.plots import new_axes, plot_sweep
 
         marks = self.suggestions if len(self.trusted()[0]) >= FEWEST else {}
@@ -89,7 +102,7 @@ class RateFinder:
 
 # --- the sweep ---------------------------------------------------------------
 def find_rate(learn: Learner, start_lr: float, end_lr: float, num_it: int, *, sweep: str, stop_div: bool) -> RateFinder:
-    """What `learn.lr_find` does: see there."""
+    """Implement `learn.lr_find`."""
     check_count("num_it", num_it)
     for name, rate in {"start_lr": start_lr, "end_lr": end_lr}.items():
         check_rate(name, rate)
@@ -100,17 +113,15 @@ def find_rate(learn: Learner, start_lr: float, end_lr: float, num_it: int, *, sw
     rates = Sweep(SWEEPS[sweep](start_lr, end_lr).values(num_it), stop_div=stop_div)
     with unchanged(learn):
         learn.data = copy.copy(learn.data)
-        learn.data.valid_dl = None  # nothing is measured between two steps
-        learn.fit(num_it, start_lr, callbacks=[rates])  # an epoch has one step at least
+        learn.data.valid_dl = None  # no validation between two steps
+        learn.fit(num_it, start_lr, callbacks=[rates])  # an epoch has at least one step
     return RateFinder(rates.lrs[: len(rates.losses)], rates.losses, diverged=rates.diverged)
 
 
 class Sweep(Callback):
-    """Gives each step the next rate, and ends the fit after the last one, or where the loss has diverged, on all ranks
-    alike.
-    """
+    """Set the next rate before each step; end the fit after the last rate, or when the loss diverged, on all ranks."""
 
-    order = ParamScheduler.order + 1  # after the schedules that a Learner may have
+    order = ParamScheduler.order + 1  # after the Learner's own schedules
 
     def __init__(self, lrs: Sequence[float], *, stop_div: bool) -> None:
         self.lrs, self.stop_div, self.diverged = list(lrs), stop_div, False
@@ -132,7 +143,7 @@ class Sweep(Callback):
 
 
 def loss_of_all(learn: Learner) -> float:
-    """The loss of the step just made, over the samples of all ranks: one collective and one read from the device."""
+    """Return the loss of the last step, over the samples of all ranks: one collective and one read from the device."""
     n = learn.count(learn.inputs, learn.target) if learn.in_step is None else learn.in_step
     wide = widest_float(learn.device)
     n = n.to(learn.device, wide) if isinstance(n, torch.Tensor) else torch.full((), n, dtype=wide, device=learn.device)
@@ -159,7 +170,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 # --- reading the curve -------------------------------------------------------
 def steepest(lrs: Sequence[float], losses: Sequence[float]) -> int:
-    """Where the loss falls most for a factor of the rate."""
+    """Return where the loss falls most for a constant factor of the rate."""
     slopes = [
         (b - a) / math.log(right / left) for (a, b), (left, right) in zip(pairwise(losses), pairwise(lrs), strict=True)
     ]
@@ -167,10 +178,10 @@ def steepest(lrs: Sequence[float], losses: Sequence[float]) -> int:
 
 
 def valley(losses: Sequence[float]) -> int:
-    """The middle of the longest fall: of the longest strictly decreasing subsequence, as an index into `losses`.
+    """Return the middle of the longest strictly decreasing subsequence, as an index into `losses`.
 
-    Source: the rule called "valley" of fastai 2 (by ESRI), whose middle is half way along the subsequence, back from
-    its end.
+    Source: the rule called "valley" of fastai 2 (by ESRI), whose middle is half of the subsequence's length before its
+    end.
     """
     length, end = longest_fall(losses)
     third = length / 3
@@ -178,10 +189,11 @@ def valley(losses: Sequence[float]) -> int:
 
 
 def longest_fall(losses: Sequence[float]) -> tuple[int, int]:
-    """(length, index of its last member) of the longest strictly decreasing subsequence; of several, the one that ends
-    first.
+    """Return (length, index of the last member) of the longest strictly decreasing subsequence.
+
+    If there are several, it is the one that ends first.
     """
-    tails: list[float] = []  # tails[k]: the largest last member, negated, of the falls of k + 1 so far
+    tails: list[float] = []  # tails[k]: the largest last member, negated, of decreasing subsequences of length k + 1
     length, end = 0, 0
     for i, loss in enumerate(losses):
         k = bisect_left(tails, -loss)

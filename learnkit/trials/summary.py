@@ -1,4 +1,4 @@
-"""A table of a model's layers, seen by sending one batch through them."""
+"""A table of a model's layers, recorded while one batch passes through them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Row(NamedTuple):
 
 
 def summarize(learn: Learner) -> str:
-    """One line a layer in the order of the forward pass, and the totals. The model's state and modes stay as they
-    are.
+    """Return one line per layer, in the order of the forward pass, and the totals.
+
+    The model's state and modes do not change.
     """
     inputs, _ = split_batch(to_device(first_batch(learn.data.train_dl), learn.device))
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Trying something out on a Learner and leaving it bit-identical: what range tests and batch size finders stand on."""
+"""Try something on a Learner and leave it bit-identical: the basis of range tests and batch-size search."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unchanged(learn: Learner) -> Iterator[None]:
-    """Whatever is trained within the block, and however it ends: afterwards weights, buffers, gradients, the optimizer,
-    random states, the order of the loaders, callbacks and every attribute of the Learner are what they were, bit for
-    bit.
+    """Restore the Learner bit for bit after the block, whatever is trained in it and however it ends.
 
-    Callbacks whose class says `in_trials = False` (those that decide, write or draw) do not take part. Of those that
-    do, attributes are put back, what their `state_dict` has, and the state of optimizers, modules and other objects
-    with a `state_dict` that they hold. Costs a copy of all that, of the weights and of the optimizer's state in memory.
+    This covers weights, buffers, gradients, the optimizer, random states, the order of the loaders, callbacks and every
+    attribute of the Learner. Callbacks whose class sets `in_trials = False` (those that decide, write or draw) do not
+    take part. For the others, these are restored: attributes, the content of their `state_dict`, and the state of
+    optimizers, modules and other objects with a `state_dict` among their attributes. This costs a copy of all these in
+    memory, including the weights and the optimizer's state.
     """
     if learn.is_running:
-        raise RuntimeError("a trial was begun while this Learner runs: do it before or after the fit.")
+        raise RuntimeError("a trial was started while this Learner runs: start it before or after the fit.")
     random = random_state(learn.device)
     attributes = {name: copied_state(value) for name, value in vars(learn).items()}
     callbacks = [
@@ -95,8 +95,10 @@ def unchanged(learn: Learner) -> Iterator[None]:
 
 
 def callback_state(callback: Callback) -> dict[str, Any] | None:
-    """What a callback keeps by its own account, in objects too; None where it overrides nothing, or what it asks for is
-    made by its first fit, before which its attributes are all there is.
+    """Return a copy of a callback's `state_dict()`, or None.
+
+    It is None if the callback does not override the method, or if it fails because the first fit creates what it needs;
+    before that, the attributes are the whole state.
     """
     if type(callback).state_dict is Callback.state_dict:
         return None
@@ -107,7 +109,7 @@ def callback_state(callback: Callback) -> dict[str, Any] | None:
 
 
 def stateful_in(value: Any) -> list[Any]:
-    """The objects in a nested structure that give their state and take it back: optimizers, modules, schedulers."""
+    """Return the objects in a nested structure that save and load their state: optimizers, modules, schedulers."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple, set)):
@@ -117,7 +119,7 @@ def stateful_in(value: Any) -> list[Any]:
 
 
 def cloned(value: Any) -> Any:
-    """A state with tensors of its own."""
+    """Return a state whose tensors are copies."""
     if isinstance(value, dict):
         return {key: cloned(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -126,7 +128,7 @@ def cloned(value: Any) -> Any:
 
 
 def is_copy(value: Any) -> bool:
-    """Whether `copied` has made all of it anew, or it cannot change."""
+    """Return whether `copied_state` made a copy of all of it, or it cannot change."""
     if type(value) is dict:
         value = list(value.values())
     if type(value) in (list, tuple, set):
@@ -135,7 +137,7 @@ def is_copy(value: Any) -> bool:
 
 
 def copied_state(value: Any) -> Any:
-    """Containers and tensors anew; everything else is the same object."""
+    """Return new containers and tensors; everything else is the same object."""
     if isinstance(value, torch.nn.Parameter):
         return value
     if isinstance(value, Tensor):

@@ -1,6 +1,4 @@
-"""Pictures: folders, transforms on batches, models, and what else a script needs that begins with `from learnkit.vision
-import *`.
-"""
+"""Pictures: folders, transforms on batches, models, and other names that `from learnkit.vision import *` provides."""
 
 from functools import partial as partial
 from pathlib import Path as Path
@@ -46,7 +44,7 @@ from learnkit.vision.transform import to_float as to_float
 from learnkit.vision.transform import zoom as zoom
 from learnkit.vision.untar import untar_data as untar_data
 
-__all__ = [  # the submodules stay out of a star import
+__all__ = [  # a star import does not import the submodules
     "Callback",
     "CutMix",
     "DataBunch",

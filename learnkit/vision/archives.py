@@ -1,4 +1,4 @@
-"""Official archives of well-known data sets: where they are, what they must be, and what is in them."""
+"""Official archives of well-known datasets: their addresses, checksums and formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import final
 
 @dataclass(frozen=True)
 class Remote:
-    """One file: its name, its addresses, and its checksum ("md5:…" or "sha256:…"; None: not known)."""
+    """One file: its name, its addresses, and its checksum ("md5:…" or "sha256:…"; None: unknown)."""
 
     file: str
     addresses: tuple[str, ...]
@@ -17,10 +17,13 @@ class Remote:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set. `name`: of its folder. `kind`: "pictures" in folders, or "cifar10", "cifar100", "mnist", which become
-    such.
+    """A dataset.
 
-    `classes`: their names, where the archive has none.
+    Attributes:
+        name: name of its folder
+        remotes: files to download
+        kind: "pictures" in folders, or "cifar10", "cifar100", "mnist", which are converted to folders of pictures
+        classes: class names, if the archive does not contain them
     """
 
     name: str
@@ -47,10 +50,10 @@ CLOTHES = ("T-shirt or top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "
 
 @final
 class URLs:
-    """Data sets that `untar_data` knows. Checksums are those of the publishers, for Imagenette and MNIST as torchvision
-    states them.
+    """Datasets that `untar_data` knows.
 
-    CIFAR and CIFAR_100 are the binary versions: those for Python are pickles, which run code when they are read.
+    Checksums are those of the publishers; for Imagenette and MNIST, those that torchvision uses. CIFAR and CIFAR_100
+    are the binary versions: the Python versions are pickles, which run code when they are read.
     """
 
     CIFAR = one(

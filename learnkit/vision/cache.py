@@ -1,5 +1,6 @@
-"""The decoded pictures of a folder as one file: a header that says of what, checksums, then uint8 pixels. Read as
-mapped memory.
+"""The decoded pictures of a folder as one file: a header that identifies them, checksums, then uint8 pixels.
+
+It is read as mapped memory.
 """
 
 from __future__ import annotations
@@ -23,17 +24,27 @@ from learnkit.checkpoint.files import Damaged, explained_os_error, sync_folder
 from learnkit.vision.decode import Shape
 
 MAGIC = b"learnkit pixels 1\n"
-PAGE = 1 << 16  # mapped memory begins at a multiple of the page size: of no system that is known is it larger
-CHECKSUM_PIECE = 1 << 24  # bytes of one checksum: pieces are hashed by all cores at once
+PAGE = 1 << 16  # mapped memory begins at a multiple of the page size; no known system has a larger one
+CHECKSUM_PIECE = 1 << 24  # bytes of one checksum: all cores hash pieces in parallel
 
 
 def write_pixels(
     path: Path, shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], facts: dict[str, Any]
 ) -> dict[int, str]:
-    """Write the file at once or not at all; `fill(buffer)` decodes into it and returns {row: what is wrong} of those
-    left out.
+    """Write the file completely or not at all.
 
-    The room is taken before anything is decoded, so that a full disk is an OSError here, and no dead process later.
+    The disk space is reserved before anything is decoded, so that a full disk raises an OSError here and does not kill
+    a process later.
+
+    Args:
+        path: the file
+        shape: shape of each picture
+        n: number of pictures
+        fill: decodes into the buffer and returns {row: what is wrong} for the damaged pictures, which are skipped
+        facts: what identifies the pictures, for the header
+
+    Returns:
+        What `fill` returned.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
@@ -78,7 +89,7 @@ def mapped(file: BinaryIO, access: int) -> Iterator[memoryview]:
 
 
 def close_up(pixels: memoryview, size: int, n: int, damaged: dict[int, str]) -> int:
-    """Move the rows together, over those of damaged pictures; returns how many are left."""
+    """Move the rows together so that those of damaged pictures are removed; return the number of remaining rows."""
     kept = 0
     for row in range(n):
         if row in damaged:
@@ -90,7 +101,7 @@ def close_up(pixels: memoryview, size: int, n: int, damaged: dict[int, str]) -> 
 
 
 def checksums(pixels: memoryview) -> list[str]:
-    """sha256 of each piece, by all cores."""
+    """Return the sha256 of each piece, computed by all cores."""
     pieces = [pixels[first : first + CHECKSUM_PIECE] for first in range(0, len(pixels), CHECKSUM_PIECE)]
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
@@ -100,14 +111,15 @@ def checksums(pixels: memoryview) -> list[str]:
 
 
 def write_header(file: BinaryIO, facts: dict[str, Any], sums: Sequence[str], damaged: dict[int, str]) -> None:
-    """The facts at the beginning; the checksums, whose number is not bounded, at the end, and theirs among the
-    facts.
+    """Write the facts at the beginning of the file and the checksums, whose number is not limited, at the end.
+
+    The checksum of that end is among the facts.
     """
     tail = json.dumps({"sums": sums, "damaged": {str(row): why for row, why in damaged.items()}}).encode()
     head = json.dumps({**facts, "tail": len(tail), "tail_sha256": hashlib.sha256(tail).hexdigest()}).encode()
     head = MAGIC + hashlib.sha256(head).hexdigest().encode() + b"\n" + head
     if len(head) > PAGE:
-        raise ValueError(f"the header of {len(head)} bytes is larger than {PAGE}.")
+        raise ValueError(f"the header has {len(head)} bytes, expected {PAGE} or fewer.")
     file.seek(0)
     file.write(head.ljust(PAGE, b" "))
     file.seek(0, os.SEEK_END)
@@ -116,9 +128,13 @@ def write_header(file: BinaryIO, facts: dict[str, Any], sums: Sequence[str], dam
 
 
 def read_pixels(path: Path, expected: dict[str, Any]) -> tuple[Tensor, dict[int, str]] | None:
-    """(pixels, damaged): uint8 (n, channels, height, width) as mapped memory; None where the file is of other pictures.
+    """Return (pixels, damaged), or None if the file has other pictures.
 
-    Every byte is verified. Raises Damaged where one was changed, FileNotFoundError where there is no file.
+    The pixels are uint8 (n, channels, height, width), as mapped memory. Every byte is verified.
+
+    Raises:
+        Damaged: when the file was changed
+        FileNotFoundError: when there is no file
     """
     with path.open("rb") as file:
         facts = read_header(file, path)
@@ -128,7 +144,7 @@ def read_pixels(path: Path, expected: dict[str, Any]) -> tuple[Tensor, dict[int,
         n_bytes = facts["n"] * shape.n_bytes
         if os.fstat(file.fileno()).st_size != PAGE + n_bytes + facts["tail"]:
             raise Damaged(f"{path} was cut off: its size is wrong.")
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a copy: torch wants to be able to write
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy-on-write: torch needs writable memory
     view = memoryview(memory)
     tail = bytes(view[PAGE + n_bytes :])
     if hashlib.sha256(tail).hexdigest() != facts["tail_sha256"]:

@@ -1,4 +1,4 @@
-"""ImageDataBunch: pictures held or streamed, transformed by the batch, normalized, shown."""
+"""ImageDataBunch: pictures in memory or read on demand, transformed batch by batch, normalized and shown."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Stats = tuple[Sequence[float], Sequence[float]]
-N_AHEAD = 3  # batches cut ahead of time, where the pictures do not lie where they are used
+N_AHEAD = 3  # batches prepared ahead of time, if the pictures are not on the device that uses them
 
 
 class ImageDataBunch(DataBunch):
-    """Loaders of pictures. Made by `from_folder` or `from_dataset`; batches are float (n, channels, height, width).
+    """Loaders of pictures. Batches are float `(batch, channels, height, width)`.
 
-    pictures    {"train", "valid", "test"}: the decoded pictures and their files, of those that are held
-    stats       the (means, standard deviations) that batches are normalized with; None before `normalize`
+    Create one with `from_folder` or `from_dataset`.
 
-    >>> data = ImageDataBunch.from_folder("pets", size=64).normalize(imagenet_stats)  # doctest: +SKIP
+    Attributes:
+        pictures: {"train", "valid", "test"}: the decoded pictures and their files, if they are in memory
+        stats: the (means, standard deviations) that batches are normalized with; None before `normalize`
+
+    Example:
+        >>> data = ImageDataBunch.from_folder("pets", size=64).normalize(imagenet_stats)  # doctest: +SKIP
     """
 
     def __init__(
@@ -74,23 +78,38 @@ class ImageDataBunch(DataBunch):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> ImageDataBunch:
-        """The pictures of `path/train/<class>/…`, and so on: decoded once with all cores, kept in a cache file, and
-        read from that.
+        """Load the pictures of `path/train/<class>/…`, `path/valid/<class>/…` and `path/test/<class>/…`.
 
-        ds_tfms     a pair of lists of transforms, for training and for the rest; or one list, for training
-        size        to which all are resized, the shorter side, and cut in the middle; None: they are of one size
-                    already
-        n_channels  3: RGB, 1: grey
-        on_error    of damaged pictures: "raise" names them in an error, "skip" in a warning
-        cache       folder of the cache file. "auto": $LEARNKIT_CACHE, else ~/.cache/learnkit/pictures; None: decode
-                    anew each time
-        device      None: the accelerator, else the CPU
+        They are decoded once by all cores, stored in a cache file, and read from it later.
 
-        Pictures are held on an accelerator where they take at most a quarter of its free memory, else mapped from the
-        cache file: a thread cuts batches ahead of time, and they are copied from pinned memory. On a CPU they are
-        mapped at any rate. Without a cache file (`cache=None`, or a disk that is full) they are decoded into memory, at
-        most half of what is free. Several processes of a machine decode once, and share the file's memory. Raises
-        ValueError, FileNotFoundError, MemoryError.
+        On an accelerator, pictures stay in its memory if they take at most a quarter of what is free there.
+        Otherwise they are mapped from the cache file: a thread prepares batches ahead of time, which are copied from
+        pinned memory. On a CPU they are always mapped. Without a cache file (`cache=None`, or a full disk) they are
+        decoded into memory, of which they may take at most half of what is free. If a machine runs several processes,
+        only one of them decodes, and all share the memory of the file.
+
+        Args:
+            path: folder of the dataset
+            train: folder of the training set, relative to `path`
+            valid: folder of the validation set, or None
+            test: folder of the test set, or None
+            ds_tfms: a pair of lists of transforms, for training and for the other sets; or one list, for training
+            size: pixels, or (height, width). The shorter side is resized to it, and the middle is cut out. None: all
+                pictures already have the same size
+            bs: batch size for training
+            val_bs: batch size for the other sets; None: `bs`
+            n_channels: 3 for RGB, 1 for grey
+            on_error: what to do with damaged pictures: "raise" an error with their names, or "skip" them with a warning
+            cache: folder of the cache file. "auto": $LEARNKIT_CACHE, else ~/.cache/learnkit/pictures; None: decode
+                again each time
+            drop_last: whether training skips an incomplete last batch
+            seed: seed of order and transforms
+            device: None: the accelerator, else the CPU
+
+        Raises:
+            ValueError: when an argument is invalid, pictures are damaged, or their sizes differ
+            FileNotFoundError: when a folder does not exist
+            MemoryError: when the pictures do not fit into memory
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
@@ -121,7 +140,11 @@ class ImageDataBunch(DataBunch):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> ImageDataBunch:
-        """Pictures that are in memory already, under "train", "valid" and "test"; see `from_folder`."""
+        """Create the loaders from pictures that are already in memory. Other arguments are as in `from_folder`.
+
+        Args:
+            pictures: the pictures under "train", "valid" and "test"
+        """
         place = default_device() if device is None else torch.device(device)
         n_ahead = 0 if fits(sum(p.pixels.nbytes for p in pictures.values()), place) else N_AHEAD
         tfms = transforms_of(ds_tfms)
@@ -161,12 +184,22 @@ class ImageDataBunch(DataBunch):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> ImageDataBunch:
-        """Datasets of (picture, class), such as torchvision's.
+        """Create the loaders from datasets of (picture, class), such as torchvision's.
 
-        One of torchvision's without transforms, whose pictures are of one size, is decoded once and held. Of any other,
-        samples are made anew in each epoch by `num_workers` processes, with its own transforms, seeded by (seed, epoch,
-        sample). `ds_tfms`: for batches, as in `from_folder`; transforms of torchvision among them are applied picture
-        by picture.
+        If the datasets are torchvision's, have no transforms and all pictures have one size, they are decoded once and
+        held. With other datasets, `num_workers` processes make the samples again in each epoch, with the dataset's own
+        transforms, seeded by (seed, epoch, sample). Other arguments are as in `from_folder`.
+
+        Args:
+            train_ds: training set
+            valid_ds: validation set, or None
+            test_ds: test set, or None
+            ds_tfms: transforms of batches, as in `from_folder`; torchvision's transforms among them are applied to one
+                picture at a time
+            num_workers: number of worker processes; None: chosen automatically
+
+        Raises:
+            ValueError: when the pictures of one dataset differ in size
         """
         datasets = {
             name: ds for name, ds in (("train", train_ds), ("valid", valid_ds), ("test", test_ds)) if ds is not None
@@ -198,19 +231,27 @@ class ImageDataBunch(DataBunch):
         return cls(loader("train"), loader("valid"), loader("test"), classes=getattr(train_ds, "classes", None))
 
     def normalize(self, stats: Stats | None = None) -> ImageDataBunch:
-        """Bring each channel to mean 0 and standard deviation 1: (x - mean) / std. `stats=None`: measured on the
-        training pictures.
+        """Bring each channel to mean 0 and standard deviation 1: (x - mean) / std.
+
+        Args:
+            stats: (means, standard deviations) by channel; None: measured on the training pictures
+
+        Returns:
+            The ImageDataBunch itself.
+
+        Raises:
+            ValueError: when the data is already normalized, or the number of channels differs
         """
         if self.stats is not None:
-            raise ValueError(f"the data is normalized already, with {self.stats}. Call normalize once.")
+            raise ValueError(f"the data is already normalized, with {self.stats}. Call normalize only once.")
         if stats is None:
             stats = self.measured_stats()
         last = normalize(*stats)
         n_channels, wanted = first_batch(self.train_dl)[0].shape[1], last.mean.numel()
         if wanted not in (1, n_channels):
             raise ValueError(
-                f"the statistics are of {wanted} channels, the pictures have {n_channels}: mnist_stats are for grey "
-                f"ones (n_channels=1), cifar_stats and imagenet_stats for RGB."
+                f"the statistics have {wanted} channels, the pictures have {n_channels}: mnist_stats are for grey "
+                f"pictures (n_channels=1), cifar_stats and imagenet_stats for RGB."
             )
         for loader in (self.train_dl, self.valid_dl, self.test_dl):
             if isinstance(loader, (TensorLoader, SampleLoader)):
@@ -219,9 +260,13 @@ class ImageDataBunch(DataBunch):
         return self
 
     def measured_stats(self) -> Stats:
-        """(means, standard deviations) by channel of the training pictures, without their transforms."""
+        """Return (means, standard deviations) by channel of the training pictures, without their transforms.
+
+        Raises:
+            ValueError: when the pictures are not in memory
+        """
         if "train" not in self.pictures:
-            raise ValueError("these pictures are not held, so they cannot be measured: give normalize(stats).")
+            raise ValueError("these pictures are not in memory, so they cannot be measured: call normalize(stats).")
         pixels = self.pictures["train"].pixels
         sums, squares = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
         for part in pixels.split(1024):
@@ -231,12 +276,18 @@ class ImageDataBunch(DataBunch):
         return (sums / n).tolist(), (squares / n - (sums / n).square()).sqrt().tolist()
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """A batch's pictures as they are shown: float in [0, 1], on the CPU."""
+        """Return a batch's pictures as they can be shown: float in [0, 1], on the CPU."""
         x = x.detach().float().cpu()
         return (x if self.stats is None else normalize(*self.stats).undo(x)).clamp(0, 1)
 
     def show_batch(self, rows: int = 4, columns: int = 6, *, train: bool = True) -> Figure:
-        """The pictures of the next training batch (or of the first for validation), transformed, with their classes."""
+        """Show the pictures of a batch, transformed, with their classes.
+
+        Args:
+            rows: number of rows of pictures
+            columns: number of columns of pictures
+            train: True: the next training batch; False: the first validation batch
+        """
         from learnkit.vision.show import show_grid
 
         x, y = first_batch(self.train_dl if train else self.valid_dl)[:2]
@@ -253,22 +304,20 @@ def check_size(pictures: Pictures, of_train: Pictures, train: str, name: str) ->
     (height, width), wanted = pictures.pixels.shape[2:], tuple(of_train.pixels.shape[2:])
     if (height, width) != wanted:
         raise ValueError(
-            f"the pictures of {name} are {height}×{width}, those of {train} {wanted[0]}×{wanted[1]} (height × width): "
-            f"give size=…, such as size={wanted}, and all are resized to it."
+            f"the pictures of {name} are {height}×{width}, those of {train} are {wanted[0]}×{wanted[1]} (height × "
+            f"width): pass size=…, such as size={wanted}, to resize all of them."
         )
 
 
 def fits(n_bytes: int, device: torch.device) -> bool:
-    """Whether pictures can be held where they are used: in a quarter of an accelerator's free memory, in half of the
-    CPU's.
-    """
+    """Return whether the pictures fit: in a quarter of the accelerator's free memory, or in half of the CPU's."""
     if device.type == "cpu":
         return n_bytes <= free_memory() / 2
     return n_bytes <= torch.accelerator.get_memory_info(device)[0] / 4
 
 
 def transforms_of(ds_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """(for training, for the rest)."""
+    """Return (transforms for training, transforms for the other sets)."""
     if ds_tfms is None:
         return (), ()
     if isinstance(ds_tfms, tuple) and len(ds_tfms) == 2 and all(isinstance(part, (list, tuple)) for part in ds_tfms):
@@ -277,14 +326,15 @@ def transforms_of(ds_tfms: Any) -> tuple[tuple[BatchTransform, ...], tuple[Batch
         pair = (ds_tfms, ())
     else:
         raise TypeError(
-            f"ds_tfms={ds_tfms!r}: expected a pair of lists of transforms, ([…], […]), for training and for the rest."
+            f"ds_tfms={ds_tfms!r}: expected a pair of lists of transforms, ([…], […]), for training and for the other "
+            "sets."
         )
     first, second = (tuple(accepted(transform) for transform in part) for part in pair)
     return first, second
 
 
 def is_plain_dataset(dataset: Any) -> bool:
-    """Whether a dataset's samples are the same each time they are asked for, as far as is known."""
+    """Return whether a dataset is known to return the same samples each time."""
     known = type(dataset).__module__.startswith("torchvision.datasets.")
     return known and all(
         getattr(dataset, name, None) is None for name in ("transform", "target_transform", "transforms")
@@ -292,7 +342,7 @@ def is_plain_dataset(dataset: Any) -> bool:
 
 
 def read_dataset(dataset: Any, num_workers: int | None) -> Pictures:
-    """All of a dataset's pictures, uint8, made once."""
+    """Read all of a dataset's pictures once, as uint8."""
     own: Any = Numbered(dataset, 0, 0)
     loader = DataLoader(
         own, batch_size=256, num_workers=default_workers(dataset) if num_workers is None else num_workers
@@ -303,8 +353,8 @@ def read_dataset(dataset: Any, num_workers: int | None) -> Pictures:
         if "stack expects each tensor to be equal size" not in str(error):
             raise
         raise ValueError(
-            f"the pictures of {type(dataset).__name__} differ in size: give it a transform that makes them equal, such "
-            f"as torchvision.transforms.v2.Resize((64, 64))."
+            f"the pictures of {type(dataset).__name__} differ in size: give it a transform that resizes them, such as "
+            f"torchvision.transforms.v2.Resize((64, 64))."
         ) from None
     files = [str(sample[0]) for sample in getattr(dataset, "samples", ())]
     x, y = (torch.cat(part) for part in zip(*parts, strict=True))

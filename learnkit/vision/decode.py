@@ -1,4 +1,4 @@
-"""Pictures of any kind as uint8 of one size: by Pillow, so that they are the same pixels as ImageFolder's."""
+"""Pictures in any format as uint8 of one size. Pillow decodes them, so the pixels are the same as ImageFolder's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from multiprocessing import get_context, get_start_method
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
-FEW = 256  # pictures that are decoded sooner than worker processes start
-PICTURES_A_TASK = 64  # pictures of one task
+FEW = 256  # decoding fewer pictures than this takes less time than starting worker processes
+PICTURES_A_TASK = 64  # pictures in one task
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What every picture becomes: channels (3: RGB, 1: grey), height and width."""
+    """The shape of every decoded picture: channels (3: RGB, 1: grey), height and width."""
 
     channels: int
     height: int
@@ -29,11 +29,11 @@ class Shape:
 
 
 class OtherSize(ValueError):
-    """Pictures differ in size, and nothing says what to do about it."""
+    """Raised when pictures differ in size and no size was given."""
 
 
 def read_picture(file: str, channels: int) -> Any:
-    """The picture as Pillow's, RGB or grey; transparency is left out. OSError or ValueError where it is damaged."""
+    """Return the file as a Pillow image, RGB or grey, without transparency; raise OSError if it is damaged."""
     from PIL import Image
 
     try:
@@ -47,7 +47,7 @@ def damage(file: str, error: BaseException) -> str:
     try:
         n_bytes = os.path.getsize(file)
     except OSError:
-        return "it is a link to a file that does not exist, or may not be read"
+        return "it is a link to a file that does not exist, or it cannot be read"
     return (
         "it is empty"
         if n_bytes == 0
@@ -56,7 +56,7 @@ def damage(file: str, error: BaseException) -> str:
 
 
 def picture_size(file: str) -> tuple[int, int]:
-    """(height, width), by its header."""
+    """Return (height, width), read from the header."""
     from PIL import Image
 
     with Image.open(file) as picture:
@@ -64,23 +64,26 @@ def picture_size(file: str) -> tuple[int, int]:
 
 
 def decode(file: str, shape: Shape, *, resize: bool) -> bytes:
-    """The pixels in the order channel, row, column. `resize`: the shorter side is brought to the shape, and the middle
-    cut out.
+    """Return the pixels in the order channel, row, column.
+
+    With `resize`, the shorter side is resized to the shape, and the middle is cut out.
     """
     picture = read_picture(file, shape.channels)
     if resize:
         picture = fitted_picture(picture, shape.height, shape.width)
     elif picture.size != (shape.width, shape.height):
         raise OtherSize(
-            f"{file} is {picture.height}×{picture.width}, others are {shape.height}×{shape.width} (height × width)"
+            f"{file} is {picture.height}×{picture.width}, other pictures are {shape.height}×{shape.width} "
+            "(height × width)"
         )
     pixels = picture.tobytes()
     return pixels if shape.channels == 1 else b"".join([pixels[channel::3] for channel in range(3)])
 
 
 def fitted_picture(picture: Any, height: int, width: int) -> Any:
-    """Resized so that it covers height × width, bilinear with antialiasing, and its middle: torchvision's Resize and
-    CenterCrop.
+    """Resize a picture so that it covers height × width, and cut out its middle.
+
+    Bilinear with antialiasing, like torchvision's Resize and CenterCrop.
     """
     from PIL import Image
 
@@ -96,8 +99,9 @@ def fitted_picture(picture: Any, height: int, width: int) -> Any:
 def decode_all(
     files: Sequence[str], into: Any, shape: Shape, *, resize: bool, progress: Callable[[int], None] | None = None
 ) -> dict[int, str]:
-    """Decode all files with all cores into a writable buffer that processes share; {number: what is wrong} of the
-    damaged ones.
+    """Decode all files with all cores into a writable buffer that processes share.
+
+    Returns {number: what is wrong} for the damaged files.
     """
     tasks = [(first, files[first : first + PICTURES_A_TASK]) for first in range(0, len(files), PICTURES_A_TASK)]
     damaged: dict[int, str] = {}
@@ -111,8 +115,9 @@ def decode_all(
 
 @contextmanager
 def workers(n: int, into: Any, shape: Shape, resize: bool) -> Iterator[Callable[[Any], Iterator[dict[int, str]]]]:
-    """A function that decodes tasks, in order, by as many processes as there are cores; by threads where processes
-    cannot be forked.
+    """Yield a function that decodes tasks, in order, with one process per core.
+
+    It uses threads if processes cannot be forked.
     """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if n < FEW or n_cores == 1:
@@ -125,7 +130,7 @@ def workers(n: int, into: Any, shape: Shape, resize: bool) -> Iterator[Callable[
     with catch_warnings():
         simplefilter(
             "ignore", DeprecationWarning
-        )  # Python 3.12's, of forks beside threads: these use Pillow alone, no torch
+        )  # Python 3.12 warns of a fork while threads run: these processes use Pillow only, not torch
         pool: Executor
         if get_start_method() == "fork":
             pool = ProcessPoolExecutor(n_cores, get_context("fork"), start, (into, shape, resize))
@@ -137,7 +142,7 @@ def workers(n: int, into: Any, shape: Shape, resize: bool) -> Iterator[Callable[
             pool.shutdown(cancel_futures=True)
 
 
-target: Any = None  # (buffer, shape, resize) of a worker: inherited, as a buffer cannot be sent
+target: Any = None  # (buffer, shape, resize) of a worker: inherited, because a buffer cannot be sent
 
 
 def start(into: Any, shape: Shape, resize: bool) -> None:
@@ -146,11 +151,11 @@ def start(into: Any, shape: Shape, resize: bool) -> None:
 
 
 def decode_some(task: tuple[int, list[str]]) -> dict[int, str]:
-    """Decode into the rows from task[0] on; what is damaged is left as it is, and said."""
+    """Decode into the rows from task[0] on; skip what is damaged, and return it with the reason."""
     into, shape, resize = target
     damaged, (first, files) = {}, task
     with catch_warnings():
-        simplefilter("ignore")  # Pillow's, of damage that can be borne, and of palettes with transparency
+        simplefilter("ignore")  # Pillow warns of minor damage, and of palettes with transparency
         for row, file in enumerate(files, first):
             try:
                 pixels = decode(file, shape, resize=resize)

@@ -1,4 +1,4 @@
-"""Downloads that go on where they were interrupted, and are what they should be, or are refused."""
+"""Downloads that resume after an interruption. A file with a wrong checksum is rejected."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from learnkit.vision.pictures import bar
 
 DOWNLOAD_PIECE = 1 << 18
 TIMEOUT = 30  # seconds without a byte
-N_TRIES = 5  # of one address, each where the last one ended
+N_TRIES = 5  # attempts for one address; each continues where the last one ended
 
 
 class NotFound(OSError):
-    """No address of a file gave it."""
+    """None of a file's addresses worked."""
 
 
 def download(remote: Remote, path: Path) -> Path:
-    """Fetch a file to `path`, by its first address that works, and verify it. Raises NotFound, Damaged; OSError on a
-    full disk.
+    """Download a file to `path` from its first address that works, and verify it.
 
-    What came before an interruption is in `path` + ".part", and is not fetched again, if a checksum can tell whether
-    the whole is right.
+    An interrupted download is kept in `path` + ".part". If the file has a checksum, this part is not downloaded again.
+
+    Raises:
+        NotFound: when no address works, or no file has the right checksum
+        OSError: when the disk is full
     """
     part = path.with_name(f"{path.name}.part")
     if remote.checksum is None:
@@ -52,9 +54,9 @@ def download(remote: Remote, path: Path) -> Path:
 
 
 def fetch_whole(address: str, part: Path) -> None:
-    """Bring `part` up to the whole file; what was fetched before an error stays."""
+    """Complete the file `part`; what was downloaded before an error is kept."""
     if not address.startswith(("http://", "https://")):
-        raise ValueError(f"{address} is no http or https address. A file: give archive=….")
+        raise ValueError(f"{address} is not an http or https address. For a local file, pass archive=….")
     for k in range(N_TRIES):
         n_before = part.stat().st_size if part.exists() else 0
         try:
@@ -62,7 +64,7 @@ def fetch_whole(address: str, part: Path) -> None:
                 return
         except urllib.error.HTTPError as error:
             if error.code != 416 or not n_before:
-                raise  # 416: there is nothing more than what we have
+                raise  # 416: the part already has all bytes
             error.close()
             if str(n_before) == (error.headers.get("Content-Range") or "").rpartition("/")[2]:
                 return
@@ -71,11 +73,11 @@ def fetch_whole(address: str, part: Path) -> None:
             grew = part.exists() and part.stat().st_size > n_before
             if k == N_TRIES - 1 or not grew:
                 raise
-    raise ConnectionError(f"the connection ended {N_TRIES} times before the file did")
+    raise ConnectionError(f"the connection was lost {N_TRIES} times before the file was complete")
 
 
 def fetch_rest(address: str, part: Path, n_before: int) -> bool:
-    """One connection; whether it came to the file's end."""
+    """Download over one connection; return whether the file is complete."""
     request = urllib.request.Request(
         address, headers={"User-Agent": "learnkit", **({"Range": f"bytes={n_before}-"} if n_before else {})}
     )
@@ -98,7 +100,7 @@ def fetch_rest(address: str, part: Path, n_before: int) -> bool:
 
 
 def copy(response: http.client.HTTPResponse, file: BinaryIO, n: int, n_whole: int | None, address: str) -> int:
-    """Returns how many bytes the file has."""
+    """Copy the response to the file, and return the number of bytes in it."""
     with bar(n_whole or 0, address.rpartition("/")[2]) as progress:
         while piece := response.read(DOWNLOAD_PIECE):
             file.write(piece)
@@ -109,7 +111,7 @@ def copy(response: http.client.HTTPResponse, file: BinaryIO, n: int, n_whole: in
 
 
 def verify_checksum(path: Path, checksum: str | None, source: object) -> None:
-    """Raise Damaged where the file is not the one that "md5:…" or "sha256:…" was pinned for."""
+    """Raise Damaged unless the file has the checksum "md5:…" or "sha256:…"."""
     if checksum is None:
         return
     kind, _, wanted = checksum.partition(":")

@@ -1,4 +1,4 @@
-"""Archives unpacked into one folder, and nowhere else."""
+"""Archives are unpacked into one folder, and never outside of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip file into `folder`. Raises Damaged where it is none, is cut off, or has anything but folders
-    and files below it.
+    """Unpack a tar or zip file into `folder`.
 
-    Links are refused, also harmless ones; permissions and owners are left out.
+    Links are rejected, even harmless ones; permissions and owners are ignored.
+
+    Raises:
+        Damaged: when it is not an archive, is incomplete, or contains anything but folders and files inside its folder
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -30,7 +32,7 @@ def extract(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, *decompression_errors()) as error:
         what = str(error).partition(":\n")[0] or type(error).__name__
         raise Damaged(
-            f"{archive} cannot be unpacked: {what}. It is no {', '.join(ENDINGS)} file, or is cut off."
+            f"{archive} cannot be unpacked: {what}. It is not a {', '.join(ENDINGS)} file, or it is incomplete."
         ) from None
 
 
@@ -54,7 +56,7 @@ def extract_tar(archive: Path, folder: Path) -> None:
             else:
                 kind = f"a link to {member.linkname}" if member.issym() or member.islnk() else "a device"
                 raise Damaged(
-                    f"{archive} holds {member.name}, {kind}: only folders and files are unpacked, and nothing was."
+                    f"{archive} contains {member.name}, {kind}, expected folders and files only: nothing was unpacked."
                 )
 
 
@@ -64,7 +66,8 @@ def extract_zip(archive: Path, folder: Path) -> None:
             place = checked(member.filename, archive, folder)
             if (member.external_attr >> 16) & 0o170000 == 0o120000:
                 raise Damaged(
-                    f"{archive} holds {member.filename}, a link: only folders and files are unpacked, and nothing was."
+                    f"{archive} contains {member.filename}, a link, expected folders and files only: nothing was "
+                    "unpacked."
                 )
             if member.is_dir():
                 place.mkdir(parents=True, exist_ok=True)
@@ -74,12 +77,12 @@ def extract_zip(archive: Path, folder: Path) -> None:
 
 
 def checked(name: str, archive: Path, folder: Path) -> Path:
-    """Where a member goes: below the folder."""
+    """Return the path of a member, inside the folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0] or "\0" in name:
         raise Damaged(
-            f"{archive} holds {name!r}, which lies outside of its folder: it was made to mislead, and nothing was "
-            f"unpacked."
+            f"{archive} contains {name!r}, which is outside of its folder: the archive may be malicious, and nothing "
+            f"was unpacked."
         )
     return folder.joinpath(*parts.parts)
 

@@ -1,6 +1,4 @@
-"""Which pictures a folder holds, and of which classes: `folder/<class>/…/picture.jpg`, as torchvision's ImageFolder has
-it.
-"""
+"""The pictures of a folder and their classes: `folder/<class>/…/picture.jpg`, as in torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -15,12 +13,14 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of one folder, in the order of their classes and names; nothing of them was read.
+    """The pictures of one folder, in the order of their classes and names. No picture has been read yet.
 
-    names       paths relative to `path`
-    labels      number of each one's class
-    classes     all classes, also those without pictures, sorted
-    fingerprint changes when a picture is added, removed, renamed or written
+    Attributes:
+        path: the folder
+        names: paths relative to `path`
+        labels: class index of each picture
+        classes: all classes, sorted, also those without pictures
+        fingerprint: changes when a picture is added, removed, renamed or written
     """
 
     path: Path
@@ -37,22 +37,26 @@ class Folder:
 
 
 def read_folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """List a folder's pictures. `classes`: those of the training set, whose numbers count here too.
+    """List a folder's pictures.
 
-    Links are followed, each folder once. Files of other kinds and hidden ones are passed over.
+    Links are followed, each folder once. Hidden files and files of other kinds are skipped.
+
+    Args:
+        path: the folder
+        classes: the classes of the training set, whose indices are used here too
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}: expected {path}/<class>/<picture>.{near(path)}")
+        raise FileNotFoundError(f"the folder {path} does not exist: expected {path}/<class>/<picture>.{near(path)}")
     own = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     if not own:
         raise ValueError(
-            f"{path} has no folders: expected {path}/<class>/<picture>, one folder a class. It holds "
+            f"{path} has no folders: expected {path}/<class>/<picture>, one folder per class. It contains "
             f"{', '.join(sorted(os.listdir(path))[:3]) or 'nothing'}."
         )
     known = list(own) if classes is None else list(classes)
     if strange := [name for name in own if name not in known]:
         raise ValueError(
-            f"{path} has classes that the training folder has not: {', '.join(strange[:5])}. It has "
+            f"{path} has classes that the training folder does not have: {', '.join(strange[:5])}. Its classes are "
             f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}."
         )
     names, labels, digest = [], [], hashlib.sha256()
@@ -63,16 +67,14 @@ def read_folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
             digest.update(f"{relative}\0{n_bytes}\0{changed}\0".encode(errors="surrogateescape"))
     if not names:
         raise ValueError(
-            f"{path} has {len(own)} folders ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}), but no pictures in "
-            f"them: expected files that end in {', '.join(EXTENSIONS)}."
+            f"{path} has {len(own)} folders ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}), but they contain no "
+            f"pictures: expected files that end in {', '.join(EXTENSIONS)}."
         )
     return Folder(path, names, labels, known, digest.hexdigest())
 
 
 def pictures_under(path: Path, folder: str) -> Iterator[tuple[str, int, int]]:
-    """(name, bytes, time of the last change in ns) of each picture below path/folder; a link that leads nowhere has 0
-    and 0.
-    """
+    """Yield (name, bytes, time of the last change in ns) of each picture in path/folder; a broken link has 0 and 0."""
     waiting, seen = [folder], set()
     while waiting:
         relative = waiting.pop()
@@ -97,7 +99,7 @@ def pictures_under(path: Path, folder: str) -> Iterator[tuple[str, int, int]]:
 
 
 def near(path: Path) -> str:
-    """What there is instead."""
+    """Return a sentence that lists the existing folders."""
     place = next(parent for parent in path.absolute().parents if parent.is_dir())
     folders = sorted(entry.name for entry in os.scandir(place) if entry.is_dir())[:5]
     return f" {place} has {', '.join(folders) or 'no folders'}."

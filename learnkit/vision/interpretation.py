@@ -1,4 +1,4 @@
-"""What a model takes pictures for: confusions, the worst losses, accuracy by class; as numbers and as pictures."""
+"""What a classifier confuses, its largest losses and its accuracy by class; as numbers and as pictures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ RIGHT, WRONG = "#2a7d4f", "#b3261e"
 
 
 class TopLoss(NamedTuple):
-    """One sample: its number in the data set, its loss, what it was taken for, how probably, and what it is; its file,
-    if known.
+    """One sample with its prediction.
+
+    Attributes:
+        index: its index in the dataset
+        loss: its loss
+        predicted: the predicted class
+        probability: the predicted probability of that class
+        actual: its true class
+        file: its file, if known
     """
 
     index: int
@@ -35,13 +42,19 @@ class TopLoss(NamedTuple):
 
 
 def interpret(learn: Learner, dl: Any = None) -> Interpretation:
-    """Predict all of `dl` (None: valid_dl), on any number of ranks, all of which have to call it; see
-    `Interpretation`.
+    """Predict all of `dl`, and return an `Interpretation`. With several ranks, all of them must call this function.
+
+    Args:
+        learn: a trained Learner
+        dl: loader; None: valid_dl
+
+    Raises:
+        TypeError: when the model is not a classifier
     """
     preds, targets, losses = learn.get_preds(dl, with_loss=True)
     if not isinstance(preds, Tensor) or preds.ndim != 2 or targets.is_floating_point() or targets.ndim != 1:
         raise TypeError(
-            "interpret is for classification: expected predictions (samples, classes) and a class number for each "
+            "interpret is for classification: expected predictions (samples, classes) and a class index for each "
             f"sample, got {tuple(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__} and "
             f"{tuple(targets.shape)}."
         )
@@ -51,20 +64,22 @@ def interpret(learn: Learner, dl: Any = None) -> Interpretation:
 
 
 class Interpretation:
-    """Predictions of a classifier beside what is true; the same on every rank. Made by `interpret`.
+    """A classifier's predictions together with the targets; the same on every rank. Created by `interpret`.
 
-    preds       scores, float (samples, classes), in the order of the data set, as targets and losses are
-    predicted   the class with the highest one, int64 (samples,)
+    Attributes:
+        preds: scores, float `(samples, classes)`, in dataset order, like targets and losses
+        predicted: the class with the highest score, int64 `(samples,)`
 
-    >>> print(interpret(learn).accuracy_per_class())  # doctest: +SKIP
-    {'cat': 0.71, 'dog': 0.83}
+    Example:
+        >>> print(interpret(learn).accuracy_per_class())  # doctest: +SKIP
+        {'cat': 0.71, 'dog': 0.83}
     """
 
     def __init__(
         self, data: Any, dl: Any, preds: Tensor, targets: Tensor, losses: Tensor, *, seed: int | None = None
     ) -> None:
         self.data, self.dl, self.preds, self.targets, self.losses = data, dl, preds, targets, losses
-        self.seed = seed  # of what the loader's transforms drew; None: the loader's own
+        self.seed = seed  # of the random numbers in the loader's transforms; None: the loader's own seed
         self.predicted = preds.argmax(1)
         self.classes = (
             [str(name) for name in data.classes]
@@ -73,12 +88,23 @@ class Interpretation:
         )
 
     def confusion_matrix(self) -> Tensor:
-        """How many samples of each class (row) were taken for each class (column): int64 (classes, classes)."""
+        """Return how many samples of each class (row) were predicted as each class (column).
+
+        Returns:
+            int64 `(classes, classes)`.
+        """
         n = self.preds.shape[1]
         return torch.bincount(self.targets * n + self.predicted, minlength=n * n).view(n, n)
 
     def most_confused(self, least: int = 1) -> list[tuple[str, str, int]]:
-        """(class, taken for, how often), most often first, down to `least` times."""
+        """Return the pairs of classes that were confused, most frequent first.
+
+        Args:
+            least: skip pairs that occur fewer times
+
+        Returns:
+            A list of (actual class, predicted class, how often).
+        """
         matrix = self.confusion_matrix().fill_diagonal_(0)
         pairs = [(int(matrix[i, j]), int(i), int(j)) for i, j in (matrix >= max(1, least)).nonzero().tolist()]
         return [
@@ -86,13 +112,13 @@ class Interpretation:
         ]
 
     def accuracy_per_class(self) -> dict[str, float]:
-        """The share of each class's samples that were recognized; nan for a class without samples."""
+        """Return the fraction of correct predictions for each class; nan for a class without samples."""
         matrix = self.confusion_matrix().double()
         shares = matrix.diagonal() / matrix.sum(1)
         return dict(zip(self.classes, shares.tolist(), strict=False))
 
     def top_losses(self, k: int = 9) -> list[TopLoss]:
-        """The samples with the largest losses, worst first."""
+        """Return the `k` samples with the largest losses, largest first."""
         losses, indices = self.losses.topk(min(k, len(self.losses)))
         return [self.sample(int(i), float(loss)) for loss, i in zip(losses, indices, strict=True)]
 
@@ -117,7 +143,11 @@ class Interpretation:
 
     # --- as pictures ---------------------------------------------------------
     def plot_confusion_matrix(self, *, normalize: bool = False) -> Figure:
-        """The matrix as a picture; `normalize`: shares of each row."""
+        """Plot the confusion matrix.
+
+        Args:
+            normalize: show the fractions of each row instead of numbers of samples
+        """
         matrix = self.confusion_matrix().double()
         shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
         n = len(matrix)
@@ -127,8 +157,8 @@ class Interpretation:
         names = [name[:18] for name in self.classes[:n]]
         ax.set_xticks(range(n), names, rotation=90, fontsize=8)
         ax.set_yticks(range(n), names, fontsize=8)
-        ax.set(xlabel="taken for", ylabel="is")
-        for i in range(n if n <= 40 else 0):  # more cells could not be read
+        ax.set(xlabel="predicted", ylabel="actual")
+        for i in range(n if n <= 40 else 0):  # numbers in more cells would be too small to read
             for j in range(n):
                 text = f"{shares[i, j]:.2f}" if normalize else f"{int(matrix[i, j])}"
                 if matrix[i, j]:
@@ -144,19 +174,29 @@ class Interpretation:
         return figure
 
     def plot_top_losses(self, k: int = 12, columns: int = 4) -> Figure:
-        """The pictures with the largest losses: what each was taken for, what it is, and its loss."""
+        """Show the pictures with the largest losses: predicted class, actual class and loss.
+
+        Args:
+            k: number of pictures
+            columns: number of columns of pictures
+        """
         worst = self.top_losses(k)
-        titles = [f"{t.predicted} {t.probability:.0%}\nis {t.actual}, loss {t.loss:.2f}" for t in worst]
+        titles = [f"{t.predicted} {t.probability:.0%}\nactual: {t.actual}, loss {t.loss:.2f}" for t in worst]
         colours = [RIGHT if t.predicted == t.actual else WRONG for t in worst]
         return show_grid(self.pictures([t.index for t in worst]), titles, columns, colours=colours)
 
     def show_results(self, rows: int = 3, columns: int = 6) -> Figure:
-        """Pictures from all over the data set: what each was taken for, and what it is where that is something else."""
+        """Show pictures from the whole dataset: the predicted class, and the actual class if it differs.
+
+        Args:
+            rows: number of rows of pictures
+            columns: number of columns of pictures
+        """
         n = len(self.targets)
         indices = torch.linspace(0, n - 1, min(rows * columns, n)).round().long()
         right = self.predicted == self.targets
         titles = [
-            self.classes[self.predicted[i]] + ("" if right[i] else f"\nis {self.classes[self.targets[i]]}")
+            self.classes[self.predicted[i]] + ("" if right[i] else f"\nactual: {self.classes[self.targets[i]]}")
             for i in indices
         ]
         return show_grid(
@@ -164,7 +204,7 @@ class Interpretation:
         )
 
     def pictures(self, indices: list[int]) -> Tensor:
-        """As the model saw them, without normalization: float (n, channels, height, width) in [0, 1]."""
+        """Return pictures as the model saw them, but not normalized: float `(n, channels, height, width)` in [0, 1]."""
         loader = in_order(self.dl)
         with unmoved():
             return self.pictures_of(loader, indices)
@@ -179,11 +219,11 @@ class Interpretation:
 
 
 def next_of(loader: Any, index: int) -> Tensor:
-    """The index-th picture of a loader of batches in order, by reading those before it."""
+    """Return the index-th picture of a loader of batches in order; this reads all batches before it."""
     n_before = 0
     for batch in loader:
         x = batch[0]
         if index < n_before + len(x):
             return x[index - n_before]
         n_before += len(x)
-    raise IndexError(f"there is no sample {index}: the loader has {n_before}.")
+    raise IndexError(f"sample {index} does not exist: the loader has {n_before} samples.")

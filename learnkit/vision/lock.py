@@ -1,4 +1,4 @@
-"""One process at a time, of all on this machine."""
+"""A lock between all processes of this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block with the same path; the file stays, empty. A dead process holds
-    nothing.
+    """Wait until no other process runs such a block with the same path.
 
-    Where the system has no such locks (Windows), two processes do the same work, of which one's is kept.
+    The empty file remains; a dead process holds no lock. On a system without such locks (Windows), two processes may do
+    the same work, and the result of one is kept.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""A folder's pictures in memory: from its cache file, or decoded into it first."""
+"""A folder's pictures in memory: read from its cache file, which is written first if necessary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_pictures(
     on_error: str = "raise",
     cache: str | Path | None = "auto",
 ) -> Pictures:
-    """Decode a folder, or take the pixels from the cache file of an earlier time; see `ImageDataBunch.from_folder`."""
+    """Decode a folder, or read the pixels from an existing cache file; see `ImageDataBunch.from_folder`."""
     shape = Shape(n_channels, *(size or first_size(folder)))
     pixels, damaged = decoded(folder, shape, size is not None, cache)
     if damaged:
@@ -55,7 +55,7 @@ def load_pictures(
 
 
 def first_size(folder: Folder) -> tuple[int, int]:
-    """(height, width) of the first picture whose header can be read."""
+    """Return (height, width) of the first picture whose header can be read."""
     for file in folder.files():
         try:
             return picture_size(file)
@@ -68,7 +68,7 @@ def first_size(folder: Folder) -> tuple[int, int]:
 
 
 def decoded(folder: Folder, shape: Shape, resize: bool, cache: str | Path | None) -> tuple[Tensor, dict[int, str]]:
-    """(pixels, damaged); by one process of each machine first, whose file the others read."""
+    """Return (pixels, damaged). One process of each machine decodes first; the others read its file."""
 
     def fill(buffer: Any) -> dict[int, str]:
         try:
@@ -76,8 +76,7 @@ def decoded(folder: Folder, shape: Shape, resize: bool, cache: str | Path | None
                 return decode_all(folder.files(), buffer, shape, resize=resize, progress=progress)
         except OtherSize as error:
             raise ValueError(
-                f"{error}. Give size=…, and all are resized to it: from_folder(path, size=({shape.height}, "
-                f"{shape.width}))."
+                f"{error}. Pass size=… to resize all of them: from_folder(path, size=({shape.height}, {shape.width}))."
             ) from None
 
     if cache is None:
@@ -96,13 +95,16 @@ def decoded(folder: Folder, shape: Shape, resize: bool, cache: str | Path | None
         found = read_pixels(path, facts)
     if found is None:
         raise RuntimeError(
-            f"{path} was replaced while it was to be read: another process decodes {folder.path} differently."
+            f"{path} was replaced before it was read: another process decodes {folder.path} differently."
         )
     return found
 
 
 def known(path: Path, facts: dict[str, Any], folder: Folder, shape: Shape) -> tuple[Tensor, dict[int, str]] | None:
-    """What the cache file has, if it is of these pictures, whole, and what was damaged still is."""
+    """Return the content of the cache file if it is valid, else None.
+
+    It is valid if it has these pictures, is intact, and the damaged pictures are still damaged.
+    """
     try:
         found = read_pixels(path, {**facts, "shape": vars(shape)})
     except FileNotFoundError:
@@ -125,21 +127,21 @@ def is_readable(file: str, shape: Shape) -> bool:
 def decoded_in_memory(
     shape: Shape, n: int, fill: Callable[[Any], dict[int, str]], error: OSError | None = None
 ) -> tuple[Tensor, dict[int, str]]:
-    """Decoded without a file, into at most half of the memory that is free; `error`: why there is none."""
+    """Decode without a file, into at most half of the free memory; `error`: why there is no file."""
     n_bytes, n_free = n * shape.n_bytes, free_memory()
     need = f"{n:,} pictures of {shape.channels}×{shape.height}×{shape.width} take {n_bytes / 1e6:,.0f} MB"
     if n_bytes > n_free / 2:
         raise MemoryError(
-            f"{need}, of {n_free / 1e6:,.0f} MB of free memory at most half may be used. Give a smaller size=…, or a "
-            f"cache folder on a disk with room: cache=… or {CACHE}.{'' if error is None else f' ({error})'}"
+            f"{need}, expected at most half of the {n_free / 1e6:,.0f} MB of free memory. Pass a smaller size=…, or a "
+            f"cache folder on a disk with enough space: cache=… or {CACHE}.{'' if error is None else f' ({error})'}"
         )
     if error is not None:
         warnings.warn(
             f"{error}. The pictures are decoded into memory instead ({n_bytes / 1e6:,.0f} MB in each process), and "
-            f"anew in the next run. Give a folder with room: cache=… or {CACHE}.",
+            f"again in the next run. Choose a folder with enough space: cache=… or {CACHE}.",
             stacklevel=2,
         )
-    memory = mmap.mmap(-1, max(n_bytes, 1))  # which the worker processes share
+    memory = mmap.mmap(-1, max(n_bytes, 1))  # shared with the worker processes
     damaged = fill(memoryview(memory))
     n_left = close_up(memoryview(memory), shape.n_bytes, n, damaged)
     pixels = (
@@ -151,7 +153,7 @@ def decoded_in_memory(
 
 
 def free_memory() -> int:
-    """Bytes that processes can take without swapping."""
+    """Return the number of bytes that processes can use without swapping."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
@@ -160,19 +162,19 @@ def free_memory() -> int:
 
 
 def complain(folder: Folder, damaged: dict[int, str], on_error: str) -> None:
-    """Name the damaged pictures, in an error or a warning."""
+    """Name the damaged pictures in an error or a warning."""
     shown = "; ".join(f"{folder.names[row]}: {why}" for row, why in sorted(damaged.items())[:10])
     more = "; …" if len(damaged) > 10 else ""
     text = f"{len(damaged)} of {len(folder):,} pictures of {folder.path} cannot be read: {shown}{more}."
     if on_error == "raise":
-        raise ValueError(f"{text} Repair or remove them, or leave them out with on_error='skip'.")
+        raise ValueError(f"{text} Repair or remove them, or skip them with on_error='skip'.")
     if len(damaged) == len(folder):
-        raise ValueError(f"{text} None is left.")
-    warnings.warn(f"{text} They are left out.", stacklevel=2)
+        raise ValueError(f"{text} No picture is left.")
+    warnings.warn(f"{text} They are skipped.", stacklevel=2)
 
 
 def cache_file(folder: Folder, shape: Shape, resize: bool, cache: str | Path) -> Path:
-    """One file for each folder and way of decoding, so that a changed folder replaces its old file."""
+    """Return one path for each folder and way of decoding, so that a changed folder replaces its old file."""
     place = (
         as_path(os.environ.get(CACHE) or Path.home() / ".cache" / "learnkit" / "pictures")
         if cache == "auto"
@@ -184,7 +186,7 @@ def cache_file(folder: Folder, shape: Shape, resize: bool, cache: str | Path) ->
 
 @contextmanager
 def bar(n: int, name: str) -> Iterator[Callable[[int], None] | None]:
-    """A function that shows how many of n are done, in a terminal or notebook; else None."""
+    """Yield a function that shows how many of n are done, if in a terminal or notebook; else None."""
     from learnkit.callbacks.progress import is_interactive
 
     if not is_interactive():

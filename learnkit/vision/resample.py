@@ -1,4 +1,4 @@
-"""Resampling of batches, each picture in its own way: affine maps, and crops resized with antialiasing."""
+"""Resampling of batches, with its own parameters for each picture: affine maps, and crops resized with antialiasing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from learnkit.devices.accelerator import can_float64
 
 
 def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:
-    """Pictures turned counter-clockwise by `angle` (radians) and enlarged by `scale`, (n,) each, about their
-    centres.
+    """Rotate pictures around their centres by `angle` and enlarge them by `scale`.
+
+    Args:
+        x: the pictures
+        angle: counter-clockwise, in radians, `(n,)`
+        scale: `(n,)`
+        mode: padding mode of `grid_sample`
     """
     height, width = x.shape[2:]
     cos, sin, zero = angle.cos() / scale, angle.sin() / scale, torch.zeros_like(angle)
@@ -23,11 +28,11 @@ def affine_batch(x: Tensor, angle: Tensor, scale: Tensor, mode: str) -> Tensor:
 
 
 def crop_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, *, antialias: bool) -> Tensor:
-    """How much each input row counts in each output row, when input rows start … start + length - 1 become n_out: (n,
-    n_out, n_in).
+    """Return the weight of each input row in each output row, for a crop that is resized to n_out rows.
 
-    A triangle about the place of the output row, as wide as the larger one of an input and an output row; nothing
-    outside of the crop counts. So do torch's interpolate and Pillow.
+    The crop consists of the input rows start … start + length - 1. The weights are a triangle around the position of
+    the output row, as wide as the larger one of an input and an output row; rows outside the crop have weight 0.
+    torch's interpolate and Pillow do the same. Shape: (n, n_out, n_in).
     """
     at = torch.arange(n_in, device=start.device) - start[:, None]  # of the input rows, within the crop
     distance = (distances if can_float64(start.device) else distances_in_float32)(
@@ -38,8 +43,9 @@ def crop_weights(start: Tensor, length: Tensor, n_in: int, n_out: int, *, antial
 
 
 def distances(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
-    """From each output row to the input rows `at` (n, n_in), in units of the triangle's half width: float64 (n, n_out,
-    n_in).
+    """Return the distance from each output row to the input rows `at` (n, n_in): float64 (n, n_out, n_in).
+
+    The unit is the triangle's half width.
     """
     scale = length.double() / n_out
     support = scale.clamp(min=1) if antialias else torch.ones_like(scale)
@@ -51,8 +57,9 @@ def distances(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Ten
 
 
 def distances_in_float32(at: Tensor, length: Tensor, n_out: int, *, antialias: bool) -> Tensor:
-    """As `distances`, for a device without float64: places are whole numbers of 1 / (2 n_out) rows, exact until the one
-    division.
+    """Like `distances`, for a device without float64.
+
+    Positions are integer multiples of 1 / (2 n_out) rows, and therefore exact until the single division.
     """
     centre = length[:, None] * (2 * torch.arange(n_out, device=at.device) + 1)
     if not antialias:
@@ -62,5 +69,5 @@ def distances_in_float32(at: Tensor, length: Tensor, n_out: int, *, antialias: b
 
 
 def resize_batch(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(n, channels, height, width) float by weights (n, out_height, height) and (n, out_width, width)."""
+    """Resize float (n, channels, height, width) with weights (n, out_height, height) and (n, out_width, width)."""
     return torch.matmul(rows.unsqueeze(1), torch.matmul(x, columns.transpose(1, 2).unsqueeze(1)))

@@ -1,5 +1,6 @@
-"""Pictures that a dataset makes one by one, in worker processes, with random numbers of their own; batches transformed
-on the device.
+"""Pictures that a dataset makes one by one, in worker processes, with their own random numbers.
+
+The batches are transformed on the device.
 """
 
 from __future__ import annotations
@@ -29,10 +30,20 @@ from learnkit.devices.transfer import mover
 
 
 class SampleLoader(DataLoader[Any]):
-    """A DataLoader over a dataset of (picture, …, target), whose pictures are a pure function of (seed, epoch, sample).
+    """A DataLoader over a dataset of (picture, …, target) whose pictures are a pure function of (seed, epoch, sample).
 
-    Torch's, Python's and numpy's generators are seeded for each sample while the dataset makes it, in workers and
-    without. `batch_tfms` are applied to the batch of pictures, on `device`.
+    The generators of torch, Python and numpy are seeded for each sample while the dataset makes it, with and without
+    workers.
+
+    Args:
+        dataset: the dataset
+        bs: batch size
+        shuffle: whether the order is random
+        drop_last: whether to skip an incomplete last batch
+        batch_tfms: transforms that are applied to the batch of pictures, on `device`
+        device: where batches are transformed
+        seed: seed of order and transforms
+        num_workers: number of worker processes; None: chosen automatically
     """
 
     def __init__(
@@ -59,7 +70,7 @@ class SampleLoader(DataLoader[Any]):
         self.batch_tfms, self.device = tuple(batch_tfms), device
 
     def in_dataset_order(self) -> SampleLoader:
-        """The same samples in dataset order, each once."""
+        """Return a loader of the same samples in dataset order, each once."""
         seed = self.sampler.seed if isinstance(self.sampler, EpochOrder) else None
         return SampleLoader(
             self.dataset,
@@ -76,13 +87,13 @@ class SampleLoader(DataLoader[Any]):
         order = next(part for part in parts_of(self) if isinstance(part, EpochOrder))
         seed, epoch = order.seed, order.epoch
         own = copy.copy(self)
-        object.__setattr__(own, "dataset", Numbered(self.dataset, seed, epoch))  # DataLoader refuses a plain assignment
+        object.__setattr__(own, "dataset", Numbered(self.dataset, seed, epoch))  # DataLoader forbids a plain assignment
         for x, *others, index in map(mover(self.device), DataLoader.__iter__(own)):
             yield (transform_batch(x, self.batch_tfms, seed, epoch, lambda index=index: index), *others)
 
 
 class Numbered:
-    """A dataset's samples with their numbers, each made with generators that are seeded for it."""
+    """A dataset's samples with their indices; the generators are seeded for each sample."""
 
     def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
@@ -102,7 +113,7 @@ class Numbered:
 
 
 def picture_tensor(picture: Any) -> Tensor:
-    """A picture of Pillow's as uint8 (channels, height, width); a tensor as it is."""
+    """Return a Pillow image as uint8 (channels, height, width), and a tensor unchanged."""
     if isinstance(picture, Tensor):
         return picture
     from torchvision.transforms.v2.functional import pil_to_tensor

@@ -1,4 +1,4 @@
-"""Grids of pictures. matplotlib is imported by whoever draws first."""
+"""Grids of pictures. matplotlib is imported at the first drawing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CELL = 1.5  # inches
 
 
 def show_grid(pictures: Tensor, titles: Sequence[str], columns: int, *, colours: Sequence[str] | None = None) -> Figure:
-    """A new figure of pictures, float (n, channels, height, width) in [0, 1], row by row, each with its title above."""
+    """Show pictures, float `(n, channels, height, width)` in [0, 1], row by row in a new figure, with titles."""
     pyplot = import_pyplot()
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

@@ -1,4 +1,4 @@
-"""Means and standard deviations by channel of well-known training sets, of pictures in [0, 1]."""
+"""Means and standard deviations by channel of well-known training sets, for pictures in [0, 1]."""
 
 cifar_stats = ([0.491, 0.482, 0.447], [0.247, 0.243, 0.261])
 cifar100_stats = ([0.507, 0.487, 0.441], [0.267, 0.256, 0.276])

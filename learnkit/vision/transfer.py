@@ -1,4 +1,4 @@
-"""Networks of torchvision, trained on other pictures before, with a new head."""
+"""Pretrained networks from torchvision with a new last layer."""
 
 from __future__ import annotations
 
@@ -37,19 +37,25 @@ def vision_learner(
     seed: int | None = None,
     device: torch.device | str | None = None,
 ) -> Learner:
-    """A Learner with a network of torchvision's, whose last layer is replaced by one for these classes.
+    """Return a Learner with a network from torchvision, whose last layer is replaced by one for these classes.
 
-    arch        torchvision.models.resnet18, or "resnet18"; or a function of your own that gives a network
-    pretrained  True: torchvision's weights, downloaded at the first time; a path: of a file of them; False: from the
-                beginning
-    n_out       outputs; None: as many as data has classes
+    There are three layer groups: the first and the second half of the body, and the head. A pretrained body is frozen:
+    continue with `fine_tune`. Pretrained networks expect data normalized with imagenet_stats, so data that is not
+    normalized yet is normalized with them. Other arguments are those of Learner.
 
-    Three layer groups: the first and the second half of the body, and the head. Where it is pretrained, the body is
-    frozen: go on with `fine_tune`; data that is not normalized is, as these networks expect it, with imagenet_stats.
-    The other arguments are the Learner's.
+    Args:
+        data: the data
+        arch: torchvision.models.resnet18, or "resnet18"; or a function of your own that returns a network
+        pretrained: True: torchvision's weights, downloaded at first use; a path: a file of weights; False: random
+            weights
+        n_out: number of outputs; None: the number of classes in `data`
+
+    Raises:
+        ValueError: when the architecture is unknown, or the number of outputs is not
+        OSError: when the weights cannot be downloaded
     """
     if n_out is None and data.classes is None:
-        raise ValueError("the data names no classes: give vision_learner(…, n_out=…).")
+        raise ValueError("the data has no class names: pass vision_learner(…, n_out=…).")
     model = build(arch, pretrained)
     head = replace_head(model, len(data.classes or ()) if n_out is None else n_out)
     if pretrained is not False and isinstance(data, ImageDataBunch) and data.stats is None:
@@ -89,7 +95,9 @@ def build(arch: Callable[..., nn.Module] | str, pretrained: bool | str | Path) -
     from_torchvision = getattr(arch, "__module__", "").startswith("torchvision.models")
     if pretrained is True:
         if not from_torchvision:
-            raise ValueError(f"pretrained=True is for torchvision's models; of {arch} give a file, or False.")
+            raise ValueError(
+                f"pretrained=True is for torchvision's models, got {arch}: pass pretrained=<file of weights>, or False."
+            )
         return download_weights(arch)
     model = arch(weights=None) if from_torchvision else arch()
     if pretrained is not False:
@@ -102,7 +110,7 @@ def download_weights(arch: Callable[..., nn.Module]) -> nn.Module:
         return arch(weights="DEFAULT")
     except (urllib.error.URLError, OSError) as error:
         raise OSError(
-            f"the weights of {arch.__name__} could not be downloaded: {error}. Without a network give their file, "
+            f"the weights of {arch.__name__} could not be downloaded: {error}. Without a network, pass their file, "
             "vision_learner(…, pretrained='/path/to/weights.pth'), or pretrained=False."
         ) from None
 
@@ -110,7 +118,7 @@ def download_weights(arch: Callable[..., nn.Module]) -> nn.Module:
 def load_weights(model: nn.Module, path: Path) -> None:
     state = read_state(path)
     if not isinstance(state, dict):
-        raise Damaged(f"{path} holds a {type(state).__name__}, expected the state of a model.")
+        raise Damaged(f"{path} contains a {type(state).__name__}, expected the state dict of a model.")
     state = state.get("model", state)
     try:
         model.load_state_dict(state)
@@ -119,18 +127,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def replace_head(model: nn.Module, n_out: int) -> nn.Module:
-    """Put a new last layer in the place of the old one, and return it."""
+    """Replace the last layer by a new one, and return it."""
     layers = [
         (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or is_classifier(layer)
     ]
     kind = type(model).__name__
     if not layers:
-        raise ValueError(
-            f"{kind} has no last linear layer to be replaced: give Learner a model with a head of your own."
-        )
+        raise ValueError(f"{kind} has no last linear layer to replace: pass Learner a model with your own head.")
     if kind in ("GoogLeNet", "Inception3") and getattr(model, "aux_logits", False):
         raise ValueError(
-            f"{kind} has more than one output while training: give a function that builds it with aux_logits=False."
+            f"{kind} has more than one output while training: pass a function that builds it with aux_logits=False."
         )
     name, old = layers[-1]
     if isinstance(old, nn.Conv2d):
@@ -144,13 +150,14 @@ def replace_head(model: nn.Module, n_out: int) -> nn.Module:
 
 
 def is_classifier(layer: nn.Module) -> bool:
-    """A 1×1 convolution to ImageNet's classes: SqueezeNet ends with one."""
+    """Return whether a layer is a 1×1 convolution to ImageNet's classes: SqueezeNet ends with one."""
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.out_channels == 1000
 
 
 def halves_and_head(model: nn.Module, head: nn.Module) -> list[list[nn.Parameter]]:
-    """[first half of the body, second half, head], by its parts: those that the model's attributes are, long sequences
-    taken apart.
+    """Return the parameters of [first half of the body, second half, head].
+
+    The parts of the body are the model's children; a model with few children is split into their children.
     """
     of_head = {id(p) for p in head.parameters()}
     parts = [

@@ -1,7 +1,7 @@
-"""Transforms of batches of pictures, random per sample: (batch, channels, height, width), uint8 or float in [0, 1].
+"""Random transforms of batches of pictures: `(batch, channels, height, width)`, uint8 or float in [0, 1].
 
-Each picture's draws are a pure function of (seed, epoch, sample), so it is the same in every batch, on every rank and
-after a resume.
+The random numbers of each picture are a pure function of (seed, epoch, sample). They are the same in every batch, on
+every rank and after resuming.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ MODES = ("reflection", "border", "zeros")
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 pictures as float32 in [0, 1]; float ones as they are."""
+    """Return uint8 pictures as float32 in [0, 1], and float pictures unchanged."""
     return x if x.is_floating_point() else x.float().mul_(1 / 255)
 
 
 # --- crops and flips, which move pixels and do not c -------------------------
 def rand_pad(padding: int, size: int | tuple[int, int], mode: str = "reflection") -> list[SampleTransform]:
-    """Pad each picture on all sides, and crop it to `size` at a random place. A list, as of old: `[*rand_pad(4, 32),
-    …]`.
+    """Pad each picture on all sides, and crop it to `size` at a random position.
 
-    mode    what lies outside: "reflection", "border" (the nearest pixel) or "zeros"
+    Args:
+        padding: pixels on each side
+        size: pixels, or (height, width)
+        mode: content of the padding: "reflection", "border" (the nearest pixel) or "zeros"
+
+    Returns:
+        A list, as in fastai v1, so write `[*rand_pad(4, 32), …]`.
     """
     return [RandomCrop(padding, as_pair("size", size), mode)]
 
 
 @final
 class RandomCrop(SampleTransform):
-    """What `rand_pad` does."""
+    """The transform that `rand_pad` returns."""
 
     def __init__(self, padding: int, size: tuple[int, int], mode: str) -> None:
         if mode not in MODES:
@@ -68,16 +73,17 @@ class RandomCrop(SampleTransform):
         height, width = x.shape[2:]
         if self.size[0] > height + 2 * self.padding or self.size[1] > width + 2 * self.padding:
             raise ValueError(
-                f"pictures of {height}×{width} with a padding of {self.padding} are smaller than size={self.size}."
+                f"pictures of {height}×{width} with a padding of {self.padding} are smaller than size={self.size}: "
+                "reduce size or increase padding."
             )
         if self.mode == "reflection" and self.padding >= min(height, width):
             raise ValueError(
-                f"padding={self.padding} cannot be a reflection of pictures of {height}×{width}: take mode='border'."
+                f"padding={self.padding} is too large to reflect pictures of {height}×{width}: use mode='border'."
             )
         return height, width
 
     def places(self, corner: Tensor, size: int, length: int) -> Tensor:
-        """Which rows (or columns) of the picture are seen: int64 (n, size); of "zeros", also ones that do not exist."""
+        """Return which rows (or columns) of the picture are seen: int64 (n, size). With "zeros", some do not exist."""
         at = corner[:, None] - self.padding + torch.arange(size, device=corner.device)
         if self.mode == "reflection":
             return (length - 1) - ((length - 1) - at.abs()).abs()
@@ -90,19 +96,26 @@ def is_inside(at: Tensor, length: int) -> Tensor:
 
 @final
 class flip_lr(SampleTransform):
-    """Mirror left and right: each picture with probability p; or, `alternating`, every second epoch.
+    """Mirror each picture left to right with probability p, or, if `alternating`, in every second epoch.
 
-    Alternating, half of the pictures are mirrored in the first epoch, the other half in the second, and so on: in two
-    epochs each one is seen both ways (Jordan, 2024, arXiv:2404.00498).
+    If `alternating`, half of the pictures are mirrored in the first epoch, the other half in the second, and so on: in
+    two epochs each one is seen both ways (Jordan, 2024, arXiv:2404.00498).
 
-    >>> flip_lr(p=0.5)(torch.rand(8, 3, 4, 4), Draws(0, 0, torch.arange(8))).shape
-    torch.Size([8, 3, 4, 4])
+    Args:
+        p: probability; must be 0.5 if `alternating`
+        alternating: mirror each picture in every second epoch
+
+    Example:
+        >>> flip_lr(p=0.5)(torch.rand(8, 3, 4, 4), Draws(0, 0, torch.arange(8))).shape
+        torch.Size([8, 3, 4, 4])
     """
 
     def __init__(self, p: float = 0.5, *, alternating: bool = False) -> None:
         self.p, self.alternating = as_probability(p), alternating
         if alternating and p != 0.5:
-            raise ValueError(f"p={p} with alternating=True: every second epoch is p=0.5.")
+            raise ValueError(
+                f"p={p} with alternating=True: expected p=0.5: each picture is mirrored every second epoch."
+            )
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
         chosen = draws.at(epoch=0).integers(2) == draws.epoch % 2 if self.alternating else draws.chance(self.p)
@@ -111,12 +124,19 @@ class flip_lr(SampleTransform):
 
 @final
 class cutout(SampleTransform):
-    """Fill `n_holes` squares of `length` pixels at random places (DeVries & Taylor, 2017, arXiv:1708.04552).
+    """Fill `n_holes` squares of `length` pixels at random positions (DeVries & Taylor, 2017, arXiv:1708.04552).
 
-    Centres are anywhere in the picture, so holes may stick out of it. `fill`: in [0, 1], for all channels.
+    Centres can be anywhere in the picture, so parts of a square may lie outside of it.
 
-    >>> cutout(length=2)(torch.ones(8, 3, 4, 4), Draws(0, 0, torch.arange(8))).min()
-    tensor(0.)
+    Args:
+        length: side of each square, in pixels
+        n_holes: number of squares
+        p: probability that a picture is changed
+        fill: value in [0, 1], for all channels
+
+    Example:
+        >>> cutout(length=2)(torch.ones(8, 3, 4, 4), Draws(0, 0, torch.arange(8))).min()
+        tensor(0.)
     """
 
     def __init__(self, length: int = 16, n_holes: int = 1, p: float = 1.0, fill: float = 0.0) -> None:
@@ -142,10 +162,14 @@ class cutout(SampleTransform):
 # --- resampling --------------------------------------------------------------
 @final
 class rotate(SampleTransform):
-    """Turn each picture by an angle of the range `degrees` (a number d: -d to d), with probability p,
-    counter-clockwise.
+    """Rotate each picture by a random angle, counter-clockwise.
 
-    As torchvision's rotate with bilinear interpolation, outside of which the picture goes on as `mode` says.
+    Like torchvision's rotate with bilinear interpolation, except for the content outside of the picture: see `mode`.
+
+    Args:
+        degrees: range (low, high) of the angle; a number d: -d to d
+        p: probability that a picture is rotated
+        mode: content outside of the picture: "reflection", "border" (the nearest pixel) or "zeros"
     """
 
     def __init__(self, degrees: Range = 10.0, p: float = 1.0, mode: str = "reflection") -> None:
@@ -159,8 +183,12 @@ class rotate(SampleTransform):
 
 @final
 class zoom(SampleTransform):
-    """Enlarge each picture about its centre by a factor of the range `scale` (a number s: 1 to s), with probability
-    p.
+    """Enlarge each picture around its centre by a random factor.
+
+    Args:
+        scale: range (low, high) of the factor, above 0; a number s: 1 to s
+        p: probability that a picture is enlarged
+        mode: content outside of the picture, as in `rotate`
     """
 
     def __init__(self, scale: Range = 1.1, p: float = 1.0, mode: str = "reflection") -> None:
@@ -179,8 +207,11 @@ class rand_resize_crop(SampleTransform):
     """Cut out a random part and resize it to `size`, bilinear with antialiasing: torchvision's RandomResizedCrop, per
     sample.
 
-    scale   of the part's area, as a share of the picture's
-    ratio   of its width to its height, uniform in the logarithm
+    Args:
+        size: pixels, or (height, width)
+        scale: range (low, high) of the part's area, as a fraction of the picture's area
+        ratio: range (low, high) of its width divided by its height, uniform in the logarithm
+        antialias: whether to antialias
     """
 
     def __init__(
@@ -202,8 +233,9 @@ class rand_resize_crop(SampleTransform):
         return resize_batch(to_float(x), rows, columns)
 
     def boxes(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(top, left, height, width), int64 (n,) each: the first of ten tries that fits, else a centred one of a ratio
-        that fits.
+        """Return (top, left, height, width), int64 (n,) each.
+
+        The first of ten attempts that fits is used, else a box in the centre whose ratio is allowed.
         """
         in_height, in_width = x.shape[2:]
         area = in_height * in_width * draws.uniform(*self.scale, 10)
@@ -223,7 +255,7 @@ class rand_resize_crop(SampleTransform):
         return top, left, height, width
 
     def whole(self, height: int, width: int) -> tuple[int, int]:
-        """The largest part in the middle whose ratio is allowed."""
+        """Return the (height, width) of the largest part whose ratio is allowed."""
         if width / height < self.ratio[0]:
             return round(width / self.ratio[0]), width
         if width / height > self.ratio[1]:
@@ -234,7 +266,12 @@ class rand_resize_crop(SampleTransform):
 # --- colours -----------------------------------------------------------------
 @final
 class brightness(SampleTransform):
-    """Multiply each picture by a factor of the range `scale` (a number s: 1 - s to 1 + s), with probability p."""
+    """Multiply each picture by a random factor.
+
+    Args:
+        scale: range (low, high) of the factor; a number s: 1 - s to 1 + s
+        p: probability that a picture is changed
+    """
 
     def __init__(self, scale: Range = 0.2, p: float = 1.0) -> None:
         self.scale, self.p = as_factors(scale), as_probability(p)
@@ -245,8 +282,11 @@ class brightness(SampleTransform):
 
 @final
 class contrast(SampleTransform):
-    """Blend each picture with its mean grey by a factor of the range `scale` (a number s: 1 - s to 1 + s), with
-    probability p.
+    """Blend each picture with its mean grey by a random factor.
+
+    Args:
+        scale: range (low, high) of the factor; a number s: 1 - s to 1 + s
+        p: probability that a picture is changed
     """
 
     def __init__(self, scale: Range = 0.2, p: float = 1.0) -> None:
@@ -259,7 +299,7 @@ class contrast(SampleTransform):
 
 
 def grey(x: Tensor) -> Tensor:
-    """(n, 1, height, width): the luma of ITU-R BT.601, with torchvision's weights."""
+    """Return the luma of ITU-R BT.601 with torchvision's weights: (n, 1, height, width)."""
     if x.shape[1] == 1:
         return x
     weights = sent(torch.tensor([0.2989, 0.587, 0.114], dtype=x.dtype), x.device)
@@ -274,15 +314,22 @@ def factors(scale: tuple[float, float], p: float, draws: Draws) -> Tensor:
 # --- for every picture -------------------------------------------------------
 @final
 class normalize:
-    """(x - mean) / std, by channel, of pictures in [0, 1]; uint8 ones are scaled to that in the same pass.
+    """Compute (x - mean) / std by channel, for pictures in [0, 1].
 
-    >>> normalize([.5], [.25])(torch.full((1, 1, 2, 2), .75)).mean()
-    tensor(1.)
+    uint8 pictures are scaled to [0, 1] in the same pass.
+
+    Args:
+        mean: mean of each channel
+        std: standard deviation of each channel, above 0
+
+    Example:
+        >>> normalize([.5], [.25])(torch.full((1, 1, 2, 2), .75)).mean()
+        tensor(1.)
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or any(s <= 0 for s in std):
-            raise ValueError(f"mean={mean}, std={std}: expected as many of each, and standard deviations above 0.")
+            raise ValueError(f"mean={mean}, std={std}: expected equal lengths, and standard deviations above 0.")
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -293,15 +340,15 @@ class normalize:
         return torch.addcmul(-self.mean / self.std, x, 1 / (255 * self.std))
 
     def undo(self, x: Tensor) -> Tensor:
-        """Pictures in [0, 1] again."""
+        """Return the pictures in [0, 1] again."""
         return x * self.std.to(x.device) + self.mean.to(x.device)
 
 
 @final
 class per_sample(SampleTransform):
-    """A transform of one picture, such as torchvision's, applied to each of a batch with random numbers of its own.
+    """Apply a transform of one picture, such as torchvision's, to each picture of a batch, random per sample.
 
-    It draws from torch's global generator, which is seeded by (seed, epoch, sample) and put back.
+    The transform draws from torch's global generator, which is seeded by (seed, epoch, sample) and restored.
     """
 
     def __init__(self, transform: Callable[[Any], Any]) -> None:
@@ -317,11 +364,11 @@ class per_sample(SampleTransform):
 
 
 def accepted(transform: Any) -> Any:
-    """A transform as it is, torchvision's wrapped to be random per sample."""
+    """Return a transform unchanged; torchvision's are wrapped so that they are random per sample."""
     if isinstance(transform, SampleTransform):
         return transform
     if isinstance(transform, type):
-        raise TypeError(f"{transform.__name__} is a class, expected an object: write {transform.__name__}(…).")
+        raise TypeError(f"{transform.__name__} is a class, expected an instance: write {transform.__name__}(…).")
     if not callable(transform):
         raise TypeError(f"{transform!r} is {type(transform).__name__}, expected a transform: a function x -> x.")
     return per_sample(transform) if type(transform).__module__.startswith("torchvision.transforms") else transform
@@ -331,7 +378,7 @@ def accepted(transform: Any) -> Any:
 def as_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-        raise ValueError(f"{name}={value!r}: expected a whole number of pixels, or (height, width).")
+        raise ValueError(f"{name}={value!r}: expected an integer number of pixels, or (height, width).")
     return pair
 
 

@@ -1,4 +1,4 @@
-"""Data sets brought onto this machine, as folders of pictures: `folder/train/<class>/…`."""
+"""Datasets on this machine as folders of pictures: `folder/train/<class>/…`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from learnkit.vision.download import NotFound, download, verify_checksum
 from learnkit.vision.extract import ENDINGS, extract
 from learnkit.vision.lock import one_at_a_time
 
-DATA = "LEARNKIT_DATA"  # the variable that names a folder of data sets, one data set, or an archive
+DATA = "LEARNKIT_DATA"  # environment variable: a folder of datasets, one dataset, or an archive
 
 
 def untar_data(
@@ -27,27 +27,29 @@ def untar_data(
     archive: str | Path | None = None,
     checksum: str | None = None,
 ) -> Path:
-    """The folder of a data set, which is downloaded, verified and unpacked once on each machine:
-    `path/train/<class>/…`.
+    """Return the folder of a dataset; it is downloaded, verified and unpacked once per machine: `path/train/<class>/…`.
 
-    source      one of `URLs`, or the address of an archive
-    dest        folder of data sets; None: $LEARNKIT_DATA, else ~/.cache/learnkit/data
-    archive     a local one, or a folder, to be taken instead: of another format or subset too, with pictures in folders
-                of classes
-    checksum    "sha256:…" or "md5:…", for an address or a local archive
+    $LEARNKIT_DATA may also be the dataset itself, or a local archive of it. An interrupted download is resumed.
 
-    $LEARNKIT_DATA may also be the data set itself, or a local archive of it. An interrupted download goes on where it
-    was. Raises OSError where there is no network, with what to do; Damaged (of learnkit.checkpoint.files), a
-    ValueError, for what is not the file that it should be.
+    Args:
+        source: one of `URLs`, or the address of an archive
+        dest: folder of datasets; None: $LEARNKIT_DATA, else ~/.cache/learnkit/data
+        archive: a local archive or folder to use instead. It may have another format or be a subset, with pictures in
+            folders of classes
+        checksum: "sha256:…" or "md5:…", for an address or a local archive
+
+    Raises:
+        OSError: when there is no network; the message says what to do
+        Damaged: (of learnkit.checkpoint.files, a ValueError) when a file is not the expected one
     """
     if isinstance(source, str):
         source = from_address(source, checksum)
     elif checksum is not None and archive is None:
-        raise ValueError(f"checksum=… is for addresses; that of {source.name} is known.")
+        raise ValueError(f"checksum=… is for addresses, and the checksum of {source.name} is known: remove checksum=….")
     local = as_path(archive) if archive is not None else from_environment(source) if dest is None else None
     if local is not None and not local.exists():
         raise FileNotFoundError(
-            f"{local} does not exist: expected an archive ({', '.join(ENDINGS)}) or a folder, of {source.name}."
+            f"{local} does not exist: expected an archive ({', '.join(ENDINGS)}) or a folder of {source.name}."
         )
     if local is not None and local.is_dir():
         return local
@@ -70,13 +72,13 @@ def from_address(address: str, checksum: str | None) -> Archive:
 
 
 def from_environment(source: Archive) -> Path | None:
-    """What $LEARNKIT_DATA says of this data set: a folder, an archive, or nothing."""
+    """Return what $LEARNKIT_DATA has of this dataset: a folder, an archive, or None."""
     place = os.environ.get(DATA)
     if not place:
         return None
     root = as_path(place)
     if not root.exists():
-        raise FileNotFoundError(f"{DATA}={place} does not exist: expected a folder, or an archive of {source.name}.")
+        raise FileNotFoundError(f"{DATA}={place} does not exist: expected a folder or an archive of {source.name}.")
     if root.is_file() or (root / "train").is_dir():
         return root
     if (root / source.name).is_dir():
@@ -94,25 +96,25 @@ def default_root() -> Path:
 
 
 def identity(archive: Path) -> str:
-    """Of a local archive, by its place and its last change."""
+    """Return an identifier of a local archive, from its path, size and last change."""
     stat = archive.stat()
     return hashlib.sha256(f"{os.path.realpath(archive)} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
 
 
 def make(folder: Path, fill: Callable[[Path], Path]) -> None:
-    """A new folder, whole or not at all: `fill(place)` makes it below `place`, and returns where."""
+    """Create a new folder, completely or not at all: `fill(place)` creates it inside `place` and returns its path."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         made = fill(place)
-        made.chmod(0o777 & ~umask())  # mkdtemp's are nobody else's
+        made.chmod(0o777 & ~umask())  # mkdtemp's folders are private
         os.replace(made, folder)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def unpack(source: Archive, local: Path | None, checksum: str | None, root: Path, place: Path) -> Path:
-    """The data set as a folder of pictures, below `place`."""
+    """Return the dataset as a folder of pictures inside `place`."""
     raw = place / "raw"
     if local is not None:
         verify_checksum(local, checksum, local)
@@ -130,14 +132,14 @@ def unpack(source: Archive, local: Path | None, checksum: str | None, root: Path
             return from_cifar(found.parent, kind, place / "pictures")
     if any(next(raw.rglob(name), None) is not None for name in ("data_batch_1", "batches.meta")):
         raise Damaged(
-            f"{local} holds pickles, which run code when they are read. Take the binary version, "
+            f"{local} contains pickles, which run code when they are read. Use the binary version, "
             f"{URLs.CIFAR.remotes[0].file}."
         )
     return top(raw)
 
 
 def fetched(source: Archive, remote: Remote, root: Path) -> Path:
-    """A file of the data set: from the folder of data sets, where somebody put it, else downloaded."""
+    """Return a file of the dataset: from the folder of datasets if the user put it there, else downloaded."""
     if (root / remote.file).is_file():
         verify_checksum(root / remote.file, remote.checksum, root / remote.file)
         return root / remote.file
@@ -154,14 +156,14 @@ def fetched(source: Archive, remote: Remote, root: Path) -> Path:
     except NotFound as error:
         checksum = f" ({remote.checksum})" if remote.checksum else ""
         raise OSError(
-            f"{source.name} could not be downloaded: {error}. Without a network, put {remote.file}{checksum} from "
-            f"another machine into {root}; or give an archive or a folder of pictures: untar_data(…, "
+            f"{source.name} could not be downloaded: {error}. Without a network, copy {remote.file}{checksum} from "
+            f"another machine into {root}; or pass an archive or a folder of pictures: untar_data(…, "
             f"archive='/path/to/it'), or {DATA}=/path/to/it in the environment."
         ) from None
 
 
 def top(raw: Path) -> Path:
-    """The folder within that has `train`, or more than one thing."""
+    """Return the innermost folder that contains `train`, or more than one entry."""
     while True:
         inner = [path for path in raw.iterdir() if not path.name.startswith((".", "__MACOSX"))]
         if len(inner) != 1 or not inner[0].is_dir() or inner[0].name == "train":
@@ -171,7 +173,7 @@ def top(raw: Path) -> Path:
 
 # --- other formats, as folders of pictures -----------------------------------
 def from_cifar(raw: Path, kind: str, place: Path) -> Path:
-    """The binary versions of CIFAR-10 and CIFAR-100: records of one or two labels, then 3,072 bytes."""
+    """Convert the binary versions of CIFAR-10 and CIFAR-100: records of one or two labels, then 3,072 bytes."""
     ten = kind == "cifar10"
     names = (raw / ("batches.meta.txt" if ten else "fine_label_names.txt")).read_text().split()
     batches = {
@@ -185,7 +187,7 @@ def from_cifar(raw: Path, kind: str, place: Path) -> Path:
             for file in files:
                 data, size = file.read_bytes(), n_labels + 3072
                 if len(data) % size:
-                    raise Damaged(f"{file.name} has {len(data):,} bytes, which is no multiple of {size}.")
+                    raise Damaged(f"{file.name} has {len(data):,} bytes, expected a multiple of {size}.")
                 for first in range(0, len(data), size):
                     yield data[first + n_labels - 1], data[first + n_labels : first + size]
 
@@ -194,12 +196,12 @@ def from_cifar(raw: Path, kind: str, place: Path) -> Path:
 
 
 def from_idx(files: Sequence[Path], classes: Sequence[str], place: Path) -> Path:
-    """The four files of MNIST and its kin: (images, labels) for training, and for test."""
+    """Convert the four files of MNIST and similar datasets: (images, labels) for training, and for test."""
     for part, images, labels in (("train", *files[:2]), ("test", *files[2:])):
         pixels, numbers = gzip.decompress(images.read_bytes()), gzip.decompress(labels.read_bytes())[8:]
         n, height, width = (int.from_bytes(pixels[at : at + 4], "big") for at in (4, 8, 12))
         if len(pixels) != 16 + n * height * width or len(numbers) != n:
-            raise Damaged(f"{images.name} and {labels.name} do not fit.")
+            raise Damaged(f"{images.name} and {labels.name} do not match.")
         size = height * width
         records = ((numbers[i], pixels[16 + i * size : 16 + (i + 1) * size]) for i in range(n))
         write_pictures(records, place / part, classes, (height, width), n_channels=1)
@@ -217,7 +219,7 @@ def write_pictures(
     *,
     n_channels: int,
 ) -> None:
-    """PNG files, numbered in the order of the archive; `records`: (class, bytes by channel, row and column)."""
+    """Write PNG files, numbered in the order of the archive; `records`: (class, bytes by channel, row and column)."""
     from PIL import Image
 
     for name in classes:

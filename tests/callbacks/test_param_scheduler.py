@@ -130,7 +130,8 @@ def test_an_unknown_hyper_parameter_is_refused_before_the_first_step_with_those_
     model = nn.Linear(3, 2)
     before = model.weight.clone()
     with pytest.raises(
-        ValueError, match=rf"{opt_func.__name__} has no hyper-parameter '{name}' to schedule; it has .*\b{known}\b"
+        ValueError,
+        match=rf"{opt_func.__name__} has no hyper-parameter '{name}' to schedule, expected one of .*\b{known}\b",
     ):
         fit({name: constant(0.1)}, "lr", opt_func=opt_func, model=model)
     assert torch.equal(model.weight, before)

@@ -104,7 +104,7 @@ def test_each_rank_writes_its_own_rows_and_nobody_the_whole(ranks, tmp_path: Pat
     assert not any(type(torch.load(path, weights_only=True)) is not dict for path in folder.glob("*.pt"))
 
 
-@pytest.mark.filterwarnings("default:passed over a damaged checkpoint")
+@pytest.mark.filterwarnings("default:skipped a damaged checkpoint")
 def test_a_part_that_was_changed_is_found_and_the_checkpoint_before_is_taken(ranks, tmp_path: Path):
     ranks(2, lambda: begin(tmp_path / "begun"))
     [_, part] = sorted(newest(tmp_path / "begun").glob("*.safetensors"))

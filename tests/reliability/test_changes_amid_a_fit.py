@@ -70,7 +70,7 @@ def test_a_disk_that_becomes_read_only_is_an_error_and_a_resume_is_exact(expecte
 
         with pytest.raises(
             OSError,
-            match=rf"could not write {disk}/kept.*Read-only file system.*See that the folder .*may be written to",
+            match=rf"could not write {disk}/kept.*Read-only file system.*Check that the folder .*is writable",
         ) as error:
             fit(disk / "kept", Does(9, turn_read_only), async_write=asynchronous)
         assert error.value.errno == errno.EROFS
@@ -165,7 +165,7 @@ def test_damaged_checkpoints_of_this_fit_go_first_when_a_newer_one_is_durable(ke
     whole, *damaged = snapshots.all_in(Path("kept"))
     for path in damaged:
         os.truncate(path / "model.pt", 100)
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ConnectionAbortedError):
+    with pytest.warns(UserWarning, match="skipped a damaged"), pytest.raises(ConnectionAbortedError):
         fit(Path("kept"), Does(9, abort), resume=True, keep=keep)  # from step 4, to the checkpoint of step 8
     left = snapshots.all_in(Path("kept"))
     assert left[-1].name.endswith("-step-8") and left[:-1] == [whole][: keep - 1]
@@ -203,9 +203,9 @@ class Counts(Callback):
         ({"norm": nn.LayerNorm}, r"another model; 3 differences(?s:.*)0.running_mean: only the file has it"),
         (
             {"opt_func": lambda ps, lr: SGD(ps, lr=lr, momentum=0.9)},
-            "optimizer state is not one of this SGD .*same opt_func and splitter",
+            "optimizer state does not fit this SGD .*same opt_func and splitter",
         ),
-        ({"splitter": lambda net: [net[:2], net[2:]]}, "optimizer state is not one of this AdamW and these parameters"),
+        ({"splitter": lambda net: [net[:2], net[2:]]}, "optimizer state does not fit this AdamW and its parameters"),
     ],
     ids=["width", "layers", "optimizer", "groups"],
 )

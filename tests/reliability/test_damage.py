@@ -127,7 +127,7 @@ DAMAGE = (cut, cut_by_one, lengthened, empty, zeroed, html, lfs, missing, a_fold
 def test_a_file_that_is_not_what_was_written_is_refused(whole, file, damage):
     damage(whole / file)
     assert_refused(whole, file)
-    with pytest.warns(UserWarning, match=f"passed over a damaged checkpoint: .*{file}"):
+    with pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: .*{file}"):
         assert snapshots.newest_snapshot(whole.parent) is None
 
 
@@ -217,7 +217,9 @@ def test_a_manifest_of_another_shape_is_refused(whole, change):
 
 def test_a_newer_format_is_refused_with_what_to_do(whole):
     with_manifest(whole, lambda manifest: manifest.update(format=snapshots.SNAPSHOT_FORMAT + 1))
-    with pytest.raises(Damaged, match="has format 3, this version of learnkit reads up to 2: install a newer one"):
+    with pytest.raises(
+        Damaged, match="has format 3, this version of learnkit reads formats up to 2: install a newer version"
+    ):
         snapshots.read_snapshot(whole)
 
 
@@ -277,7 +279,7 @@ def test_resume_goes_on_from_the_newest_whole_one_and_says_which_was_passed_over
         torch.manual_seed(99)
         with (
             learn.no_logging(),
-            pytest.warns(UserWarning, match=f"passed over a damaged checkpoint: .*{newest.name}.*{file}") as seen,
+            pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: .*{newest.name}.*{file}") as seen,
         ):
             learn.fit_one_cycle(2, 1e-2, resume=True)
         assert len(seen) == 1 and learn.resumed is not None and f"step-{learn.resumed['step']}" in older.name
@@ -289,7 +291,7 @@ def test_when_all_are_damaged_each_is_named_and_the_fit_begins_anew():
     for path in paths:
         cut(path / "model.pt")
     learn = make_learner(Checkpoint("kept"))
-    with learn.no_logging(), pytest.warns(UserWarning, match="passed over") as seen:
+    with learn.no_logging(), pytest.warns(UserWarning, match="skipped a damaged") as seen:
         learn.fit_one_cycle(2, 1e-2, resume=True)
     assert [path.name in str(warning.message) for path, warning in zip(reversed(paths), seen, strict=True)] == [
         True

@@ -105,7 +105,7 @@ def test_several_pieces_are_verified(folder, own_cache, monkeypatch):
 def test_an_error_while_decoding_leaves_nothing_behind(folder, own_cache):
     path = folder()
     picture(1, (9, 9)).save(path / "train/dog/z.png")
-    with pytest.raises(ValueError, match="Give size="):
+    with pytest.raises(ValueError, match="Pass size="):
         load(path)
     assert not files(own_cache) and not list(own_cache.glob("*.part"))
 
@@ -136,7 +136,7 @@ def test_a_full_disk_is_said_and_the_pictures_are_decoded_into_memory(folder, tm
             UserWarning,
             match=r"could not write .*\.pixels: No space left on device. It needs about 0.8 MB; .* are decoded into "
             r"memory "
-            r"instead \(1 MB in each process\).*Give a folder with room: cache=… or LEARNKIT_CACHE",
+            r"instead \(1 MB in each process\).*Choose a folder with enough space: cache=… or LEARNKIT_CACHE",
         ):
             full = load(path, cache=disk)
         assert torch.equal(full, load(path)) and [p.suffix for p in disk.iterdir()] == [".lock"]
@@ -159,7 +159,7 @@ def test_pictures_that_do_not_fit_into_memory_are_refused_with_the_need_and_the_
     monkeypatch.setattr(pictures, "free_memory", lambda: 4000)
     with pytest.raises(
         MemoryError,
-        match=r"12 pictures of 3×8×8 take 0 MB, of 0 MB of free memory at most half may be used. Give a smaller "
+        match=r"12 pictures of 3×8×8 take 0 MB, expected at most half of the 0 MB of free memory. Pass a smaller "
         r"size=…, or a cache",
     ):
         load(folder(), cache=None)

@@ -79,9 +79,9 @@ def test_statistics_of_one_channel_suit_grey_pictures_and_wrong_ones_are_refused
         8,
     )
     grey = ImageDataBunch.from_folder(path, bs=4, n_channels=1)
-    with pytest.raises(ValueError, match="the statistics are of 3 channels, the pictures have 1"):
+    with pytest.raises(ValueError, match="the statistics have 3 channels, the pictures have 1"):
         grey.normalize(imagenet_stats)
-    with pytest.raises(ValueError, match=r"is normalized already, with .*Call normalize once"):
+    with pytest.raises(ValueError, match=r"is already normalized, with .*Call normalize only once"):
         grey.normalize(mnist_stats).normalize(mnist_stats)
 
 
@@ -148,7 +148,7 @@ def test_a_transform_that_asks_for_nothing_still_gets_the_batch(folder):
     "bad, message",
     [
         (flip_lr(), "expected a pair of lists"),
-        (([flip_lr], []), "flip_lr is a class, expected an object"),
+        (([flip_lr], []), "flip_lr is a class, expected an instance"),
         ([3], "3 is int, expected a transform"),
     ],
 )
@@ -233,7 +233,7 @@ def test_batch_transforms_and_normalize_apply_to_datasets_too():
     assert torch.equal(flipped, plain.flip(3))
     data = ImageDataBunch.from_dataset(random_dataset(), bs=6, seed=3, num_workers=0).normalize(cifar_stats)
     torch.testing.assert_close(data.denormalize(data.one_batch()[0]), plain.clamp(0, 1))
-    with pytest.raises(ValueError, match="are not held, so they cannot be measured"):
+    with pytest.raises(ValueError, match="are not in memory, so they cannot be measured"):
         ImageDataBunch.from_dataset(random_dataset(), bs=6, num_workers=0).normalize()
 
 

@@ -101,7 +101,7 @@ def test_damaged_pictures_are_left_out_with_a_warning_when_asked_for_also_from_t
     clean = ImageDataBunch.from_folder(path, bs=2).pictures["train"]
     damaged(path)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"4 of 16 pictures .*a_truncated.png.* They are left out"):
+        with pytest.warns(UserWarning, match=r"4 of 16 pictures .*a_truncated.png.* They are skipped"):
             data = ImageDataBunch.from_folder(path, on_error="skip", bs=2)
         held = data.pictures["train"]
         assert (
@@ -126,7 +126,7 @@ def test_where_all_pictures_are_damaged_none_is_left(folder):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 4 pictures of .*train can be read"):
         ImageDataBunch.from_folder(path, on_error="skip", bs=2)
-    with pytest.raises(ValueError, match=r"4 of 4 pictures .* None is left"):
+    with pytest.raises(ValueError, match=r"4 of 4 pictures .* No picture is left"):
         ImageDataBunch.from_folder(path, on_error="skip", size=8)
 
 
@@ -192,7 +192,8 @@ def test_unequal_sizes_need_a_size_and_are_resized_as_torchvision_does(folder):
     for i, (name, size) in enumerate(sizes.items()):
         picture(i, size).save(path / "train/dog" / name)
     with pytest.raises(
-        ValueError, match=r"high.png is 50×20, others are 20×20 \(height × width\). Give size=….*size=\(20, 20\)"
+        ValueError,
+        match=r"high.png is 50×20, other pictures are 20×20 \(height × width\). Pass size=….*size=\(20, 20\)",
     ):
         ImageDataBunch.from_folder(path, bs=2)
     pixels = shown(ImageDataBunch.from_folder(path, size=16, bs=2))
@@ -204,7 +205,7 @@ def test_a_validation_folder_of_another_size_is_refused_with_the_cure(folder, tm
     path = folder(n=2)
     for file in (path / "valid").rglob("*.png"):
         picture(1, (9, 8)).save(file)
-    with pytest.raises(ValueError, match=r"the pictures of valid are 9×8, those of train 8×8 .*size=\(8, 8\)"):
+    with pytest.raises(ValueError, match=r"the pictures of valid are 9×8, those of train are 8×8 .*size=\(8, 8\)"):
         ImageDataBunch.from_folder(path, bs=2)
 
 
@@ -213,19 +214,19 @@ def test_a_validation_folder_of_another_size_is_refused_with_the_cure(folder, tm
     [
         (
             lambda p: p.joinpath("train").rename(p / "training"),
-            r"there is no folder .*train: expected .* has training, valid",
+            r"the folder .*train does not exist: expected .* has training, valid",
         ),
         (
             lambda p: [f.unlink() for f in (p / "train").rglob("*.png")],
-            r"has 2 folders \(cat, dog\), but no pictures in them: expected files that end in .jpg",
+            r"has 2 folders \(cat, dog\), but they contain no pictures: expected files that end in .jpg",
         ),
         (
             lambda p: [f.unlink() for f in (p / "train").rglob("*.png")] + [d.rmdir() for d in (p / "train").iterdir()],
-            r"has no folders: expected .* It holds nothing",
+            r"has no folders: expected .* It contains nothing",
         ),
         (
             lambda p: (p / "valid/cat").rename(p / "valid/cow"),
-            r"valid has classes that the training folder has not: cow. It has cat, dog",
+            r"valid has classes that the training folder does not have: cow. Its classes are cat, dog",
         ),
     ],
 )
@@ -241,7 +242,7 @@ def test_folders_of_another_kind_say_what_was_expected(folder, spoil, message):
         ({"on_error": "ignore"}, "on_error='ignore': expected 'raise' or 'skip'"),
         ({"n_channels": 4}, "n_channels=4: expected 3"),
         ({"bs": 0}, "bs=0"),
-        ({"size": 0}, "size=0: expected a whole number"),
+        ({"size": 0}, "size=0: expected an integer number"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_read(options, message, tmp_path):

@@ -100,7 +100,7 @@ def test_plots_show_the_pictures_with_what_they_were_taken_for(learn, tmp_path):
     figure = seen.plot_top_losses(5, columns=3)
     worst = seen.top_losses(5)
     assert [ax.get_title() for ax in figure.axes[:5]] == [
-        f"{t.predicted} {t.probability:.0%}\nis {t.actual}, loss {t.loss:.2f}" for t in worst
+        f"{t.predicted} {t.probability:.0%}\nactual: {t.actual}, loss {t.loss:.2f}" for t in worst
     ]
     for ax, t in zip(figure.axes, worst, strict=False):
         torch.testing.assert_close(
@@ -134,9 +134,9 @@ def test_tta_draws_each_version_anew_and_the_same_each_time(learn):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"n": 0}, "n=0, beta=0.5: expected 1 or more versions"),
-        ({"beta": 2}, "a share of 0 to 1"),
-        ({"tfms": []}, "nothing to augment with"),
+        ({"n": 0}, "n=0, beta=0.5: expected n of 1 or more"),
+        ({"beta": 2}, "beta from 0 to 1"),
+        ({"tfms": []}, "no transforms to augment with"),
     ],
 )
 def test_tta_says_what_it_needs(learn, options, message):

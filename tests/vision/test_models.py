@@ -192,7 +192,7 @@ def test_weights_of_another_network_and_data_without_classes_are_refused(data, t
     with pytest.raises(ValueError, match=r"w\.pth does not fit AlexNet"):
         vision_learner(data, "alexnet", pretrained=tmp_path / "w.pth")
     data.classes = None
-    with pytest.raises(ValueError, match="the data names no classes: give"):
+    with pytest.raises(ValueError, match="the data has no class names: pass"):
         vision_learner(data, "squeezenet1_1", pretrained=False)
     assert isinstance(vision_learner(data, "squeezenet1_1", pretrained=False, n_out=4), Learner)
 

@@ -195,24 +195,24 @@ def test_a_transform_of_torchvision_is_random_per_sample_and_leaves_the_global_g
     "make, message",
     [
         (lambda: rand_pad(4, 32, "mirror"), r"mode='mirror': expected one of reflection, border, zeros"),
-        (lambda: rand_pad(4, 0), r"size=0: expected a whole number of pixels, or \(height, width\)"),
+        (lambda: rand_pad(4, 0), r"size=0: expected an integer number of pixels, or \(height, width\)"),
         (
             lambda: rand_pad(4, 40)[0](pictures(), draws()),
             r"pictures of 12×16 with a padding of 4 are smaller than size=\(40, 40\)",
         ),
         (
             lambda: rand_pad(12, 8)[0](pictures(), draws()),
-            r"padding=12 cannot be a reflection of pictures of 12×16: take mode='border'",
+            r"padding=12 is too large to reflect pictures of 12×16: use mode='border'",
         ),
         (lambda: flip_lr(1.5), r"p=1.5: expected a probability"),
-        (lambda: flip_lr(0.3, alternating=True), r"p=0.3 with alternating=True: every second epoch is p=0.5"),
+        (lambda: flip_lr(0.3, alternating=True), r"p=0.3 with alternating=True: expected p=0.5"),
         (lambda: cutout(0), r"length=0, n_holes=1: expected 1 or more"),
         (lambda: rotate((10.0, -10.0)), r"the range \(10.0, -10.0\) is empty"),
         (lambda: zoom((0.0, 1.0)), r"expected factors above 0"),
         (lambda: brightness(1.5), r"expected factors of 0 or more"),
         (lambda: rand_resize_crop(8, scale=(0.5, 0.1)), r"expected \(low, high\) with 0 < low <= high"),
         (lambda: normalize([0.5], [0.0]), r"standard deviations above 0"),
-        (lambda: normalize([0.5], [0.1, 0.2]), r"expected as many of each"),
+        (lambda: normalize([0.5], [0.1, 0.2]), r"expected equal lengths"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(make, message):
@@ -223,7 +223,7 @@ def test_bad_arguments_say_what_was_expected(make, message):
 @pytest.mark.parametrize(
     "what, message",
     [
-        (v2.RandomHorizontalFlip, "is a class, expected an object: write RandomHorizontalFlip"),
+        (v2.RandomHorizontalFlip, "is a class, expected an instance: write RandomHorizontalFlip"),
         (3, "3 is int, expected a transform"),
     ],
 )

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut (He et al., 2015, arXiv:1512.03385).
+    """Two 3×3 convolutions with a shortcut (He et al., 2015, arXiv:1512.03385).
 
-    >>> BasicBlock(8, 16, stride=2)(torch.rand(2, 8, 8, 8)).shape
-    torch.Size([2, 16, 4, 4])
+    Example:
+        >>> BasicBlock(8, 16, stride=2)(torch.rand(2, 8, 8, 8)).shape
+        torch.Size([2, 16, 4, 4])
     """
 
     def __init__(self, n_in: int, n_out: int, *, stride: int = 1) -> None:
@@ -29,8 +30,13 @@ class BasicBlock(nn.Module):
 
 
 def resnet18_cifar(n_classes: int = 10, *, n_in: int = 3) -> nn.Sequential:
-    """ResNet-18 for pictures of 32×32: a 3×3 convolution of stride 1 begins it, and no pooling; 11.2 million
-    parameters.
+    """Return a ResNet-18 for pictures of 32×32; 11.2 million parameters.
+
+    Its first layer is a 3×3 convolution with stride 1, without pooling.
+
+    Args:
+        n_classes: number of outputs
+        n_in: number of input channels
     """
     layers: list[nn.Module] = [nn.Conv2d(n_in, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
     n_before = 64
@@ -41,10 +47,11 @@ def resnet18_cifar(n_classes: int = 10, *, n_in: int = 3) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """x + inner(x).
+    """Compute x + inner(x).
 
-    >>> Residual(nn.Identity())(torch.ones(1))
-    tensor([2.])
+    Example:
+        >>> Residual(nn.Identity())(torch.ones(1))
+        tensor([2.])
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -56,9 +63,13 @@ class Residual(nn.Module):
 
 
 def resnet9(n_classes: int = 10, *, n_in: int = 3, width: int = 64, scale: float = 0.125) -> nn.Sequential:
-    """ResNet-9 as David Page's for fast CIFAR-10 training (DAWNBench, 2018); 6.6 million parameters at a width of 64.
+    """Return David Page's ResNet-9 for fast CIFAR-10 training (DAWNBench, 2018); 6.6 million parameters at width 64.
 
-    The widths are `width` × 1, 2, 4, 8; the scores are multiplied by `scale`.
+    Args:
+        n_classes: number of outputs
+        n_in: number of input channels
+        width: the layers have `width` × 1, 2, 4, 8 channels
+        scale: the scores are multiplied by this factor
     """
 
     def two(n: int) -> Residual:
@@ -88,10 +99,11 @@ def conv_bn(n_in: int, n_out: int, *, pool: bool = False) -> nn.Sequential:
 
 
 class Scale(nn.Module):
-    """A constant factor.
+    """Multiply by a constant factor.
 
-    >>> Scale(.5)(torch.ones(1))
-    tensor([0.5000])
+    Example:
+        >>> Scale(.5)(torch.ones(1))
+        tensor([0.5000])
     """
 
     def __init__(self, factor: float) -> None:

@@ -1,6 +1,4 @@
-"""Wide ResNets (Zagoruyko & Komodakis, 2016, arXiv:1605.07146) as fastai v1 built them: residual branches count a
-fifth.
-"""
+"""Wide ResNets (Zagoruyko & Komodakis, 2016, arXiv:1605.07146) as in fastai v1: residual branches are scaled by 0.2."""
 
 from __future__ import annotations
 
@@ -13,10 +11,11 @@ RESIDUAL = 0.2  # fastai v1's factor for the residual branch
 
 
 class WideBlock(nn.Module):
-    """Batch norm, ReLU and convolution, twice, beside a shortcut that branches off after the first activation.
+    """Batch norm, ReLU and convolution, twice, with a shortcut that starts after the first activation.
 
-    >>> WideBlock(16, 32, stride=2)(torch.rand(2, 16, 8, 8)).shape
-    torch.Size([2, 32, 4, 4])
+    Example:
+        >>> WideBlock(16, 32, stride=2)(torch.rand(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 4, 4])
     """
 
     def __init__(self, n_in: int, n_out: int, *, stride: int = 1, dropout: float = 0.0) -> None:
@@ -33,11 +32,20 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """`n_groups` groups of `n_blocks` blocks, `width` times as wide as a thin ResNet; (n, n_in, height, width) -> (n,
-    n_classes).
+    """A Wide ResNet: `(batch, n_in, height, width)` -> `(batch, n_classes)`.
 
-    >>> WideResNet(n_groups=3, n_blocks=1, width=1)(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
+    Args:
+        n_groups: number of groups of blocks
+        n_blocks: number of blocks in each group
+        n_classes: number of outputs
+        width: how many times wider than a thin ResNet
+        dropout: dropout probability in each block
+        n_start: number of channels of the first convolution
+        n_in: number of input channels
+
+    Example:
+        >>> WideResNet(n_groups=3, n_blocks=1, width=1)(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -65,12 +73,18 @@ class WideResNet(nn.Module):
 
 
 def conv(n_in: int, n_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size, initialized after He et al. (2015)."""
+    """Return a convolution without bias that keeps the size, initialized as in He et al. (2015)."""
     layer = nn.Conv2d(n_in, n_out, size, stride, size // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight)
     return layer
 
 
 def wrn_22(n_classes: int = 10, *, dropout: float = 0.0, n_in: int = 3) -> WideResNet:
-    """WRN-22-6: 22 layers, six times as wide; 9.7 million parameters at 10 classes."""
+    """Return a WRN-22-6: 22 layers, six times as wide; 9.7 million parameters with 10 classes.
+
+    Args:
+        n_classes: number of outputs
+        dropout: dropout probability in each block
+        n_in: number of input channels
+    """
     return WideResNet(n_groups=3, n_blocks=3, n_classes=n_classes, width=6, dropout=dropout, n_in=n_in)
