@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from learnkit.callbacks.mixed_precision import MixedPrecision
-from learnkit.callbacks.recorder import Trace
 from learnkit.devices.dtensor import is_shard, own_parts, whole
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.logs.trace import Trace
 
 
 class ClipGradients(Callback):
