@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.callbacks.reduce_afterwards import nothing
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.distributed.algorithms import Algorithm, Communication, put_weights
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
@@ -49,13 +47,13 @@ class Communicate(Callback):
                 f"its weights for evaluation from its state, which is not averaged. Use an algorithm that reduces "
                 f'gradients, such as "allreduce", or another optimizer.'
             )
-        ddp, reduce, leave = learn.training_model, learn.reduce_gradients, nothing
+        ddp, reduce, leave = learn.training_model, learn.reduce_gradients, lambda: None
         self.learn = learn
         if isinstance(ddp, DistributedDataParallel):  # not on a single rank, nor where no parameter is trained
             self.communication = Communication(self.algorithm, ddp, step=learn.step)
             leave = self.communication.follow(learn.opt)
             if self.algorithm.averages:
-                learn.reduce_gradients = nothing
+                learn.reduce_gradients = lambda: None
         try:
             run()
         finally:
@@ -68,7 +66,7 @@ class Communicate(Callback):
         return {} if self.learn is None or self.communication is None else self.communication.state_dict(self.learn.opt)
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.learn is None:
@@ -77,15 +75,3 @@ class Communicate(Callback):
             self.communication.load_state_dict(state, self.learn.opt)
         elif self.algorithm.averages:
             put_weights(list(self.learn.model.parameters()), state, self.learn.opt)
-
-
-def mean(states: list[Any]) -> Any:
-    """Return, for equal structures, the mean of each floating-point tensor; everything else comes from the first."""
-    first = states[0]
-    if isinstance(first, dict):
-        return {name: mean([state[name] for state in states]) for name in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(mean(list(values)) for values in zip(*states, strict=True))
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        return first
-    return torch.stack([state.double() for state in states]).mean(0).to(first.dtype)

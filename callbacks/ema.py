@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from learnkit.callbacks.communicate import mean
 from learnkit.callbacks.distributed import Distributed
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 from learnkit.optim.average import Average
@@ -79,7 +79,7 @@ class EMA(Callback):
         self.average.apply()
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "average": {} if self.average is None else self.average.state_dict()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.clip_gradients import ClipGradients
-from learnkit.callbacks.communicate import mean
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.devices.dtensor import like, own_parts
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
@@ -56,7 +56,7 @@ class Lookahead(Callback):
             torch._foreach_copy_(fast, slow)  # type: ignore[reportPrivateImportUsage]
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_steps": self.n_steps, "slow": self.slow}
