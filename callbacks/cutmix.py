@@ -7,11 +7,12 @@ import random
 import torch
 from torch import Tensor
 
-from learnkit.callbacks.mixup import first_input, losses
 from learnkit.data.order import mix
 from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.loop.loss import each_loss
+from learnkit.loop.mixing import first_input
 
 
 class CutMix(Callback):
@@ -63,7 +64,8 @@ class CutMix(Callback):
     def after_forward(self, learn: Learner) -> None:
         if learn.training:
             learn.loss = (
-                losses(learn, learn.target) * self.share + losses(learn, learn.target[self.partners]) * (1 - self.share)
+                each_loss(learn.loss_func, learn.pred, learn.target) * self.share
+                + each_loss(learn.loss_func, learn.pred, learn.target[self.partners]) * (1 - self.share)
             ).mean()
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from learnkit.data.order import mix
-from learnkit.devices.nested import describe
 from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.loop.loss import default_loss, loss_per_sample
+from learnkit.loop.loss import each_loss
+from learnkit.loop.mixing import first_input
 
 
 class MixUp(Callback):
@@ -60,22 +58,6 @@ class MixUp(Callback):
     def after_forward(self, learn: Learner) -> None:
         if learn.training:
             learn.loss = (
-                losses(learn, learn.target) * self.weights
-                + losses(learn, learn.target[self.partners]) * (1 - self.weights)
+                each_loss(learn.loss_func, learn.pred, learn.target) * self.weights
+                + each_loss(learn.loss_func, learn.pred, learn.target[self.partners]) * (1 - self.weights)
             ).mean()
-
-
-def losses(learn: Learner, target: Tensor) -> Tensor:
-    """Return the batch's losses with these targets: float (batch,)."""
-    return loss_per_sample(learn.loss_func or default_loss(learn.pred, target))(learn.pred, target)
-
-
-def first_input(learn: Learner, name: str) -> Tensor:
-    """Return the batch's first input, which must be a float tensor, with a target for each sample."""
-    x: Any = learn.inputs[0] if isinstance(learn.inputs, tuple) else None
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(learn.target, Tensor):
-        raise TypeError(
-            f"{name} expects batches (x, y) of tensors with floating-point x; this batch is "
-            f"{describe((learn.inputs, learn.target))}."
-        )
-    return x
