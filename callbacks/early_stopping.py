@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
 from learnkit.logs.monitor import Monitor
+from learnkit.logs.say import say
 
 
 class EarlyStopping(Callback):

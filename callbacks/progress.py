@@ -197,16 +197,14 @@ class Progress(Callback):
         total, n = self.reading.tolist()
         self.smooth, self.debias, self.reading = total / max(n, 1), 1.0, None
 
-
-def say(learn: Learner, text: str) -> None:
-    """Print a line between those of the epochs, on rank 0, if these are printed."""
-    shown = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.lines), None)
-    if shown is None or learn.rank != 0:
-        return
-    if shown.master is None:
-        print(text, flush=True)
-    else:
-        shown.master.write(text)
+    def say(self, text: str) -> None:
+        """Print a line between those of the epochs, if these are printed."""
+        if not self.lines:
+            return
+        if self.master is None:
+            print(text, flush=True)
+        else:
+            self.master.write(text)
 
 
 def losses_since(n: int, learn: Learner) -> Tensor:

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from learnkit.callbacks.param_scheduler import ParamScheduler
-from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.logs.monitor import Monitor
+from learnkit.logs.say import say
 from learnkit.optim.groups import as_number, set_each
 
 
