@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.callbacks.timer import wait_for_device
 from learnkit.checkpoint.files import as_path
+from learnkit.devices.accelerator import wait_for_device
 from learnkit.hooks import HOOKS, STAGES, Callback, Run, Stages, overridden
 from learnkit.learner import Learner
 

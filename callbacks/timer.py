@@ -10,6 +10,7 @@ import torch
 
 from learnkit.callbacks.recorder import Recorder
 from learnkit.data.batch import count_samples
+from learnkit.devices.accelerator import wait_for_device
 from learnkit.devices.nested import in_bytes
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
@@ -97,11 +98,6 @@ class Timer(Callback):
                 f"{row['slow_batch_ms']:8.2f}  {mfu:>6}  {memory:>11}"
             )
         return "\n".join(lines)
-
-
-def wait_for_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def reset_memory(device: torch.device) -> None:
