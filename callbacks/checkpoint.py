@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import signal
 import sys
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from learnkit.callbacks.distributed import NO_BATCH, Distributed
+from learnkit.callbacks.distributed import Distributed
 from learnkit.checkpoint.files import as_path, clean, explained_os_error
 from learnkit.checkpoint.resume import (
     begin_at,
@@ -345,7 +346,7 @@ def may_change(learn: Learner) -> bool:
     """
     if learn.ranks.apart or has_modes(learn.opt):
         return True
-    n = n_batches(learn.dl) if learn.training else NO_BATCH
+    n = n_batches(learn.dl) if learn.training else math.inf
     return n is None or learn.agreed is not None or learn.batch_index - learn.first_batch + 1 >= n
 
 
