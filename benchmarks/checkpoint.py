@@ -253,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--dir", default=None, help="on which disk; the default is that of temporary files")
+    parser.add_argument(
+        "--dir", default=None, help="folder on the disk to test; the default is the one for temporary files"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), f"n = {args.rounds} rounds", sep="\n")

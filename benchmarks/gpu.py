@@ -80,19 +80,19 @@ class Result:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", default="cuda", help="cuda, another accelerator of torch's, or twin, the stand-in of the tests"
+        "--device", default="cuda", help="cuda, another accelerator of torch, or twin, the stand-in of the tests"
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help=f"the report; the default is {REPORT.name} beside this script, on a real device alone",
+        help=f"the report; the default is {REPORT.name} next to this script, on a real device only",
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit of the whole script")
     parser.add_argument(
         "--parts", nargs="+", choices=[part.name for part in PARTS], default=[part.name for part in PARTS]
     )
     parser.add_argument("--cifar", type=Path, help="a folder with train/<class>/… and test/<class>/… of CIFAR-10")
-    parser.add_argument("--quick", action="store_true", help="sizes that show that everything runs, and nothing else")
+    parser.add_argument("--quick", action="store_true", help="small sizes, which only show that everything runs")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the part, in the process that was started for it
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
@@ -101,7 +101,7 @@ def main() -> int:
         return run_here(args)
     if args.output is None and (args.device == "twin" or args.quick):
         parser.error(
-            "--output is missing: with --device twin and with --quick the times mean nothing, and are not written to "
+            "--output is missing: with --device twin and with --quick the times mean nothing and are not written to "
             f"{REPORT.name}. Give another file."
         )
     if args.cifar is not None and not (args.cifar / "train").is_dir():

@@ -312,14 +312,14 @@ CASES = {"memory": memory, "time": timing, "ray": on_ray}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["memory", "time"])
-    parser.add_argument("--epochs", type=int, default=3, help="of Ray's case")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs in the case of Ray")
     parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--ray-of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512, help=f"of a rank's batch, a multiple of {N_TOKENS}")
+    parser.add_argument("--tokens", type=int, default=512, help=f"tokens in a rank's batch, a multiple of {N_TOKENS}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
     if args.rank_of:

@@ -329,9 +329,9 @@ def main() -> None:
         "--overlap",
         type=float,
         default=0.8,
-        help="share of the backward pass (to_fsdp: the step) behind which bytes hide",
+        help="share of the backward pass (to_fsdp: of the step) that overlaps with communication",
     )
-    parser.add_argument("--share", type=float, default=0.8, help="of a link's nominal bandwidth that is reached")
+    parser.add_argument("--share", type=float, default=0.8, help="share of a link's nominal bandwidth that is reached")
     args = parser.parse_args()
     print("\n\n".join(sections(args.overlap, args.share)))
 
