@@ -24,14 +24,9 @@ Select = Callable[[str, nn.Module], bool]
 class ActivationStats(Callback):
     """Record statistics of layer outputs in training; plot them with `plot()` and `plot_histograms()`.
 
-    Attributes to read after the fit:
-
-    - `names`: names of the recorded layers, in the model's order
-    - `stats`: float (steps, layers, 3): mean, standard deviation, share near zero
-    - `histograms`: float (steps, layers, bins): shares
-
-    Nothing is read from the device until you read one of them. On several ranks each rank records its own samples. The
-    picture of histograms over time follows the idea of Stefano Giomo's "colorful dimension", which fastai has too.
+    Nothing is read from the device until you read `stats` or `histograms`, or plot them. On several ranks each rank
+    records its own samples. The picture of histograms over time follows the idea of Stefano Giomo's "colorful
+    dimension", which fastai has too.
 
     Args:
         every: record every `every`-th step.
@@ -40,6 +35,11 @@ class ActivationStats(Callback):
         limit: the histograms show |output| from 0 to `limit`; larger outputs count in the last bin.
         bins: number of bins of a histogram.
         near_zero: outputs of a smaller magnitude count as dead.
+
+    Attributes:
+        names: names of the recorded layers, in the model's order.
+        stats: float (steps, layers, 3): mean, standard deviation, share near zero.
+        histograms: float (steps, layers, bins): shares.
 
     Raises:
         ValueError: when `every` or `bins` is not a whole number of 1 or more, when `limit` > `near_zero` >= 0 is not
@@ -126,10 +126,12 @@ class ActivationStats(Callback):
 
     @property
     def stats(self) -> Tensor:
+        """Mean, standard deviation and share near zero: float (steps, layers, 3), on the CPU; reads from the device."""
         return self.recorded[..., :3]
 
     @property
     def histograms(self) -> Tensor:
+        """Histograms of the magnitudes: float (steps, layers, bins), on the CPU; reads from the device."""
         return self.recorded[..., 3:]
 
     def plot(self) -> Figure:

@@ -19,8 +19,7 @@ from learnkit.logs.trace import Trace
 class ClipGradients(Callback):
     """Clip the gradients of every optimizer step: after accumulation and reduction, unscaled.
 
-    Give one of `max_norm`, `value` and `adaptive`; without any, max_norm=1. With `max_norm`, the attribute `norms` is
-    the list of each step's norm before clipping; only reading it reads from the device.
+    Give one of `max_norm`, `value` and `adaptive`; without any, max_norm=1.
 
     Args:
         max_norm: scale all gradients together down to this norm, where their norm is larger.
@@ -28,6 +27,9 @@ class ClipGradients(Callback):
         adaptive: scale the gradient of each unit (a row of a matrix, a filter) down to this multiple of the norm of its
             weights (Brock et al., 2021: 0.01). It applies to the last layer and to one-dimensional parameters, too.
         norm_type: the p-norm for `max_norm`: 2, 1, inf, or another number above 0.
+
+    Attributes:
+        norms: with `max_norm`, each step's norm before clipping; only reading it reads from the device.
 
     Raises:
         ValueError: when more than one of them is given, or a value is not above 0.
@@ -65,7 +67,8 @@ class ClipGradients(Callback):
 
     @property
     def norms(self) -> list[float]:
-        return self.trace.read().tolist()  # reads from the device
+        """With `max_norm`, each step's norm before clipping; reads from the device."""
+        return self.trace.read().tolist()
 
     def before_fit(self, learn: Learner) -> None:
         self.trace, self.parameters = Trace(), list(learn.model.parameters())

@@ -65,11 +65,18 @@ class EMA(Callback):
             run()
 
     def swapped(self, learn: Learner) -> AbstractContextManager[None]:
-        """Return a context manager within which the model has the average's weights; before a first fit, its own."""
+        """Return a context manager within which the model has the average's weights; before a first fit, its own.
+
+        Args:
+            learn: the Learner of the fit.
+        """
         return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights.
+
+        Args:
+            learn: the Learner of the fit.
 
         Raises:
             RuntimeError: when no fit has run with this EMA.

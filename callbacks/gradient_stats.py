@@ -23,18 +23,18 @@ NORMS = ("gradients", "weights", "updates")
 class GradientStats(Callback):
     """Record the norms of every parameter, of its gradient, and of its change in the step; plot them with `plot()`.
 
-    Attributes to read after the fit:
-
-    - `names`: names of the parameters
-    - `gradients`, `weights`, `updates`: float (steps, parameters): norms; the gradient norm of a parameter without a
-      gradient is 0
-
     The gradients are those that the optimizer uses: of all ranks, clipped, unscaled. Nothing is read from the device
-    until you read one of them. Each recorded step costs a copy of the weights. An update of about a thousandth of its
-    weight per step is usual.
+    until you read the norms or plot them. Each recorded step costs a copy of the weights. An update of about a
+    thousandth of its weight per step is usual.
 
     Args:
         every: record every `every`-th step.
+
+    Attributes:
+        names: names of the parameters.
+        gradients: float (steps, parameters): norms of the gradients; 0 for a parameter without a gradient.
+        weights: float (steps, parameters): norms of the parameters before the step.
+        updates: float (steps, parameters): norms of the changes in the step.
 
     Raises:
         ValueError: when `every` is not a whole number of 1 or more.
@@ -76,14 +76,17 @@ class GradientStats(Callback):
 
     @property
     def gradients(self) -> Tensor:
+        """Norms of the gradients: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 0]
 
     @property
     def weights(self) -> Tensor:
+        """Norms of the parameters before the step: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 1]
 
     @property
     def updates(self) -> Tensor:
+        """Norms of the changes in the step: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 2]
 
     def plot(self) -> Figure:

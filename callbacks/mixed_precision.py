@@ -25,9 +25,8 @@ SMALLEST_SCALE = 2.0**-14  # loss scale; gradients that overflow even at this on
 class MixedPrecision(Callback):
     """Compute in bfloat16 or float16, and keep the weights in float32; `to_bf16()` and `to_fp16()` add this callback.
 
-    Validation and predictions are computed in the same precision; their outputs are float32. The attribute `scales` is
-    the list of the loss scale of every attempted step, and `skips` the list of the step numbers at which a step was
-    skipped. float16 reads from the device once per step.
+    Validation and predictions are computed in the same precision; their outputs are float32. float16 reads from the
+    device once per step.
 
     Args:
         dtype: torch.bfloat16 or torch.float16. float16 scales the loss (Micikevicius et al., 2018) with
@@ -37,6 +36,10 @@ class MixedPrecision(Callback):
             (autocast, O1).
         init_scale: GradScaler's first scale.
         growth_interval: GradScaler's number of steps after which the scale doubles.
+
+    Attributes:
+        scales: the loss scale of every attempted step, with float16.
+        skips: numbers of the steps at which a step was skipped.
 
     Raises:
         ValueError: when `dtype` is another one, or `init_scale` is not above 0.

@@ -24,12 +24,12 @@ ALIKE = "Raise Skip* on all ranks, and Stop* in after_step or after_batch."
 class Recorder(Callback):
     """Record the history of the last fit. Only reading an attribute reads from the device; recording never does.
 
-    Attributes to read:
-
-    - `losses`: training loss of every optimizer step; on several ranks that of all ranks, after the end of the epoch
-    - `lrs`, `moms`: the last layer group's rate, and its momentum or first beta, in each step
-    - `metric_names`: names of the columns of `values`: train_loss, valid_loss, metrics
-    - `values`: one row per epoch; train_loss is the mean over the epoch's samples
+    Attributes:
+        losses: training loss of every optimizer step; on several ranks that of all ranks, after the end of the epoch.
+        lrs: the last layer group's rate in each step.
+        moms: the last layer group's momentum or first beta in each step.
+        metric_names: names of the columns of `values`: train_loss, valid_loss, metrics.
+        values: one row per epoch; train_loss is the mean over the epoch's samples.
 
     Example:
         >>> learn.recorder.values[-1]  # doctest: +SKIP
@@ -54,15 +54,18 @@ class Recorder(Callback):
 
     @property
     def losses(self) -> list[float]:
-        return self.trace.read().tolist()  # reads from the device
+        """Training loss of every optimizer step; reads from the device."""
+        return self.trace.read().tolist()
 
     @property
     def lrs(self) -> list[float]:
+        """The last layer group's rate in each step."""
         self.rates = read_losses(self.rates)
         return self.rates
 
     @property
     def moms(self) -> list[float]:
+        """The last layer group's momentum or first beta in each step."""
         self.momenta = read_losses(self.momenta)
         return self.momenta
 

@@ -97,11 +97,18 @@ class SWA(Callback):
         self.is_measured = True
 
     def swapped(self, learn: Learner) -> AbstractContextManager[None]:
-        """Return a context manager within which the model has the average's weights; its own while there is none."""
+        """Return a context manager within which the model has the average's weights; its own while there is none.
+
+        Args:
+            learn: the Learner of the fit.
+        """
         return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
         """Make the average the model's weights.
+
+        Args:
+            learn: the Learner of the fit.
 
         Raises:
             RuntimeError: when there is no average, because no fit with this SWA has passed its `start`.
