@@ -1,18 +1,18 @@
-"""Bytes that each `to_distributed(algorithm=…)`, and `to_fsdp`, sends per training step, against its formula; and how
-far its final loss is from all-reduce's.
+"""Bytes that each `to_distributed(algorithm=…)`, and `to_fsdp`, sends per training step, compared with its formula; and
+the difference of its final loss from all-reduce's.
 
     python benchmarks/algorithms.py [--only bytes losses] [--ranks 2 3 4] [--seeds 5]
 
-bytes       what arrives over the connections between the ranks (gloo's), as the kernel counts it for each (TCP_INFO:
-            payloads, without headers); of two fits of different length the difference, so that validation, barriers and
-            what comes before the first step are left out. The store has other connections. `2 x 2` are four ranks as
-            two machines of two: of these also the bytes between machines. Goal: within 5 % of benchmarks/wire.py's
-            formula
+bytes       what arrives over the (gloo) connections between the ranks, as the kernel counts it for each connection
+            (TCP_INFO: payloads, without headers); the difference between two fits of different lengths, to exclude
+            validation, barriers and everything before the first step. The store has other connections. `2 x 2` is four
+            ranks as two machines of two, also with the bytes between machines. Goal: within 5 % of the formula in
+            benchmarks/wire.py
 losses      scikit-learn's digits, a perceptron of 64, 128 and 10, batches of 64 over all ranks, SGD with momentum, one
             cycle to 0.2 over 6 epochs (138 steps); the loss on 360 images at the end, and the mean over the seeds of
             its difference from all-reduce's with the same seed. Goal: the mean within BOUNDS
 
-Ends with exit code 1 where a goal is not reached.
+The exit code is 1 when a goal is not reached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo  # optimizers import it; ranks are forked from here, and need not import it each: 2 s
+import torch._dynamo  # optimizers import it; the forked ranks then need not, which takes 2 s each
 from connections import to_ranks
 from measure import machine
 from torch import nn
@@ -76,7 +76,7 @@ def spread(learn: Learner, word: str, options: dict[str, Any]) -> Learner:
 
 
 def traffic(word: str, m: int) -> tuple[float, float]:
-    """(bytes of all ranks, bytes between machines of `m` ranks) per step."""
+    """Return (bytes of all ranks, bytes between machines of `m` ranks) per step."""
     os.environ["LOCAL_WORLD_SIZE"] = str(m)
     counts = [count_of_fit(word, n) for n in (N_STEPS, 2 * N_STEPS)]
     added = counts[1] - counts[0]
@@ -99,7 +99,7 @@ def count_of_fit(word: str, n_steps: int) -> Counter[tuple[int, int]]:
 
 
 def between_ranks() -> Counter[tuple[int, int]]:
-    """(sender, receiver) -> bytes that have arrived so far."""
+    """Return {(sender, receiver): bytes that have arrived so far}."""
     barrier()
     ends: list[dict[str, int]] = gather_objects({ends: counts.received for ends, counts in to_ranks().items()})
     owners = {end: rank for rank, own in enumerate(ends) for end in own}

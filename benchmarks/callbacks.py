@@ -1,9 +1,10 @@
-"""One epoch of epoch.py's small convolutional net with ten callbacks more, against the same fit without them and the
-loop by hand.
+"""One epoch of epoch.py's small convolutional net with ten additional callbacks, compared with the same fit without
+them and with a hand-written loop.
 
     python benchmarks/callbacks.py [--rounds 11] [--images 12800]
 
-Printed: ratios round by round, as median and middle half, of CPU time and of time. Goal: 1.03 × the loop by hand.
+Prints the ratios round by round, as median and middle half, of CPU time and of wall time. Goal: 1.03 × the hand-written
+loop.
 """
 
 from __future__ import annotations

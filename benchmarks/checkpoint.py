@@ -1,12 +1,12 @@
 # pyright: reportPrivateImportUsage=false
-"""What checkpoints cost: writing one, against torch.save of the same state; training beside one that is written; going
-on from one.
+"""The cost of checkpoints: writing one, compared with torch.save of the same state; training while one is written;
+resuming from one.
 
     python benchmarks/checkpoint.py [--rounds 11] [--megabytes 10 100] [--dir FOLDER]
 
 Goals: a checkpoint (hashed, on the disk, in place by a rename) takes at most 1.3 × torch.save of the same state that is
-also flushed to the disk; with async_write training waits at most 5 % of that; going on at step 10,000 of an epoch takes
-as long as at step 1; what a step costs to be stopped by another rank is at most 1 % of a step of the small CNN.
+also flushed to the disk; with async_write training waits at most 5 % of that; resuming at step 10,000 of an epoch takes
+as long as at step 1; the part of a step that lets another rank stop it costs at most 1 % of a step of the small CNN.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from learnkit.distributed.stop import StopTogether
 
 
 def state_of(megabytes: int) -> dict[str, Any]:
-    """As many float32 in layers of 4 MB, and two moments for each, as AdamW keeps them."""
+    """Return a state of so many megabytes: float32 layers of 4 MB, and two moments for each, as AdamW has them."""
     layers = {f"layers.{i}.weight": torch.randn(1024, 1024) for i in range(max(1, megabytes // 12))}
     moments = {
         i: {"step": torch.tensor(10.0), "exp_avg": torch.randn(1024, 1024), "exp_avg_sq": torch.rand(1024, 1024)}
@@ -59,7 +59,9 @@ def plain(state: dict[str, Any], path: Path, *, durable: bool, remove: bool = Tr
 
 
 def writing(folder: Path, megabytes: int, rounds: int) -> None:
-    """Each writes new files and removes them, as a fit removes its oldest checkpoint: both are in the time."""
+    """Compare the ways to write. Each writes new files and removes them, as a fit removes its oldest checkpoint: the
+    time includes both.
+    """
     state, serial = state_of(megabytes), iter(range(10**6))
 
     def ours() -> None:
@@ -68,8 +70,8 @@ def writing(folder: Path, megabytes: int, rounds: int) -> None:
     bases = {
         "torch.save, flushed": lambda: plain(state, folder / "a.pt", durable=True),
         "torch.save": lambda: plain(state, folder / "a.pt", durable=False),
-        # frees the memory of the file before just before it needs it again, which a machine that gives free memory back
-        # rewards
+        # Frees the memory of the last file right before it needs it again, which is faster on a machine that returns
+        # free memory to its host.
         "torch.save, flushed, over the last": lambda: plain(state, folder / "b.pt", durable=True, remove=False),
     }
     seconds = interleave({"ours": ours, **bases}, rounds, time.perf_counter)
@@ -79,7 +81,7 @@ def writing(folder: Path, megabytes: int, rounds: int) -> None:
 
 
 def beside(folder: Path, rounds: int) -> None:
-    """How long training waits for a save, in the thread that trains: the hooks that save and that wait for the copy."""
+    """Measure how long the training thread waits for a save: in the hooks that save and that wait for the copy."""
     width, x, y = 1400, torch.randn(64, 1400), torch.randn(64, 1400)
     waited: dict[str, list[float]] = {"at once": [], "async_write": []}
 
@@ -98,13 +100,13 @@ def beside(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         for name, values in waited.items():
             values.append(0.0)
-            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))  # with AdamW's moments 141 MB
+            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))  # 141 MB with AdamW's moments
             keeper = Timed(
                 folder / name, every_n_steps=8, every_n_epochs=None, async_write=name == "async_write", keep=1
             )
             learn = Learner(
                 ([(x, y)] * 42, None), model, callbacks=[keeper]
-            )  # five saves; the fit's last one is not counted
+            )  # five saves; the last one of the fit is not measured
             with learn.no_logging():
                 learn.fit(1)
     print(f"waiting with async_write / without  {spread(ratios(waited, 'async_write', 'at once'))}")
@@ -112,7 +114,7 @@ def beside(folder: Path, rounds: int) -> None:
 
 
 class Span(Callback):
-    """Seconds of a training pass, whose steps each last `pace` seconds longer than the work of the device."""
+    """Measure the seconds of a training pass in which each step lasts `pace` seconds longer than the device's work."""
 
     order = 10_000
 
@@ -129,7 +131,7 @@ class Span(Callback):
 
 
 class SaveByHand(Callback):
-    """What a loop by hand does: torch.save of both states, flushed to the disk."""
+    """Save as a hand-written loop does: torch.save of both states, flushed to the disk."""
 
     order = Checkpoint.order
 
@@ -145,12 +147,12 @@ class SaveByHand(Callback):
 def stalls(
     folder: Path, megabytes: int, rounds: int, device: torch.device, *, every: int = 8, n_saves: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds that a training pass on a device waits for one save of so many megabytes: a pass with saves, less one
-    without. The steps between two saves last twice as long as writing by hand does, so that a save in the background is
-    over when the next one is due.
+    """Return the seconds that a training pass on a device waits for one save of so many megabytes: a pass with saves
+    minus a pass without. The steps between two saves last twice as long as a save by hand, so that a save in the
+    background has finished when the next one begins.
     """
     layers, x = max(1, megabytes // 12), torch.randn(8, 1024, device=device)  # 4 MB each, and two moments for each
-    data = [(x, x)] * (every * n_saves + every // 2)  # what waits for the last copy is in it, too
+    data = [(x, x)] * (every * n_saves + every // 2)  # long enough to include the wait for the last copy
 
     def train(pace: float, *keepers: Callback) -> float:
         torch.manual_seed(0)
@@ -182,7 +184,7 @@ def stalls(
 
 
 class Leave(Callback):
-    """Leaves a fit after the batch that did a step, or before the first one, as if the process had been killed."""
+    """Leave a fit after the batch of a step, or before the first batch, as if the process had been killed."""
 
     order = Checkpoint.order - 10
 
@@ -222,8 +224,8 @@ def going_on(folder: Path, rounds: int) -> None:
 
 
 def flag(rounds: int) -> None:
-    """What each step costs so that a rank can stop all: StopTogether.passed, beside a step of the small CNN of
-    epoch.py.
+    """Measure the cost per step that lets a rank stop all ranks, StopTogether.passed, relative to a step of the small
+    CNN of epoch.py.
     """
     stops, model, x, y = (
         StopTogether(dist.HashStore(), 0, 2),
@@ -251,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--dir", default=None, help="on which disk; the default is that of temporary files")
+    parser.add_argument(
+        "--dir", default=None, help="folder on the disk to test; the default is the one for temporary files"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), f"n = {args.rounds} rounds", sep="\n")

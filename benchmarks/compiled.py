@@ -1,9 +1,9 @@
 """A convolutional net with batch norm on 3×32×32 images, batch 64, plain and with `compile()`, `to_channels_last()` and
-`to_bf16()`, against the eager loop by hand.
+`to_bf16()`, compared with a hand-written eager loop.
 
     python benchmarks/compiled.py [--rounds 9] [--steps 20] [--clock cpu] [--device cuda]
 
-Printed: ratios round by round, as median and middle half; compiling itself is done before the first round. Goal:
+Prints the ratios round by round, as median and middle half; compilation takes place before the first round. Goal:
 compiled and channels last below 1 × the eager bare loop. The batches are on the device from the start.
 """
 
@@ -62,7 +62,7 @@ def on_device(data: Batches, device: torch.device) -> Batches:
 def hand(
     data: Batches, device: torch.device = CPU, *, make: Callable[[], nn.Module] = net, half: torch.dtype | None = None
 ) -> Callable[[], None]:
-    """One epoch of the loop by hand. `half`: by autocast, float16 with a scaled loss."""
+    """Return one epoch of the hand-written loop. `half`: use autocast, and for float16 a scaled loss."""
     model, data = make().to(device).train(), on_device(data, device)
     opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, fused=True)
     autocast: Any = nullcontext() if half is None else torch.autocast(device.type, half)  # type: ignore[reportPrivateImportUsage]
@@ -92,7 +92,7 @@ def hand(
 def ours(
     data: Batches, *words: str, device: torch.device = CPU, make: Callable[[], nn.Module] = net, **options: Any
 ) -> Callable[[], None]:
-    """One epoch of a bare Learner; `options` are those of `compile()`."""
+    """Return one epoch of a bare Learner; `options` are those of `compile()`."""
     opt_func = partial(torch.optim.SGD, momentum=0.9)
     learn = Learner(
         DataBunch(on_device(data, device)), make(), loss_func=F.cross_entropy, opt_func=opt_func, wd=0.0, device=device

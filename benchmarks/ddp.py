@@ -1,23 +1,24 @@
-"""Two ranks of one thread each, or of a device each where there are accelerators: `learn.to_distributed()` against a
-DistributedDataParallel loop written by hand.
+"""`learn.to_distributed()` compared with a hand-written DistributedDataParallel loop, on two ranks of one thread each,
+or of one device each if there are accelerators.
 
-    python benchmarks/ddp.py [--rounds 11] [--images 12800] [--epochs 2] [--clock wall] [--cases "no extras" default
-    sync_bn]
+    python benchmarks/ddp.py [--rounds 11] [--images 12800] [--epochs 2] [--clock wall]
+                             [--cases "no extras" default sync_bn]
 
-no extras   the loop alone, with one cycle
-default     a bar, the losses kept, accuracy, validation on shards; also with `from_tensors` in the place of DataLoaders
-sync_bn     the same, of a net with batch normalization over both ranks; by hand with
-            `learnkit.distributed.sync_batchnorm`. When asked for: its time is that of the normalization
+no extras   only the loop, with one cycle
+default     a bar, the recorded losses, accuracy, validation on shards; also with `from_tensors` instead of DataLoaders
+sync_bn     the same with a net with batch normalization over both ranks; by hand with
+            `learnkit.distributed.sync_batchnorm`. Only on request: most of its time is the normalization
 
-The small net and the images of epoch.py, 64 a rank and a batch. Both sides see the same batches: losses, accuracy and,
-in the end, all weights must agree to 1e-6 (on devices, whose sums have no fixed order, to 1e-2), or this fails. By hand
-the model is wrapped once for all fits, by learnkit at each: what that and all else costs that is done once a fit is
-shown by fits of 5 steps, in milliseconds.
+It uses the small net and the images of epoch.py, 64 per rank and batch. Both sides get the same batches: losses,
+accuracy and, at the end, all weights must agree to 1e-6 (on devices, whose sums have no fixed order, to 1e-2), or the
+script fails. By hand the model is wrapped once for all fits, by learnkit for each fit. Fits of 5 steps show, in
+milliseconds, the cost of this and of everything else that is done once per fit.
 
-Printed: the ratio of times round by round, from all ranks ready to all ranks done, as median and middle half (`--clock
-cpu`: rank 0's CPU time, steadier on a busy machine, but blind to waiting). And counted: the collectives of either side,
-DDP's own among them, and the reads of numbers from the device: by one training step more, by the bar in such a step,
-and by the rest of a fit. Goals: 1.03 × the time, as many collectives a step, no read.
+Prints the ratio of times round by round, from all ranks ready to all ranks done, as median and middle half (`--clock
+cpu`: rank 0's CPU time, which varies less on a busy machine, but does not include waiting). It also counts the
+collectives of both sides, including DDP's own, and the reads of numbers from the device: for one additional training
+step, for the bar in such a step, and for the rest of a fit. Goals: 1.03 × the time, as many collectives per step, no
+read.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ GLOBAL_BATCH = BATCH * N_RANKS
 N_SHORT = 5  # steps of a short fit
 Fit = Callable[
     [], list[float]
-]  # goes on where the last one ended; returns its last train_loss, valid_loss and accuracy, over all ranks
-Way = Callable[[int, int, int], tuple[nn.Module, Fit]]  # of (training images, validation images, epochs)
+]  # continues after the last fit; returns the last train_loss, valid_loss and accuracy, over all ranks
+Way = Callable[[int, int, int], tuple[nn.Module, Fit]]  # arguments: (training images, validation images, epochs)
 
 
 def net(*, norm: bool) -> nn.Module:
-    """That of epoch.py; with `norm`, batch normalization after each of its convolutions."""
+    """Return the net of epoch.py; with `norm`, with batch normalization after each of its convolutions."""
     plain = cnn()
     if not norm:
         return plain
@@ -73,8 +74,8 @@ def net(*, norm: bool) -> nn.Module:
 
 
 class Share(Sampler[int]):
-    """What torch's DistributedSampler does, by learnkit's rule, so that both sides see the same batches: an epoch's
-    order from a seed, and of each global batch this rank's contiguous part.
+    """A DistributedSampler with learnkit's rule, so that both sides get the same batches: the order of an epoch comes
+    from a seed, and each rank gets a contiguous part of each global batch.
     """
 
     def __init__(self, n: int, *, shuffle: bool) -> None:
@@ -96,7 +97,7 @@ def shard(n: int, *, shuffle: bool) -> DataLoader[Any]:
 
 
 def one_cycle(opt: torch.optim.Optimizer, n_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """torch's, with its peak at the same step as learnkit's."""
+    """Return torch's OneCycleLR, with its peak at the same step as learnkit's."""
     return torch.optim.lr_scheduler.OneCycleLR(
         opt, LR, total_steps=n_steps, pct_start=(int(n_steps * 0.3) + 1) / n_steps
     )
@@ -208,19 +209,19 @@ CASES: dict[str, dict[str, Way]] = {
 
 @dataclass
 class Side:
-    """What one rank found out about one way."""
+    """The results of one rank for one way."""
 
     seconds: list[float]  # of each round's fit
     short: list[float]  # of each round's fit of N_SHORT steps
-    results: list[list[float]]  # of each fit: what Fit returns
-    weights: Tensor  # after all of them
-    per_step: Counter[str]  # collectives and reads of the device by one training step more
-    once: Counter[str]  # and by the rest of a fit
-    tolerance: float  # of the difference between the two ways
+    results: list[list[float]]  # what each fit returns, see Fit
+    weights: Tensor  # after all fits
+    per_step: Counter[str]  # collectives and reads from the device for one additional training step
+    once: Counter[str]  # the same for the rest of a fit
+    tolerance: float  # largest allowed difference between the two ways
 
 
 def run_case(case: str, args: argparse.Namespace) -> dict[str, Side]:
-    """On each rank: every way of a case, interleaved."""
+    """Run every way of a case, interleaved; this runs on each rank."""
     init_process_group()
     torch.set_num_threads(1)
 
@@ -230,7 +231,7 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, Side]:
 
     def clock() -> float:
         finish(device)
-        dist.barrier()  # all are ready, or done
+        dist.barrier()  # all ranks are ready, or done
         return {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]()
 
     with redirect_stdout(Terminal()), redirect_stderr(Terminal()):
@@ -262,7 +263,7 @@ def keep_result(fit: Fit, results: list[list[float]]) -> None:
 
 
 def traffic_of(way: Way, few: int = 5, many: int = 25) -> tuple[Counter[str], Counter[str]]:
-    """(of one training step more, of the rest of a fit of one epoch), in numbers of collectives and reads."""
+    """Return the numbers of collectives and reads of (one additional training step, the rest of a fit of one epoch)."""
     counts = []
     for n_steps in (few, many):
         _, fit = way(n_steps * GLOBAL_BATCH, GLOBAL_BATCH, 1)
@@ -275,12 +276,12 @@ def traffic_of(way: Way, few: int = 5, many: int = 25) -> tuple[Counter[str], Co
 
 
 def collectives(counts: Counter[str], of: str = "") -> float:
-    """How many: of the bar (`of="bar: "`), else of all others."""
+    """Return the number of collectives: of the bar (`of="bar: "`), or else of all others."""
     return sum(n for name, n in counts.items() if not name.endswith("read") and name.startswith("bar: ") == bool(of))
 
 
 def difference(side: Side, hand: Side) -> float:
-    """The largest between the two sides' results and weights."""
+    """Return the largest difference between the results and weights of the two sides."""
     pairs = [
         (a, b)
         for ours, theirs in zip(side.results, hand.results, strict=True)

@@ -1,11 +1,11 @@
-"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, against a loop
-by hand.
+"""One epoch of a small convolutional net on 28×28 images, batch 128, one cycle, accuracy and validation, compared with
+a hand-written loop.
 
     python benchmarks/epoch.py [--rounds 11] [--images 12800] [--device cuda]
 
-Printed: time ratios round by round, as median and middle half, on the same DataLoader and with `from_tensors`; and the
-peak memory of fresh processes. Goals: 1.02 × on the same DataLoader, below 1 × with from_tensors, 15 MB over the hand
-loop's peak.
+Prints the time ratios round by round, as median and middle half, with the same DataLoader and with `from_tensors`, and
+the peak memory of new processes. Goals: 1.02 × with the same DataLoader, below 1 × with from_tensors, 15 MB over the
+hand-written loop's peak.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Terminal(io.StringIO):
 
 
 def images(n: int) -> tuple[Tensor, Tensor]:
-    """Class prototypes and noise: float (n, 1, 28, 28), int64 (n,)."""
+    """Return class prototypes with noise, and the classes: float (n, 1, 28, 28), int64 (n,)."""
     generator = torch.Generator().manual_seed(7)
     y = torch.randint(10, (n,), generator=generator)
     return torch.randn(10, 1, 28, 28, generator=generator)[y] + torch.randn(n, 1, 28, 28, generator=generator), y
@@ -102,7 +102,7 @@ def hand(n: int, device: torch.device = CPU) -> Callable[[], None]:
 
 
 def ours(n: int, device: torch.device = CPU, *words: str, tensors: bool, **options: Any) -> Callable[[], None]:
-    """`words`: of the Learner, such as "to_bf16"; `options` are those of `compile()`."""
+    """`words` are methods of the Learner, such as "to_bf16"; `options` are those of `compile()`."""
     from learnkit import DataBunch, Learner, accuracy
 
     data = (
@@ -129,7 +129,7 @@ WAYS: dict[str, Callable[..., Callable[[], None]]] = {
 
 
 def peak_mb(name: str, n: int) -> float:
-    """Peak memory of a fresh process that runs one epoch."""
+    """Return the peak memory of a new process that runs one epoch."""
     command = [sys.executable, __file__, "--images", str(n), "--one", name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -1,15 +1,16 @@
-"""Everything that only a GPU can show, within ten minutes on one: tests/test_cuda.py, where the host waits, and what
-learnkit costs there.
+"""Everything that only a GPU can show, within ten minutes on one GPU: tests/test_cuda.py, where the host waits, and the
+cost of learnkit.
 
     make gpu                                    writes benchmarks/gpu.md
     python benchmarks/gpu.py [--device cuda] [--output FILE] [--minutes 10] [--parts step epoch] [--cifar FOLDER]
-    [--quick] python benchmarks/gpu.py --device twin --output FILE --quick        on the stand-in accelerator of the
-    tests: does the script run?
+                             [--quick]
+    python benchmarks/gpu.py --device twin --output FILE --quick
+                                                checks that the script runs, on the stand-in accelerator of the tests
 
-Each part is a process of its own with its own time limit; what it has found by then is kept. A part that fails is
-reported with its last lines, and the rest runs all the same; the exit code is then 1. Where the minutes are used up,
-the parts that are left are skipped by name. Times on the stand-in mean nothing. Nothing is downloaded: without CIFAR-10
-on this machine its speed run takes generated pictures.
+Each part runs in its own process with its own time limit; the figures that it has found by then are kept. A part that
+fails is reported with its last lines, and the other parts still run; the exit code is then 1. When the minutes are used
+up, the report names the remaining parts as skipped. Times on the stand-in mean nothing. Nothing is downloaded: without
+CIFAR-10 on this machine its speed run uses generated pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "gpu.md"
-AT_LEAST = 10.0  # seconds that have to be left for a part to begin: importing torch takes half of them
+AT_LEAST = 10.0  # seconds that must be left to start a part: importing torch takes half of them
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Part:
     n_devices: int = 1
 
 
-PARTS = (  # what matters most comes first
+PARTS = (  # the most important first
     Part("tests", "tests/test_cuda.py", 270),
     Part("tests of two", "tests/test_cuda.py, with two devices", 240, needs_cuda=True, n_devices=2),
     Part("two devices", "Two devices: NCCL, each algorithm, to_fsdp", 150, n_devices=2),
@@ -63,7 +64,7 @@ PARTS = (  # what matters most comes first
 
 @dataclass
 class Result:
-    """What came of a part: its figures, and why it did not run, or did not run well."""
+    """The result of a part: its figures, and the reason if it was skipped or failed."""
 
     part: Part
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -79,20 +80,20 @@ class Result:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", default="cuda", help="cuda, another accelerator of torch's, or twin, the stand-in of the tests"
+        "--device", default="cuda", help="cuda, another accelerator of torch, or twin, the stand-in of the tests"
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help=f"the report; the default is {REPORT.name} beside this script, on a real device alone",
+        help=f"the report; the default is {REPORT.name} next to this script, on a real device only",
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit of the whole script")
     parser.add_argument(
         "--parts", nargs="+", choices=[part.name for part in PARTS], default=[part.name for part in PARTS]
     )
     parser.add_argument("--cifar", type=Path, help="a folder with train/<class>/… and test/<class>/… of CIFAR-10")
-    parser.add_argument("--quick", action="store_true", help="sizes that show that everything runs, and nothing else")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a part, in the process that was started for it
+    parser.add_argument("--quick", action="store_true", help="small sizes, which only show that everything runs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the part, in the process that was started for it
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -100,7 +101,7 @@ def main() -> int:
         return run_here(args)
     if args.output is None and (args.device == "twin" or args.quick):
         parser.error(
-            "--output is missing: with --device twin and with --quick the times mean nothing, and are not written to "
+            "--output is missing: with --device twin and with --quick the times mean nothing and are not written to "
             f"{REPORT.name}. Give another file."
         )
     if args.cifar is not None and not (args.cifar / "train").is_dir():
@@ -141,7 +142,7 @@ def result_of(part: Part, args: argparse.Namespace, facts: dict[str, Any], left:
 
 
 def run_part(part: Part, args: argparse.Namespace, left: float) -> Result:
-    """In a process, which is ended with all that it started when its time is over."""
+    """Run a part in a process, which is killed with all processes that it started when its time is over."""
     limit = min(part.limit, left)
     with tempfile.TemporaryDirectory(prefix="learnkit-gpu-") as folder:
         lines, log = Path(folder, "lines"), Path(folder, "log")
@@ -189,8 +190,8 @@ def run_part(part: Part, args: argparse.Namespace, left: float) -> Result:
 
 
 def environment() -> dict[str, str]:
-    """What each process begins with. cuBLAS reads its variable, which deterministic sums need, when it is first
-    used.
+    """Return the environment of each process. cuBLAS reads its variable, which deterministic sums need, at its first
+    use.
     """
     path = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
     return {
@@ -202,7 +203,7 @@ def environment() -> dict[str, str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """The process and all of its session."""
+    """Kill the process and all others in its session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -276,7 +277,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """After each part: a report of what was done is there, whatever ends this process."""
+    """Write the report, after each part, so that it is there whatever ends this process."""
     path.write_text(text)
 
 

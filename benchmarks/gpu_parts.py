@@ -1,6 +1,6 @@
 # pyright: reportPrivateImportUsage=false
-"""The parts of gpu.py: each is a function of a `Run`, in a process of its own, that hands its figures over as it finds
-them.
+"""The parts of gpu.py: each is a function of a `Run`, runs in its own process, and writes each figure as soon as it has
+it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ MB = 2**20
 
 
 class Run:
-    """What a part is given, and what it hands over: a line of JSON for each figure, so that those of a part that is
-    ended are kept.
+    """The arguments of a part and its output: a line of JSON for each figure, so that the figures of a killed part are
+    kept.
 
-    limit   seconds after which the part is ended
-    cifar   a folder of CIFAR-10's pictures; None: what is on this machine, else pictures that are generated
+    Args:
+        limit: seconds after which the part is killed.
+        cifar: a folder of CIFAR-10's pictures. None: CIFAR-10 if it is on this machine, or else generated pictures.
     """
 
     def __init__(self, name: str, lines: Path, *, quick: bool, limit: float, cifar: Path | None) -> None:
@@ -60,20 +61,20 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def figure(self, name: str, values: Iterable[float], unit: str = "", digits: int = 2, note: str = "") -> None:
-        """One figure: its values in all rounds, of which the report has the median and the middle half."""
+        """Write one figure: its values in all rounds; the report shows the median and the middle half."""
         self.write(figure=name, values=list(values), unit=unit, digits=digits, note=note)
 
     def skip(self, name: str, why: str) -> None:
         self.write(figure=name, skipped=why)
 
     def fail(self, name: str, why: str) -> None:
-        """Something is wrong, and the rest of the part is done all the same."""
+        """Write a failure; the rest of the part still runs."""
         self.write(figure=name, failed=why)
 
 
 # --- the machine -------------------------------------------------------------
 def machine(run: Run) -> None:
-    """Not a part: what the report says of device and versions."""
+    """Write the device and versions for the report; this is not a part."""
     device, cuda = run.device, run.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, no GPU"
     run.write(
@@ -88,9 +89,7 @@ def machine(run: Run) -> None:
 
 # --- tests/test_cuda.py ------------------------------------------------------
 class Outcomes:
-    """A plugin of pytest that chooses the tests that need two devices, or the others, and hands over what fails, when
-    it fails.
-    """
+    """A pytest plugin that selects the tests that need two devices, or the others, and writes each failure at once."""
 
     def __init__(self, run: Run, *, two: bool) -> None:
         self.run, self.two, self.passed, self.skipped = run, two, 0, Counter[str]()
@@ -115,7 +114,7 @@ def cuda_tests(run: Run, *, two: bool = False) -> None:
     import pytest
 
     found, file = Outcomes(run, two=two), ROOT / "tests" / "test_cuda.py"
-    # A test that hangs ends the part, after its stack was shown.
+    # A test that hangs ends the part, after its stack was printed.
     code = pytest.main(
         [str(file), f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=90"],
         plugins=[found],
@@ -129,7 +128,7 @@ def cuda_tests(run: Run, *, two: bool = False) -> None:
 
 # --- where the host waits ----------------------------------------------------
 def place_of(frame: FrameType | None) -> str:
-    """The innermost line of learnkit's, else of anybody's."""
+    """Return the innermost line in learnkit, or else the innermost line."""
     first = frame
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -141,7 +140,7 @@ def place_of(frame: FrameType | None) -> str:
 
 @contextmanager
 def waits_of(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts, by place, where the host waits for the device."""
+    """Count, by place in the source, how often the host waits for the device."""
     places: Counter[str] = Counter()
     if device.type != "cuda":
         with stand_in().waits() as found:
@@ -167,8 +166,8 @@ def waits_of(device: torch.device) -> Iterator[Counter[str]]:
 
 
 def waits(run: Run) -> None:
-    """By differences between fits of different lengths: what a training step more, a validation batch more, and an
-    epoch more add.
+    """Measure, by differences between fits of different lengths, what an additional training step, validation batch and
+    epoch add.
     """
     few, many = (2, 6) if run.quick else (20, 60)
     for half in HALVES:
@@ -199,8 +198,8 @@ def report_waits(run: Run, name: str, base: Counter[str], more: Counter[str], n:
 
 
 def fit_of(device: torch.device, half: str, loader: str, n_train: int, n_valid: int) -> Callable[[int], None]:
-    """A fit of so many epochs, with bar, recorder, schedule, metric and validation, of the small net of compiled.py,
-    batches of 8.
+    """Return a fit of n epochs, with bar, recorder, schedule, metric and validation, of the small net of compiled.py
+    with batches of 8.
     """
     x, y = torch.randn(8 * max(n_train, n_valid), 3, 8, 8), torch.randint(10, (8 * max(n_train, n_valid),))
     train, valid = (x[: 8 * n_train], y[: 8 * n_train]), (x[: 8 * n_valid], y[: 8 * n_valid])
@@ -222,9 +221,7 @@ def fit_of(device: torch.device, half: str, loader: str, n_train: int, n_valid: 
 
 # --- a step ------------------------------------------------------------------
 def step(run: Run) -> None:
-    """A bare step of learnkit's and the same by hand, in a model that the host bounds and in one that the device
-    bounds.
-    """
+    """Compare a bare step of learnkit with a hand-written one, for a host-bound model and for a device-bound one."""
     from learnkit.vision.models.resnet import resnet18_cifar
 
     rounds, n_small, n_large, size = (2, 4, 2, 2) if run.quick else (9, 300, 20, 128)
@@ -254,8 +251,8 @@ def step(run: Run) -> None:
 
 
 def issue_share(fit: Callable[[], None], device: torch.device) -> float:
-    """Seconds until the host has started all work, by those until the device is done: near 1 where the host is what
-    takes the time.
+    """Return the time until the host has started all work, divided by the time until the device has done it: near 1 if
+    the host is the bottleneck.
     """
     finish(device)
     start = time.perf_counter()
@@ -276,7 +273,7 @@ def whole_epoch(run: Run) -> None:
 
 
 def compile_model(run: Run) -> None:
-    """Eager, compiled, and compiled with CUDA graphs: a step, an epoch, and what compiling takes."""
+    """Compare eager, compiled, and compiled with CUDA graphs: a step, an epoch, and the time of compilation."""
     rounds, n, n_steps = (2, 256, 3) if run.quick else (7, 25_600, 40)
     clock = clock_of(run.device)
     data, modes = compiled.batches(n_steps), {"compile": {}, "compile, reduce-overhead": {"mode": "reduce-overhead"}}
@@ -302,7 +299,7 @@ def compile_model(run: Run) -> None:
 
 # --- from the host to the device ---------------------------------------------
 class Busy(Callback):
-    """Two events a batch, around what the device computes of it: when it is not between them, it waits."""
+    """Record two events per batch, around the device's work on it; between two batches the device waits."""
 
     order = -10_000
 
@@ -320,7 +317,7 @@ class Busy(Callback):
         self.mark()
 
     def idle(self) -> float:
-        """The part of the time, of all but the first batches, in which the device waited."""
+        """Return the share of the time in which the device waited, without the first batches."""
         finish(self.device)
         events = self.events[len(self.events) // 8 * 2 :]
         busy = sum(a.elapsed_time(b) for a, b in zip(events[::2], events[1::2], strict=True))
@@ -328,8 +325,8 @@ class Busy(Callback):
 
 
 def data_path(run: Run) -> None:
-    """Float pictures on their way to the device: how many a second without a model, and how long the device waits with
-    one.
+    """Measure the transfer of float pictures to the device: pictures per second without a model, and how long the
+    device waits with one.
     """
     rounds, n, size, bs = (2, 64, 8, 8) if run.quick else (5, 32_768, 32, 256)
     device, clock = run.device, clock_of(run.device)
@@ -395,7 +392,9 @@ def checkpoints(run: Run) -> None:
 
 # --- memory ------------------------------------------------------------------
 def memory(run: Run) -> None:
-    """The most that is allocated in an epoch, optimizer included, over what was before the model was made."""
+    """Measure the peak memory allocated in an epoch, including the optimizer, minus the memory before the model was
+    built.
+    """
     from learnkit.vision.models.resnet import resnet18_cifar
 
     data, make = (compiled.batches(2, 2), compiled.net) if run.quick else (compiled.batches(5, 128), resnet18_cifar)
@@ -430,7 +429,7 @@ def peak(way: Callable[[], Callable[[], None]], device: torch.device) -> float:
 
 # --- CIFAR-10 ----------------------------------------------------------------
 def speedrun(run: Run) -> None:
-    """The recipe of examples/06_speedrun.py, in bfloat16 and channels last."""
+    """Run the recipe of examples/06_speedrun.py, in bfloat16 and channels last."""
     from learnkit.callbacks import LabelSmoothing
     from learnkit.vision import ImageDataBunch, cifar_stats, cutout, flip_lr, rand_pad, resnet9, tta
 
@@ -487,7 +486,7 @@ def speedrun(run: Run) -> None:
 
 
 def times_of(learn: Learner) -> list[float]:
-    """Seconds of each training pass of the fits to come."""
+    """Return a list that gets the seconds of each training pass of the following fits."""
     seconds, clock = list[float](), clock_of(learn.device)
 
     @learn.on("around_train", order=10_000)
@@ -500,8 +499,8 @@ def times_of(learn: Learner) -> list[float]:
 
 
 def cifar(run: Run, place: Path) -> tuple[Path, str]:
-    """(folder, what is in it): CIFAR-10 where it is given or on this machine, else pictures that are generated. Nothing
-    is downloaded.
+    """Return (folder, its contents): CIFAR-10 if it is given or on this machine, or else generated pictures. Nothing is
+    downloaded.
     """
     from learnkit.vision import URLs, untar_data
     from learnkit.vision.untar import default_root, from_environment
@@ -517,7 +516,7 @@ def cifar(run: Run, place: Path) -> tuple[Path, str]:
 
 
 def generate(folder: Path, n: int, *, seed: int) -> None:
-    """`n` pictures for each of ten classes, 32×32: a pattern of the class in noise."""
+    """Write `n` pictures of 32×32 for each of ten classes: a pattern of the class in noise."""
     from PIL import Image
 
     patterns = (
@@ -548,14 +547,14 @@ WORDS: dict[str, Callable[[Learner], Learner]] = {
 
 
 def two_devices(run: Run) -> None:
-    """Two ranks, one on each of two devices."""
+    """Run two ranks, one on each of two devices."""
     import ddp
     import scale
 
     from learnkit.distributed import launch
 
     if run.name == "twin":
-        device_named("twin")  # ranks are forked, and have it; CUDA must not be in use before they are
+        device_named("twin")  # forked ranks have it, too; CUDA must not be in use before the fork
     n, rounds = (ddp.GLOBAL_BATCH * 5, 2) if run.quick else (25_600, 7)
     sides = launch(ddp.run_case, 2, "default", argparse.Namespace(images=n, epochs=1, rounds=rounds, clock="wall"))
     for name, side in sides.items():
@@ -589,8 +588,8 @@ def two_devices(run: Run) -> None:
 
 
 def fit_with(word: str, n_steps: int) -> tuple[list[float], float]:
-    """(seconds of a step in each of three epochs, the validation loss in the end), with an `algorithm`; "": alone, with
-    all samples.
+    """Return (seconds per step in each of three epochs, the final validation loss), with an algorithm; "" is a single
+    process with all samples.
     """
     torch.set_num_threads(1)
     x, y = epoch.images(n_steps * 128)

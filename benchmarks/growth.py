@@ -1,11 +1,11 @@
-"""What the Learner itself does besides the algorithm, counted on 2, 3 and 4 ranks, against the law by which it grows
-with the world.
+"""The communication of the Learner besides the algorithm's, counted on 2, 3 and 4 ranks and compared with a law of its
+growth with the world size.
 
     python benchmarks/growth.py [--ranks 2 3 4]
 
-Counts, no seconds: requests to the store that the ranks share (segments that the kernel sent over a rank's connections
-to it, TCP_INFO), bytes that arrive from other ranks, collectives (as the dispatcher sees them), bytes of a checkpoint.
-Each has to be within 5 % of its law, or off by no more than stands there, or this ends with exit code 1.
+It counts, and measures no seconds: requests to the store that the ranks share (segments that the kernel sent over a
+rank's connections to it, TCP_INFO), bytes that arrive from other ranks, collectives (as the dispatcher sees them), and
+bytes of a checkpoint. Each count must be within 5 % of its law, or within the law's slack, or the exit code is 1.
 benchmarks/scaling.py prints the laws for 1,024 ranks.
 """
 
@@ -28,16 +28,16 @@ STATE, REST, SENT = (
     14_440,
     2_000,
     20_360,
-)  # of random states (torch, Python, numpy) in a file; beside them; as they travel
+)  # bytes: random states (torch, Python, numpy) in a file; the rest of the file; the states as sent
 HEADER, MESSAGE = (
     1024,
     288,
-)  # with which each part of a gather begins (learnkit.distributed.reduce); gloo's own, a message
+)  # bytes: at the start of each part of a gather (learnkit.distributed.reduce); gloo's header per message
 
 
 class Law(NamedTuple):
-    """How a count grows. `grows`: the same in words; `by`: whose it is; `slack`: by how much it may be off beside 5
-    %.
+    """The growth of a count. `grows`: the same in words; `by`: which rank counts it; `slack`: allowed difference in
+    addition to 5 %.
     """
 
     what: str
@@ -48,17 +48,17 @@ class Law(NamedTuple):
 
 
 def looks(w: int) -> float:
-    """Looks of a guard a second, as learnkit.distributed.guard.pause_between_looks has them."""
+    """Return the looks of a guard per second, as in learnkit.distributed.guard.pause_between_looks."""
     return 5 / min(4, max(1, w / 256))
 
 
 def signs(w: int) -> float:
-    """Signs of life a second: each at the first look half a second after the one before."""
+    """Return the signs of life per second: each is sent at the first look half a second after the last sign."""
     return looks(w) / ceil(0.5 * looks(w))
 
 
 def ring(w: int, n_bytes: float) -> float:
-    """Bytes that each rank sends, and receives, for an all-reduce."""
+    """Return the bytes that each rank sends, and receives, for an all-reduce."""
     return 2 * (w - 1) / w * n_bytes
 
 
@@ -139,7 +139,7 @@ def law_table(worlds: list[int]) -> str:
 
 # --- counting ----------------------------------------------------------------
 def counted(folder: str) -> dict[str, float]:
-    """Everything of LAWS, as this rank sees it."""
+    """Return all counts of LAWS, as this rank sees them."""
     from connections import to_ranks, to_store
 
     from learnkit.checkpoint import resume
@@ -186,7 +186,7 @@ def learner(n_steps: int) -> Any:
 
 
 def received(action: Callable[[], object]) -> float:
-    """Bytes from other ranks."""
+    """Return the bytes that arrive from other ranks during `action`."""
     from connections import to_ranks
 
     from learnkit.distributed import barrier
@@ -195,11 +195,11 @@ def received(action: Callable[[], object]) -> float:
         return sum(counts.received for counts in to_ranks().values())
 
     barrier()
-    time.sleep(0.2)  # what others still send to each other is theirs
+    time.sleep(0.2)  # exclude what others still send for the barrier
     before = total()
     action()
     found = total() - before
-    time.sleep(0.2)  # nor is the next barrier of those that are quicker
+    time.sleep(0.2)  # faster ranks must not begin the next barrier within the measurement of the others
     return found
 
 
@@ -212,7 +212,7 @@ def save(folder: str) -> None:
 
 
 def losses_of_all(learn: Any) -> None:
-    """What Recorder has to tell after an epoch of N_STEPS steps."""
+    """Do what Recorder communicates after an epoch of N_STEPS steps."""
     import torch
     from torch import nn
 
@@ -234,7 +234,7 @@ def collectives_of(learn: Any, n_epochs: int) -> int:
 
 
 def watched() -> tuple[float, float]:
-    """(requests to the store, bytes from it) a second, while a guard watches and nothing is done."""
+    """Return (requests to the store, bytes from it) per second, while a guard watches and nothing else happens."""
     from connections import to_store
 
     from learnkit.distributed import barrier, guard
@@ -250,7 +250,7 @@ def watched() -> tuple[float, float]:
 
 
 def saved(folder: str) -> float:
-    """Bytes of the folder's checkpoint that are neither the model's nor the optimizer's."""
+    """Return the bytes of the folder's checkpoint without those of model and optimizer."""
     sizes = {path.name: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
     return sum(size for name, size in sizes.items() if not name.startswith(("model", "optimizer")))
 
@@ -271,8 +271,8 @@ def main() -> None:
 
 
 def measured(w: int) -> dict[str, float]:
-    """Of w ranks: rank 0's counts, and rank 1's of what is another rank's."""
-    # optimizers import it; ranks are forked from here, and need not import it each: 2 s
+    """Return the counts of w ranks: rank 0's, and rank 1's for what is counted on another rank."""
+    # optimizers import it; imported here, because the forked ranks then need not import it, which takes 2 s each
     import torch._dynamo  # noqa: F401
 
     from learnkit.distributed import launch
@@ -283,7 +283,7 @@ def measured(w: int) -> dict[str, float]:
 
 
 def differences(w: int, found: dict[str, float]) -> dict[str, float]:
-    """What is further from its law than it may be, by how much."""
+    """Return the counts that differ from their law by more than allowed, with the difference."""
     off = {name: found[name] - law.value(w) for name, law in LAWS.items()}
     return {name: by for name, by in off.items() if abs(by) > TOLERANCE * LAWS[name].value(w) + LAWS[name].slack}
 

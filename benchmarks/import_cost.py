@@ -1,4 +1,4 @@
-"""What `import learnkit` adds to `import torch`: modules and CPU time, in fresh processes.
+"""What `import learnkit` adds to `import torch`: modules and CPU time, in new processes.
 
     python benchmarks/import_cost.py [--rounds 11]
 

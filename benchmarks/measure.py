@@ -1,4 +1,4 @@
-"""Ratios measured in one run: two or more ways of doing the same work, interleaved, compared pair by pair."""
+"""Ratios measured in one run: two or more ways to do the same work, interleaved, compared pair by pair."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def interleave(
     ways: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds of each round of each way. The order turns from round to round; a first round is thrown away."""
+    """Return the seconds of each round of each way. The order rotates each round; the first round is dropped."""
     names, seconds = list(ways), {name: [] for name in ways}
     for i in range(rounds + 1):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -39,8 +39,8 @@ def interleave(
 
 
 def device_named(name: str) -> torch.device:
-    """The device "cpu", "cuda" or another of torch's accelerators; or "twin", the stand-in accelerator of the tests,
-    which is loaded.
+    """Return the device "cpu", "cuda" or another accelerator of torch; "twin" loads the stand-in accelerator of the
+    tests.
     """
     if name == "twin":
         stand_in().load()
@@ -59,7 +59,7 @@ def device_named(name: str) -> torch.device:
 
 
 def stand_in() -> Any:
-    """tests/accelerator/twin.py."""
+    """Return the module tests/accelerator/twin.py."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     return importlib.import_module("tests.accelerator.twin")
@@ -72,14 +72,14 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done all that it was given; the CPU always has."""
+    """Wait until the device has finished its work; for the CPU do nothing."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """`time.perf_counter`, read when the device is done: the host waits for it at the ends of a measurement, not
-    within.
+    """Return a `time.perf_counter` that waits for the device first: the host waits at both ends of a measurement, and
+    not within it.
     """
 
     def clock() -> float:
@@ -90,18 +90,18 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> list[float]:
-    """name / base, round by round."""
+    """Return name / base, round by round."""
     return [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """ "1.043 (1.021–1.066)": median, and the middle half."""
+    """Return median and middle half as text: "1.043 (1.021–1.066)"."""
     low, _, high = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def python_calls(work: Work) -> int:
-    """How many Python functions `work` calls (generators resumed included), C functions not counted."""
+    """Return how many Python functions `work` calls, including resumed generators, but not C functions."""
     n = 0
 
     def see(frame: Any, event: str, arg: Any) -> None:
@@ -117,11 +117,11 @@ def python_calls(work: Work) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, while entered, what this process sends to other ranks and reads from the device.
+    """A context manager that counts what this process sends to other ranks and reads from the device.
 
-    `counts`: collectives by name ("allreduce_", "broadcast_"), also those that DistributedDataParallel starts in C++;
-    and "read", each time that a number is fetched from a tensor. What happens while one of the functions `displays`
-    runs is counted apart, as "bar: read" and so on.
+    `counts` has collectives by name ("allreduce_", "broadcast_"), also those that DistributedDataParallel starts in
+    C++, and "read", each read of a number from a tensor. What happens within one of the functions `displays` is counted
+    separately, as "bar: read" and so on.
     """
 
     def __init__(self, *displays: Callable[..., Any]) -> None:
@@ -154,7 +154,7 @@ class Traffic(TorchDispatchMode):
 
 
 class ReadingMethods(TorchFunctionMode):
-    """Tells of the reads that the dispatcher does not see."""
+    """Call `tell` for each read that the dispatcher does not see."""
 
     def __init__(self, tell: Callable[[], None]) -> None:
         super().__init__()

@@ -1,20 +1,20 @@
-"""Two ranks of one thread each: a 12-block transformer under `learn.to_fsdp()`, its memory and its time.
+"""Memory and time of a 12-block transformer with `learn.to_fsdp()`, on two ranks of one thread each.
 
-    python benchmarks/scale.py [--cases memory time] [--runs 3] [--rounds 11] [--width 512] [--tokens 512] [--clock
-    wall]
+    python benchmarks/scale.py [--cases memory time] [--runs 3] [--rounds 11] [--width 512] [--tokens 512]
+                               [--clock wall]
 
-memory      the largest resident memory of a rank in three training steps with AdamW, less what it had before the model
-            was built; each way in processes of its own, `--runs` times. Also the bytes of weights, gradients and
-            optimizer states that a rank holds
-time        seconds of a fit of `--steps` steps (a model of a quarter of the width) against the same fully_shard, AdamW
-            and one cycle by hand; both in the same processes, interleaved, round by round. In the end all weights must
-            agree to 1e-6, or this fails
-ray         seconds of a fit of `--epochs` epochs of `--steps` steps by to_distributed() in two workers of Ray Train,
-            each epoch with RayReport, against the same in two processes of torchrun, each epoch with Checkpoint:
-            start-up left out. Both are alive all the time, and take turns. Needs ray[train]; when asked for
+memory      the largest resident memory of a rank in three training steps with AdamW, minus its memory before the model
+            was built; each way in its own processes, `--runs` times. Also the bytes of weights, gradients and optimizer
+            states that a rank holds
+time        seconds of a fit of `--steps` steps (a model of a quarter of the width) compared with the same fully_shard,
+            AdamW and one cycle by hand; both in the same processes, interleaved, round by round. At the end all weights
+            must agree to 1e-6, or the script fails
+ray         seconds of a fit of `--epochs` epochs of `--steps` steps with to_distributed() in two workers of Ray Train,
+            each epoch with RayReport, compared with the same in two processes of torchrun, each epoch with Checkpoint;
+            start-up is excluded. Both run all the time and take turns. Needs ray[train]; only on request
 
-`--tokens`, of a rank's batch, decides what the memory is made of: activations are not spread over ranks, the rest is.
-Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand; Ray 1.05 ×
+`--tokens`, the tokens in a rank's batch, decides the composition of the memory: activations are not sharded, the rest
+is. Goals: memory at most 0.65 × DDP's, with activation checkpointing 0.5 ×; time at most 1.03 × by hand; Ray 1.05 ×
 torchrun.
 """
 
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # optimizers import it: not a part of any way's memory
+import torch._dynamo  # optimizers import it; here it does not count in the memory of any way
 import torch.distributed as dist
 import torch.distributed.fsdp
 from measure import finish, interleave, machine, ratios, spread
@@ -47,12 +47,12 @@ from learnkit.devices.dtensor import own_part, whole
 from learnkit.distributed import get_device, get_rank, init_process_group, launch
 from learnkit.ray import RayReport, fit_on_ray
 
-N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3  # N_TOKENS: of a sample
+N_RANKS, N_BLOCKS, N_TOKENS, N_CLASSES, LR = 2, 12, 32, 64, 1e-3  # N_TOKENS: per sample
 MB = 2**20
 
 
 class Transformer(nn.Module):
-    """12 blocks, and a class for each sample."""
+    """A transformer of 12 blocks that classifies each sample."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ WAYS: dict[str, Callable[[Learner], Learner]] = {
 
 
 def memory_of(way: str, width: int, bs: int) -> tuple[float, float, float]:
-    """(MB at most, bytes of state in MB, seconds of a step) of this rank."""
+    """Return (peak memory in MB, bytes of state in MB, seconds per step) of this rank."""
     init_process_group()
     torch.set_num_threads(1)
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum()
@@ -110,9 +110,9 @@ def memory_of(way: str, width: int, bs: int) -> tuple[float, float, float]:
     gc.collect()
     before = resident("VmRSS")
     learn = WAYS[way](learner(width, bs, 3))
-    learn.fit(1, LR, max_steps=1)  # the optimizer's state exists, and what only the first step needs is gone
+    learn.fit(1, LR, max_steps=1)  # creates the optimizer's state; memory that only the first step needs is free again
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = time.perf_counter()
     learn.fit(1, LR)
     seconds = (time.perf_counter() - start) / 3
@@ -182,7 +182,7 @@ def by_learnkit(width: int, bs: int, n_steps: int) -> tuple[nn.Module, Callable[
 
 
 def time_of(args: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
-    """(seconds of each round of each way, the largest difference between their weights)"""
+    """Return (seconds of each round of each way, the largest difference between their weights)."""
     init_process_group()
     torch.set_num_threads(1)
     device = get_device()
@@ -217,7 +217,7 @@ def timing(args: argparse.Namespace) -> None:
 
 # --- Ray ---------------------------------------------------------------------
 def take_turns(config: dict[str, Any]) -> None:
-    """A rank, of Ray's or of torchrun's: a fit whenever it is its turn, as files in a folder say."""
+    """Run a rank of Ray or of torchrun: it fits whenever a file in the folder gives it its turn."""
     folder, kind = Path(config["folder"]), config["kind"]
     init_process_group()
     torch.set_num_threads(1)
@@ -235,14 +235,14 @@ def take_turns(config: dict[str, Any]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """At once, for those who wait for the file."""
+    """Write a file atomically, because others wait for it."""
     draft = path.with_suffix(".draft")
     draft.write_text(text)
     draft.rename(path)
 
 
 def ray_workers(config: dict[str, Any]) -> None:
-    """Both workers, until their last turn is over."""
+    """Run both workers until the end of their last turn."""
     import ray  # type: ignore[import-not-found]
 
     here = str(Path(__file__).resolve().parent)
@@ -254,7 +254,7 @@ def ray_workers(config: dict[str, Any]) -> None:
         logging_level="error",
         runtime_env={"env_vars": variables},
     )
-    # by its module's name, which workers can import
+    # imported by its module's name, under which the workers can import it, too
     from scale import take_turns as as_worker  # type: ignore[import-not-found]
 
     fit_on_ray(
@@ -287,7 +287,7 @@ def on_ray(args: argparse.Namespace) -> None:
                             sys.exit("one of the two ended before its turns were over")
                         time.sleep(0.01)
                     if i:
-                        seconds[kind].append(float(done.read_text()))  # the first round is thrown away
+                        seconds[kind].append(float(done.read_text()))  # the first round is dropped
             if own.wait() or ray.wait():
                 sys.exit("one of the two failed")
         finally:
@@ -312,14 +312,14 @@ CASES = {"memory": memory, "time": timing, "ray": on_ray}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["memory", "time"])
-    parser.add_argument("--epochs", type=int, default=3, help="of Ray's case")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs in the case of Ray")
     parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--ray-of", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512, help=f"of a rank's batch, a multiple of {N_TOKENS}")
+    parser.add_argument("--tokens", type=int, default=512, help=f"tokens in a rank's batch, a multiple of {N_TOKENS}")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
     if args.rank_of:
@@ -333,8 +333,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Memory that is let go goes back to the system at once, so that what is resident is what is used. Read when a
-    # process begins.
+    # Return free memory to the system at once, so that resident memory is used memory. A process reads these variables
+    # when it starts.
     wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

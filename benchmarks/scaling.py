@@ -1,10 +1,10 @@
-"""What the bytes of benchmarks/wire.py, which benchmarks/algorithms.py measures on 2 to 4 ranks, give on 8 to 1,024
-GPUs by a model of bandwidth and latency. Nothing here is measured; every assumption is a number below. Prints the
-tables of benchmarks/scaling.md.
+"""Estimates of the time of communication on 8 to 1,024 GPUs, from the bytes of benchmarks/wire.py (which
+benchmarks/algorithms.py measures on 2 to 4 ranks) and a model of bandwidth and latency. Nothing here is measured; every
+assumption is a number below. Prints the tables of benchmarks/scaling.md.
 
     python benchmarks/scaling.py [--overlap 0.8] [--share 0.8]
 
-A message costs alpha seconds and its bytes / beta. An all-reduce is the quickest of a ring, a tree, and rings within
+A message takes alpha seconds plus its bytes / beta. An all-reduce is the fastest of a ring, a tree, and rings within
 and between machines.
 """
 
@@ -21,31 +21,29 @@ from wire import FLOAT, HALF, ROUNDS, Collective, Settings, Shape, collectives
 
 WORLDS = (8, 32, 128, 512, 1024)
 BUCKET = 25 * 2**20  # bytes; DistributedDataParallel's default
-BACKWARD = 2 / 3  # of a step's computing: twice the forward pass's
+BACKWARD = 2 / 3  # share of a step's computing: twice as much as the forward pass
 BASE = (
     8.4e-6  # seconds a collective takes to start: NCCL's own model, src/graph/tuning.cc, baseLat, ring and Simple (2.8)
 )
-TREE = 0.9  # of a ring's bandwidth that a tree reaches: the same file, busBw
-MEMORY = 1555e9  # bytes a second of an A100's memory (its data sheet, 40 GB)
+TREE = 0.9  # share of a ring's bandwidth that a tree reaches: the same file, busBw
+MEMORY = 1555e9  # bytes per second of an A100's memory (its data sheet, 40 GB)
 SETTINGS = Settings(period=4, rank=4)
 
 
 class Link(NamedTuple):
     name: str
-    alpha: float  # seconds a message
-    beta: float  # bytes a second in one direction, nominal
+    alpha: float  # seconds per message
+    beta: float  # bytes per second in one direction, nominal
 
 
 class Cluster(NamedTuple):
-    """Machines of m GPUs; `inner` is each GPU's link to the others, `outer` what all of a machine's ports are
-    together.
-    """
+    """Machines of m GPUs; `inner` is each GPU's link to the others, `outer` all ports of a machine together."""
 
     name: str
     m: int
     inner: Link
     outer: Link
-    speed: float = 1.0  # of computing, against an A100
+    speed: float = 1.0  # of computing, relative to an A100
 
 
 class Work(NamedTuple):
@@ -54,7 +52,7 @@ class Work(NamedTuple):
     name: str
     shapes: list[Shape]
     seconds: float
-    n_blocks: int  # that to_fsdp gathers one at a time
+    n_blocks: int  # to_fsdp gathers one block at a time
 
     @property
     def n(self) -> int:
@@ -62,20 +60,20 @@ class Work(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the tables: a word and its settings; `hides`, the share of a step's computing during which gradients
-    travel.
+    """A row of the tables: a word and its settings; `hides`, the share of a step's computing during which gradients are
+    sent.
     """
 
     name: str
     word: str
     settings: Settings = SETTINGS
     hides: float = 0.0
-    touched: float = 0.0  # bytes of GPU memory read and written for each weight, beside all-reduce's
+    touched: float = 0.0  # bytes of GPU memory read and written for each weight, in addition to all-reduce's
     touched_by_rank: float = 0.0
     exact: bool = False
 
 
-# The seconds a message: NCCL's model (src/graph/tuning.cc, hwLat, ring and Simple); of Ethernet with TCP an assumption.
+# Seconds per message: NCCL's model (src/graph/tuning.cc, hwLat, ring and Simple); for Ethernet with TCP an assumption.
 # NVLink: data sheets of A100 and H100, 600 and 900 GB/s in both directions.
 NVLINK_3, NVLINK_4 = Link("NVLink 3", 3.4e-6, 300e9), Link("NVLink 4", 3.4e-6, 450e9)
 PCIE_4 = Link("PCIe 4", 5.7e-6, 32e9)
@@ -100,9 +98,9 @@ ROCE = Cluster("8 A100 a machine, NVLink 3, one port of 100 Gb/s RoCE a machine"
 OFFICE = Cluster("4 A100 a machine, PCIe 4, one port of 25 Gb/s Ethernet a machine", 4, PCIE_4, network("Ethernet", 25))
 SINGLE = Cluster("1 A100 a machine, 10 Gb/s Ethernet", 1, PCIE_4, network("Ethernet", 10))
 
-# `touched`: counted in torch's hooks (2.15). To float16 and back: 4 + 2 + 2 + 4. powersgd: the error added, a copy
-# kept, two products, what they give, and the new error. bytegrad: for each rank a byte is read, a float written, two
-# read and their sum written.
+# `touched`: counted in torch's hooks (2.15). To float16 and back: 4 + 2 + 2 + 4. powersgd: the error is added, a copy
+# kept, two products computed, their results and the new error written. bytegrad: for each rank a byte is read, a float
+# written, two read and their sum written.
 ROWS = (
     Row("allreduce", "allreduce", hides=BACKWARD, exact=True),
     Row("fp16, bf16", "fp16", hides=BACKWARD, touched=12),
@@ -118,7 +116,7 @@ ROWS = (
 
 # --- models ------------------------------------------------------------------
 def resnet50() -> list[Shape]:
-    """He et al., 2015; 25,557,032 weights in 161 parameters, as torchvision has them."""
+    """Return the shapes of ResNet-50 (He et al., 2015); 25,557,032 weights in 161 parameters, as in torchvision."""
     shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
     before = 64
     for width, n in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -131,7 +129,7 @@ def resnet50() -> list[Shape]:
 
 
 def transformer(n_blocks: int = 24, d: int = 2048, n_words: int = 50257, n_places: int = 2048) -> list[Shape]:
-    """GPT-3 XL's shape (Brown et al., 2020), its output matrix the embedding."""
+    """Return the shapes of GPT-3 XL (Brown et al., 2020), whose output matrix is the embedding."""
     block: list[Shape] = [
         (d,),
         (d,),
@@ -149,9 +147,9 @@ def transformer(n_blocks: int = 24, d: int = 2048, n_words: int = 50257, n_place
     return [(n_words, d), (n_places, d), *block * n_blocks, (d,), (d,)]
 
 
-# ResNet-50: 2,470 images a second, the figure of NVIDIA's DeepLearningExamples for one A100 in mixed precision; 256
-# images a GPU and step. The transformer: 6 operations a weight and token, 16,384 tokens a GPU and step, at 40 % of an
-# A100's 312 TFLOP/s (an assumption).
+# ResNet-50: 2,470 images per second, the figure of NVIDIA's DeepLearningExamples for one A100 in mixed precision; 256
+# images per GPU and step. The transformer: 6 operations per weight and token, 16,384 tokens per GPU and step, at 40 %
+# of an A100's 312 TFLOP/s (an assumption).
 RESNET = Work("ResNet-50", resnet50(), 256 / 2470, 17)
 GPT = Work(
     "a transformer of 1.3 billion weights",
@@ -166,7 +164,7 @@ PLANS = [(RESNET, cluster) for cluster in (DGX, ROCE, OFFICE, SINGLE)] + [
 
 # --- the model ---------------------------------------------------------------
 def reduced(n_bytes: float, w: int, cluster: Cluster, share: float) -> tuple[float, str]:
-    """(seconds, its kind) of the quickest all-reduce of `n_bytes` over w ranks."""
+    """Return (seconds, kind) of the fastest all-reduce of `n_bytes` over w ranks."""
     m, n_machines, inner, outer = places(w, cluster)
     found = {"ring": travelled("all_reduce", n_bytes, w, cluster, share)}
     narrow = share * min(inner.beta if m > 1 else outer.beta, outer.beta if n_machines > 1 else inner.beta)
@@ -181,7 +179,7 @@ def reduced(n_bytes: float, w: int, cluster: Cluster, share: float) -> tuple[flo
 
 
 def travelled(kind: str, n_bytes: float, w: int, cluster: Cluster, share: float) -> float:
-    """Seconds of a ring over w ranks, of which each machine's ports are one edge."""
+    """Return the seconds of a ring over w ranks, in which the ports of each machine are one edge."""
     if w == 1:
         return 0.0
     m, n_machines, inner, outer = places(w, cluster)
@@ -198,8 +196,8 @@ def places(w: int, cluster: Cluster) -> tuple[int, int, Link, Link]:
 
 
 def communication(row: Row, work: Work, w: int, cluster: Cluster, share: float) -> tuple[float, float]:
-    """Seconds of a step, on the average, in which gradients (or parts of a spread model) travel, and in which weights
-    are averaged.
+    """Return the mean seconds per step in which gradients (or shards of a model) are sent, and in which weights are
+    averaged.
     """
     parts = collectives(row.word, work.shapes, w, min(cluster.m, w), row.settings)
     seconds = [(part.every == 1, duration(part, row, work, w, cluster, share)) for part in parts]
@@ -218,15 +216,17 @@ def duration(part: Collective, row: Row, work: Work, w: int, cluster: Cluster, s
 
 
 def n_calls_of(word: str, part: Collective, work: Work) -> int:
-    """Weights are averaged in one piece, gradients a bucket at a time, a spread model block by block."""
+    """Return the number of calls: weights are averaged in one piece, gradients bucket by bucket, a sharded model block
+    by block.
+    """
     if part.every > 1:
         return 1
     return work.n_blocks if word == "to_fsdp" else ceil(FLOAT * work.n / BUCKET)
 
 
 def step(row: Row, work: Work, w: int, cluster: Cluster, overlap: float, share: float) -> tuple[float, float]:
-    """(seconds of communication, efficiency: computing alone over the whole step). What comes last hides behind
-    nothing.
+    """Return (seconds of communication, efficiency: computing divided by the whole step). The last piece does not
+    overlap with computing.
     """
     (travels, averages), computing = communication(row, work, w, cluster, share), work.seconds / cluster.speed
     hidden = min(overlap * row.hides * computing, travels * (1 - 1 / n_pieces(row, work)))
@@ -256,7 +256,7 @@ def plan(work: Work, cluster: Cluster, overlap: float, share: float) -> str:
 
 
 def choices(overlap: float, share: float) -> str:
-    """The best of the words that change no number, and of all."""
+    """Return a table of the best word that changes no number, and of the best of all words."""
 
     def best(work: Work, cluster: Cluster, w: int) -> str:
         found = {row.name: round(step(row, work, w, cluster, overlap, share)[1], 2) for row in ROWS}
@@ -277,7 +277,7 @@ def choices(overlap: float, share: float) -> str:
 
 
 def reductions(share: float) -> str:
-    """Which all-reduce is the quickest, of a bucket and of a number."""
+    """Return a table of the fastest all-reduce, for a bucket and for a number."""
 
     def cell(n_bytes: float, cluster: Cluster, w: int) -> str:
         seconds, kind = reduced(n_bytes, w, cluster, share)
@@ -292,7 +292,7 @@ def reductions(share: float) -> str:
 
 
 def bytes_of_rank() -> str:
-    """What one rank sends per step, in multiples of 4n."""
+    """Return a table of what one rank sends per step, in multiples of 4n."""
 
     def cell(row: Row, w: int, m: int) -> str:
         shapes: list[Shape] = RESNET.shapes
@@ -329,9 +329,9 @@ def main() -> None:
         "--overlap",
         type=float,
         default=0.8,
-        help="share of the backward pass (to_fsdp: the step) behind which bytes hide",
+        help="share of the backward pass (to_fsdp: of the step) that overlaps with communication",
     )
-    parser.add_argument("--share", type=float, default=0.8, help="of a link's nominal bandwidth that is reached")
+    parser.add_argument("--share", type=float, default=0.8, help="share of a link's nominal bandwidth that is reached")
     args = parser.parse_args()
     print("\n\n".join(sections(args.overlap, args.share)))
 

@@ -1,13 +1,14 @@
-"""What the Learner costs over a hand-written loop where the model costs nothing: a 16-16-2 perceptron, batches of 8.
+"""The cost of the Learner compared with a hand-written loop, for a model that costs nothing: a 16-16-2 perceptron with
+batches of 8.
 
     python benchmarks/step_cost.py [--rounds 31] [--steps 1000]
 
-no extras   the loop alone: no bar, recorder, metric, or validation; at a constant rate, and with one cycle, for which
-the hand loop
-            steps torch's OneCycleLR
-default     a bar, the losses kept, accuracy, validation, one cycle; the hand loop does the same with tqdm
-Printed: Python calls per step, and the ratio of CPU times round by round, as median and middle half.
-tests/test_step_cost.py holds the calls; this holds the seconds. Goals: calls 1.5 × and 2 ×, CPU time 1.08 ×.
+no extras   only the loop: no bar, recorder, metric, or validation; at a constant rate, and with one cycle, for which
+            the hand-written loop steps torch's OneCycleLR
+default     a bar, the recorded losses, accuracy, validation, one cycle; the hand-written loop does the same with tqdm
+
+Prints the Python calls per step, and the ratio of CPU times round by round, as median and middle half.
+tests/test_step_cost.py tests the calls; this script measures the seconds. Goals: calls 1.5 × and 2 ×, CPU time 1.08 ×.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LR, MOMENTUM = 0.05, 0.9
 
 
 class Batches:
-    """Ready-made batches behind a DataLoader, so that loading costs both sides the same little."""
+    """Prepared batches behind a DataLoader, so that loading costs both sides the same small time."""
 
     def __init__(self, n: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -60,7 +61,7 @@ sgd = partial(torch.optim.SGD, momentum=MOMENTUM)
 
 
 class Terminal(io.StringIO):
-    """A terminal that nobody looks at, so that both sides draw their bars."""
+    """An invisible terminal, so that both sides draw their bars."""
 
     def isatty(self) -> bool:
         return True
@@ -146,7 +147,7 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], object]], Callable[[int], Ca
 
 
 def calls_per_step(make: Callable[[int], Callable[[], object]], few: int = 100, many: int = 300) -> float:
-    """Python calls of one step more: what a fit costs once is not in it."""
+    """Return the Python calls of one additional step, without those that a fit makes once."""
     counts = []
     for n in (few, many):
         fit = make(n)

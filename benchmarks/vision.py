@@ -1,15 +1,15 @@
-"""Pictures: from a folder to augmented, normalized batches, against DataLoader(ImageFolder + torchvision's transforms)
-on the same cores.
+"""Pictures from a folder to augmented, normalized batches, compared with DataLoader(ImageFolder + torchvision's
+transforms) on the same cores.
 
     python benchmarks/vision.py [--rounds 3] [--pictures 5000] [--folder cifar10] [--parts rate outside accuracy]
 
-rate        pictures a second, ratios round by round: after the first epoch (goal: 10 ×), and in the first one, decoding
-            included (1 ×)
+rate        pictures per second, ratios round by round: after the first epoch (goal: 10 ×), and in the first epoch,
+            including decoding (1 ×)
 outside     share of an epoch of ResNet-9 that is not forward, backward or step (goal: 3 %)
-accuracy    of the same small network and recipe, trained through either path, over seeds
+accuracy    of the same small network and recipe, trained with either data path, over seeds
 
-The folder holds train/<class>/ and test/<class>/; without one, pictures of noise are written. Each path has one thread,
-and as many DataLoader workers as there are cores.
+The folder has train/<class>/ and test/<class>/; without a folder, pictures of noise are written. Each path uses one
+thread, and as many DataLoader workers as there are cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BS = 128
 
 
 def subset(folder: Path | None, place: Path, n_train: int, n_test: int) -> Path:
-    """A folder with links to the first pictures of each class, so many in all."""
+    """Return a folder with links to the first pictures of each class, `n_train` and `n_test` in total."""
     for part, n in (("train", n_train), ("test", n_test)):
         for k in range(10):
             own = sorted((folder / part).iterdir())[k] if folder else None
@@ -89,8 +89,8 @@ def seconds(batches: Iterable[Any]) -> float:
 
 
 def rate(path: Path, n_rounds: int, n: int) -> None:
-    """First: all that is done before the end of the first epoch, test pictures included. After: the mean of five more,
-    or one more.
+    """Compare the rates. First epoch: everything up to its end, including the test pictures. After it: the mean of five
+    more epochs, or one more.
     """
     first, after = [], []
     n = n // BS * BS
@@ -119,7 +119,7 @@ def rate(path: Path, n_rounds: int, n: int) -> None:
 
 
 class Inside(Callback):
-    """Seconds within forward, backward and step, and of the whole epoch."""
+    """Measure the seconds within forward, backward and step, and of the whole epoch."""
 
     order = 10_000
 
@@ -201,7 +201,7 @@ def main() -> None:
         "--parts", nargs="+", default=["rate", "outside", "accuracy"], choices=["rate", "outside", "accuracy"]
     )
     args = parser.parse_args()
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of forks beside threads
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, about forks in a process with threads
     place = Path(tempfile.mkdtemp())
     try:
         path = subset(args.folder, place / "pictures", args.pictures, 1000)

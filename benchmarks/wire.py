@@ -1,8 +1,8 @@
 """What each word of `to_distributed(algorithm=…)`, and `to_fsdp`, sends in a step, as a list of collectives.
 
-One formula for two scripts: benchmarks/algorithms.py measures it, benchmarks/scaling.py plans with it. `w` is the
-number of ranks, `m` of those on one machine. Bytes are those of all ranks together; a ring over g ranks sends (g − 1) n
-bytes for an all-gather or a reduce-scatter of n, and twice that for an all-reduce, whatever g is.
+Two scripts use this formula: benchmarks/algorithms.py measures it, benchmarks/scaling.py makes estimates with it. `w`
+is the number of ranks, `m` the number of ranks on one machine. Bytes are those of all ranks together; a ring over g
+ranks sends (g − 1) n bytes for an all-gather or a reduce-scatter of n, and twice that for an all-reduce, for any g.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 GLOO_ROUNDS = {
     **ROUNDS,
     "reduce_scatter": 2,
-}  # gloo has no reduce-scatter: PyTorch sends an all-reduce, and keeps a part (torch 2.15)
+}  # gloo has no reduce-scatter: PyTorch does an all-reduce, and keeps a part (torch 2.15)
 FLOAT, HALF, BYTE = 4, 2, 1
 
 
 class Settings(NamedTuple):
-    """The options of an algorithm; for to_fsdp the bytes of a weight as it is gathered, and whether all of the model is
-    in blocks.
+    """The options of an algorithm; for to_fsdp the bytes of a gathered weight, and whether the whole model is in
+    blocks.
     """
 
     period: int = 4
@@ -36,8 +36,8 @@ DEFAULT = Settings()
 
 
 class Collective(NamedTuple):
-    """One that a step has. `n_bytes`: of its result; of a reduce-scatter, of what each rank gives. `every` so many
-    steps on the average.
+    """A collective of a step. `n_bytes`: of its result, or, for a reduce-scatter, of each rank's input. It takes place
+    every `every` steps on average.
     """
 
     kind: str
@@ -47,10 +47,10 @@ class Collective(NamedTuple):
 
 
 def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Settings = DEFAULT) -> list[Collective]:
-    """Those of one step after the warm-up, of a model with parameters of these shapes."""
+    """Return the collectives of one step after the warm-up, for a model with parameters of these shapes."""
     n, period = sum(map(prod, shapes)), settings.period
     weights = Collective("all_reduce", FLOAT * n, every=period)
-    alone = m in (1, w)  # what is said of machines holds for several of several ranks
+    alone = m in (1, w)  # machines matter only if there are several, with several ranks each
     if word == "allreduce":
         return [Collective("all_reduce", FLOAT * n)]
     if word in ("fp16", "bf16"):
@@ -76,7 +76,7 @@ def collectives(word: str, shapes: Sequence[Shape], w: int, m: int, settings: Se
 
 
 def powersgd(shapes: Sequence[Shape], rank: int) -> list[Collective]:
-    """Two matrices for each that is compressed, and the others as they are."""
+    """Return the collectives of PowerSGD: two matrices for each compressed one, and the others uncompressed."""
     matrices = [as_matrix(shape) for shape in shapes]
     compressed = [
         (rows, columns)
@@ -94,16 +94,18 @@ def as_matrix(shape: Shape) -> tuple[int, int]:
 
 
 def padded(shape: Shape, w: int) -> int:
-    """Numbers in a parameter that is spread over w ranks by its rows: all have as many, the last ones filled up."""
+    """Return the size of a parameter sharded over w ranks by its rows, with padding to equal shards."""
     return ceil(shape[0] / w) * w * prod(shape[1:])
 
 
 def sent(collective: Collective, w: int, m: int, rounds: dict[str, int] = ROUNDS) -> float:
-    """Bytes that all ranks together send for it per step, on the average."""
+    """Return the bytes that all ranks together send for a collective per step, on average."""
     g = m if collective.group == "machine" else w
     return w / g * rounds[collective.kind] * (g - 1) * collective.n_bytes / collective.every
 
 
 def crossing(collective: Collective, w: int, m: int, rounds: dict[str, int] = ROUNDS) -> float:
-    """Of these the bytes between machines: of a ring in the order of ranks, one edge a machine leads to the next."""
+    """Return those of these bytes that go between machines: in a ring in rank order, each machine has one edge to the
+    next one.
+    """
     return 0.0 if collective.group == "machine" or m == w else sent(collective, w, m, rounds) / m

@@ -1,4 +1,4 @@
-"""The callbacks that come with learnkit: one a file, each written as a user would write it."""
+"""The callbacks that come with learnkit: one per file, each written as a user would write it."""
 
 from learnkit.callbacks.accumulate import Accumulate as Accumulate
 from learnkit.callbacks.activation_stats import ActivationStats as ActivationStats

@@ -1,4 +1,4 @@
-"""One optimizer step of several batches, which equals the step of one batch of them all."""
+"""Gradient accumulation: one optimizer step for several batches, equal to the step of one batch with all samples."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ from learnkit.loop.loss import count_like, not_zero, weighted
 
 
 class Accumulate(Callback):
-    """Make one optimizer step of every `n` batches: the gradient is that of one batch of all their samples.
+    """Make one optimizer step for every `n` batches: the gradient is that of one batch of all their samples.
 
-    n       batches a step; those left over at an epoch's end make a step of their own
-    count   (inputs, target) -> what a batch counts for, where its loss is a mean over something else than samples: the
-            tokens that are not padding, say; a number or a 0-d tensor, which is not read. None: samples
+    Each batch is weighted by its number of samples. On several ranks the samples of all ranks count, and gradients are
+    reduced once per step. Schedules, clipping, averages and checkpoints count optimizer steps; during a step
+    `learn.loss` is the mean over its batches. Batch norm normalizes each batch separately. When a fit is stopped
+    between two steps, the batches since the last step are dropped, unless the fit is resumed.
 
-    Batches count by their samples, on several ranks those of all ranks, where gradients are reduced once a step.
-    Schedules, clipping, averages and checkpoints see optimizer steps; `learn.loss` during a step is the mean of its
-    batches'. Batch norm normalizes each batch by itself. A fit that is stopped between two steps leaves the batches
-    since the last one out, unless it is resumed.
+    Args:
+        n: batches per step. The batches left over at the end of an epoch make a step together.
+        count: a function (inputs, target) -> the weight of a batch, for a loss that is a mean over something other than
+            samples, for example over the tokens that are not padding. It returns a number or a 0-d tensor; the tensor
+            is not read from the device. None: the number of samples.
 
-    >>> learn.fit_one_cycle(5, callbacks=[Accumulate(4)])  # doctest: +SKIP
+    Raises:
+        ValueError: when `n` is not a whole number of 1 or more.
+        TypeError: when `count` is not a function.
+
+    Example:
+        >>> learn.fit_one_cycle(5, callbacks=[Accumulate(4)])  # doctest: +SKIP
     """
 
     order = Distributed.order - 5
@@ -41,17 +48,17 @@ class Accumulate(Callback):
             raise TypeError(f"count={count!r}, expected a function (inputs, target) -> number.")
         self.batches_per_step, self.count = n, count
         self.unit: float | None = (
-            None  # what a batch usually counts for, the same on all ranks: keeps gradients at a usual size
+            None  # the usual weight of a batch, the same on all ranks: keeps gradients at their usual size
         )
-        self.last_batch = -1  # of the epoch, where it is known
-        self.is_final: bool | None = None  # whether the batch under way is a window's last; None: none is under way
-        self.learned = False  # whether it had a backward pass
-        # Of the window under way:
-        self.total: Any = 0  # what its batches count for, on this rank
-        self.total_of_all: Any = 0  # on all ranks, as far as it is known without asking
-        self.loss: Any = 0.0  # sum of their losses, each by what it counts for
+        self.last_batch = -1  # the epoch's last batch index, where it is known
+        self.is_final: bool | None = None  # whether the current batch is the last one of its window; None: no batch
+        self.learned = False  # whether the current batch had a backward pass
+        # The current window, which is the batches of one step:
+        self.total: Any = 0  # sum of the batches' weights, on this rank
+        self.total_of_all: Any = 0  # the same over all ranks, as far as it is known without communication
+        self.loss: Any = 0.0  # weighted sum of the batches' losses
         self.parameters: list[torch.nn.Parameter] = []
-        self.restored: dict[str, Any] | None = None  # a window that a checkpoint was taken in
+        self.restored: dict[str, Any] | None = None  # the window of a checkpoint that was saved within one
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         count, self.parameters, self.unit, self.restored = learn.count, list(learn.model.parameters()), None, None
@@ -71,10 +78,10 @@ class Accumulate(Callback):
         try:
             run()
         except StopFit:
-            leaves = True  # a Checkpoint may keep the window
+            leaves = True  # a Checkpoint may save the window
             raise
         finally:
-            if learn.n_held and not leaves:  # stopped within a window, which leads to no step
+            if learn.n_held and not leaves:  # stopped within a window, so no step follows
                 learn.zero_grad()
                 learn.n_held = self.forget()
 
@@ -104,13 +111,13 @@ class Accumulate(Callback):
         if self.learned:
             self.add(learn)
         elif self.is_final is not False:
-            learn.reduce_gradients()  # the window's last batch had no backward pass, or never came
+            learn.reduce_gradients()  # the window's last batch had no backward pass, or there was no such batch
         if self.is_final is False:
             learn.n_held += 1
             raise SkipStep
         loss, whole = learn.loss, learn.whole
         if isinstance(self.total, Tensor) or self.total:
-            learn.whole = self.weigh(learn)  # of another pass within the step, too
+            learn.whole = self.weigh(learn)  # a second pass within the step needs it, too
         if isinstance(self.loss, Tensor):
             learn.loss, learn.in_step = self.loss / not_zero(self.total), self.total
         try:
@@ -127,8 +134,8 @@ class Accumulate(Callback):
         self.loss = self.loss + weighted(learn.loss, own)
 
     def weigh(self, learn: Learner) -> Any:
-        """Gradients are sums over what a regular window counts for: make them means over what this one does, a rank's
-        share of which is returned.
+        """Rescale the gradients from the total weight of a regular window to that of this one; return a rank's share of
+        the latter.
         """
         assert self.unit is not None
         regular = self.unit * self.batches_per_step
@@ -140,11 +147,11 @@ class Accumulate(Callback):
         return share
 
     def usual_count(self, learn: Learner) -> float:
-        """Of the fit's first batch, the mean over ranks; a device is read, once."""
+        """Return the weight of the fit's first batch, the mean over ranks; reads from the device, once."""
         return float(learn.ranks.all_sum(learn.count(learn.inputs, learn.target))) / learn.world_size or 1.0
 
     def forget(self) -> int:
-        """Begin a window; returns how many batches it has."""
+        """Begin a new window; returns its number of batches, 0."""
         self.total, self.total_of_all, self.loss = 0, 0, 0.0
         return 0
 
@@ -164,7 +171,7 @@ class Accumulate(Callback):
         self.unit, self.restored = state["unit"], state.get("window")
 
     def put_back(self, learn: Learner) -> None:
-        """The window that a checkpoint was taken in, unless this fit goes on from the window's start."""
+        """Restore the window of the checkpoint, unless this fit resumes from the window's start."""
         window, self.restored = self.restored, None
         assert window is not None
         if not learn.n_held:

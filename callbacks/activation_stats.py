@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""What flows through a model while it trains: means, spreads, dead units and histograms of every layer's outputs."""
+"""Statistics of every layer's outputs in training: means, standard deviations, dead units and histograms."""
 
 from __future__ import annotations
 
@@ -22,22 +22,32 @@ Select = Callable[[str, nn.Module], bool]
 
 
 class ActivationStats(Callback):
-    """Record the outputs of layers in training, every `every`-th step, and draw them: `plot()` and `plot_histograms()`.
+    """Record statistics of layer outputs in training; plot them with `plot()` and `plot_histograms()`.
 
-    select      (name, module) -> whether it is recorded. None: layers without layers of their own that have parameters
-    limit       the histograms are of |output| from 0 to `limit`, in `bins` parts; what is larger counts into the last
-                one
-    near_zero   outputs of a smaller magnitude count as dead
+    Nothing is read from the device until you read `stats` or `histograms`, or plot them. On several ranks each rank
+    records its own samples. The picture of histograms over time follows the idea of Stefano Giomo's "colorful
+    dimension", which fastai has too.
 
-    names       of the recorded layers, in the model's order
-    stats       float (steps, layers, 3): mean, standard deviation, share near zero
-    histograms  float (steps, layers, bins): shares
+    Args:
+        every: record every `every`-th step.
+        select: a function (name, module) -> whether this layer is recorded. None: all modules that have parameters and
+            no submodules.
+        limit: the histograms show |output| from 0 to `limit`; larger outputs count in the last bin.
+        bins: number of bins of a histogram.
+        near_zero: outputs of a smaller magnitude count as dead.
 
-    Nothing is read from the device until one of these is. On several ranks each sees its own samples. The picture of
-    histograms over time follows the idea of Stefano Giomo's "colorful dimension", which fastai has too.
+    Attributes:
+        names: names of the recorded layers, in the model's order.
+        stats: float (steps, layers, 3): mean, standard deviation, share near zero.
+        histograms: float (steps, layers, bins): shares.
 
-    >>> learn.fit(1, callbacks=[seen := ActivationStats(every=5)])  # doctest: +SKIP
-    >>> seen.plot_histograms()  # doctest: +SKIP
+    Raises:
+        ValueError: when `every` or `bins` is not a whole number of 1 or more, when `limit` > `near_zero` >= 0 is not
+            true, or, at the start of the fit, when no layer is selected.
+
+    Example:
+        >>> learn.fit(1, callbacks=[seen := ActivationStats(every=5)])  # doctest: +SKIP
+        >>> seen.plot_histograms()  # doctest: +SKIP
     """
 
     order = Recorder.order + 20
@@ -67,8 +77,8 @@ class ActivationStats(Callback):
         )
         self.names: list[str] = []
         self.steps: list[int] = []
-        self.rows: list[Tensor] = []  # one a recorded step: (layers, 3 + bins), on the device
-        self.seen: dict[str, Tensor] = {}  # of the batch under way
+        self.rows: list[Tensor] = []  # one per recorded step: (layers, 3 + bins), on the device
+        self.seen: dict[str, Tensor] = {}  # rows of the current batch, by the layer's name
 
     def before_fit(self, learn: Learner) -> None:
         self.names = [name for name, module in learn.model.named_modules() if name and self.select(name, module)]
@@ -87,14 +97,14 @@ class ActivationStats(Callback):
         finally:
             for handle in handles:
                 handle.remove()
-        nothing = torch.full((3 + self.bins,), torch.nan, device=learn.device)  # of a layer that this batch left out
+        nothing = torch.full((3 + self.bins,), torch.nan, device=learn.device)  # for a layer that is not used
         self.steps.append(step)
         self.rows.append(torch.stack([self.seen.get(name, nothing) for name in self.names]))
 
     def hook(self, learn: Learner, name: str) -> Callable[..., None]:
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not learn.training:
-                return  # an evaluation that another callback has asked for
+                return  # an evaluation that another callback runs within the batch
             tensors = [t.detach().float().flatten() for t in tensors_in(output) if t.is_floating_point()]
             if tensors:
                 self.seen[name] = self.measure(torch.cat(tensors))
@@ -111,19 +121,25 @@ class ActivationStats(Callback):
     # --- reading -------------------------------------------------------------
     @property
     def recorded(self) -> Tensor:
-        """float (steps, layers, 3 + bins), on the CPU; reads the device."""
+        """All rows: float (steps, layers, 3 + bins), on the CPU; reads from the device."""
         return stacked_on_host(self.rows) if self.rows else torch.zeros(0, len(self.names), 3 + self.bins)
 
     @property
     def stats(self) -> Tensor:
+        """Mean, standard deviation and share near zero: float (steps, layers, 3), on the CPU; reads from the device."""
         return self.recorded[..., :3]
 
     @property
     def histograms(self) -> Tensor:
+        """Histograms of the magnitudes: float (steps, layers, bins), on the CPU; reads from the device."""
         return self.recorded[..., 3:]
 
     def plot(self) -> Figure:
-        """Mean, standard deviation and share near zero by step, one line a layer."""
+        """Plot mean, standard deviation and share near zero by step, one line per layer.
+
+        Returns:
+            The figure (matplotlib).
+        """
         from learnkit.logs.plots import plot_layer_lines
 
         return plot_layer_lines(
@@ -131,7 +147,11 @@ class ActivationStats(Callback):
         )
 
     def plot_histograms(self) -> Figure:
-        """One picture a layer: steps to the right, size of outputs upwards, colour for how many there are."""
+        """Plot one picture per layer: x is the step, y the magnitude of outputs, colour their share.
+
+        Returns:
+            The figure (matplotlib).
+        """
         from learnkit.logs.plots import plot_layer_pictures
 
         return plot_layer_pictures(self.steps, self.histograms, self.names, self.limit)

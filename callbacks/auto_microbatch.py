@@ -1,4 +1,4 @@
-"""Batches that do not fit into memory, split until they do."""
+"""Batches that do not fit into memory, split until they fit."""
 
 from __future__ import annotations
 
@@ -23,30 +23,36 @@ Shapes = list[tuple[int, ...]]
 
 
 class AutoMicrobatch(Callback):
-    """Where a training batch does not fit into memory, split it in halves until it does, and continue with parts of
-    that size.
+    """Split training batches that do not fit into memory in halves until they fit; continue with parts of that size.
 
-    size    samples of a part, at most, to begin with; None: whole batches
+    The gradient is that of the whole batch: each part is weighted by its number of samples. `learn.loss` is the loss of
+    the whole batch. Batch norm normalizes each part separately. Evaluation batches are not split.
 
-    The gradient is that of the whole batch, each part counting by its samples; `learn.loss` is the batch's. Batch norm
-    normalizes each part by itself. Evaluations are not split.
+    A batch is a trial until a part that is as large in every dimension has fitted after the first step of this fit,
+    when the optimizer has its state. So longer sequences and larger pictures are trials too. A trial costs a copy of
+    the model's buffers; a failed trial changes neither buffers nor random numbers. When memory runs out later, at a
+    size that had fitted, that batch is split with a warning, and batch norm's statistics have then seen it twice.
+    Within a window of Accumulate this is an error, and so it is in the optimizer's step, because the memory that the
+    step needs does not depend on the batch.
 
-    A batch is a trial until a part that is as large in every dimension has fitted after a step of this fit, when the
-    optimizer has its state: longer sequences and larger pictures are trials too. A trial costs a copy of the model's
-    buffers; one that fails leaves no trace in them and in random numbers. Memory that runs out later, at a size that
-    had fitted, splits that batch with a warning: batch norm's statistics have then seen it twice. It is an error within
-    a window of Accumulate, and in the optimizer's step, whose need depends on no batch.
+    On several ranks each rank has its own size and does not communicate it. A rank runs a trial alone, while the others
+    wait in DDP's reduction as they do for any slow rank. Then it joins them with a pass of two samples that adds
+    nothing to the gradients. When memory runs out at a size that had fitted and the reduction may have begun, this is
+    an error that ends all ranks: after the last part's forward pass, and at any time in a model with buffers. The
+    model's forward must not communicate, because the ranks may call it a different number of times.
 
-    On several ranks each has its own size, and tells the others nothing. It runs a trial by itself, while they wait in
-    DDP's reduction as for any slow rank, and then joins them with a pass of two samples that adds nothing to the
-    gradients. Memory that runs out at a size that had fitted is an error, which ends all ranks, once the reduction may
-    have begun: after the last part's forward pass, and in a model with buffers. The model's forward must not
-    communicate, as ranks may call it differently often.
+    Args:
+        size: the largest number of samples of a part at the start. None: whole batches.
 
-    >>> learn.fit(5, callbacks=[AutoMicrobatch()])  # doctest: +SKIP
+    Raises:
+        ValueError: when `size` is not a whole number of 1 or more, or, at the start of the fit, when it is combined
+            with sync_bn=True.
+
+    Example:
+        >>> learn.fit(5, callbacks=[AutoMicrobatch()])  # doctest: +SKIP
     """
 
-    order = Compiled.order - 10  # everybody else is told of the batch once
+    order = Compiled.order - 10  # all other callbacks see the batch once, not its parts
     unique = True
     per_rank = True
 
@@ -57,11 +63,11 @@ class AutoMicrobatch(Callback):
         self.first_step = -1  # the number of this fit's first step; -1: no pass has begun
         self.proven: list[Shapes] = []  # parts that have fitted, each larger than the others in some dimension
         self.trusted: Any = (
-            None  # the last batch that was no trial: (shapes, samples of a part, whether gradients wait)
+            None  # the last batch that was no trial: (shapes, samples of a part, whether gradients are held)
         )
-        self.shapes: list[torch.Size] = []  # of the last batch's tensors
-        self.n = 0  # its samples
-        self.in_last_part = False  # whether the pass under way is one in which ranks reduce gradients
+        self.shapes: list[torch.Size] = []  # shapes of the last batch's tensors
+        self.n = 0  # its number of samples
+        self.in_last_part = False  # whether ranks reduce gradients in the current pass
 
     def before_fit(self, learn: Learner) -> None:
         self.size, self.first_step = self.initial_size, -1
@@ -69,8 +75,8 @@ class AutoMicrobatch(Callback):
         replicas = next((callback.replicas for callback in learn.running if isinstance(callback, Distributed)), None)
         if replicas is not None and replicas.sync_bn:
             raise ValueError(
-                "AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave the others waiting in a "
-                "layer of batch norm. Take one of them; batch_size_find() tells what fits."
+                "AutoMicrobatch cannot be combined with sync_bn=True: a rank whose memory runs out would leave the "
+                "others waiting in a batch norm layer. Use one of them; batch_size_find() finds the size that fits."
             )
 
     def before_train(self, learn: Learner) -> None:
@@ -107,7 +113,7 @@ class AutoMicrobatch(Callback):
 
     # --- what has fitted -----------------------------------------------------
     def has_fitted(self, batch: Any) -> bool:
-        """Whether parts that are as large in every dimension have."""
+        """Whether parts that are as large in every dimension have fitted."""
         need = needed(*batch, n=self.n)
         if not any(covers(other, need) for other in self.proven):
             return False
@@ -115,7 +121,7 @@ class AutoMicrobatch(Callback):
         return True
 
     def remember(self, learn: Learner, part: int) -> None:
-        """What has fitted only before the fit's first step says little: the optimizer's state came with it."""
+        """Record that this part fits, except before the end of the first step, which creates the optimizer's state."""
         if learn.step == self.first_step:
             return
         need = needed(self.shapes, part, learn.n_held > 0, n=self.n)
@@ -125,8 +131,8 @@ class AutoMicrobatch(Callback):
         self.proven, self.trusted = [], None
 
     def why_not_split(self, learn: Learner, error: BaseException, part: int, place: tuple[int, int]) -> str | None:
-        """Why this batch, of a size that had fitted, cannot be split now, empty where that is not the question; None:
-        it can be.
+        """Return why this batch, of a size that had fitted, cannot be split now; "" for an error that splitting does
+        not concern; None when it can be split.
         """
         if not is_out_of_memory(error) or stage_of(error) == "step" or (learn.step, learn.n_held) != place or part == 1:
             return ""
@@ -144,18 +150,18 @@ class AutoMicrobatch(Callback):
         return None
 
     def may_be_shared(self, learn: Learner, ddp: DistributedDataParallel, error: BaseException) -> bool:
-        """Whether DDP may have begun what ranks share in this batch: buffers before the forward pass, gradients once it
-        is through.
+        """Whether DDP may have begun to communicate in this batch: buffers before the forward pass, gradients after
+        it.
         """
         if ddp.will_sync_module_buffers():
             return True
         if not self.in_last_part or not ddp.require_backward_grad_sync:
             return False
         through = stage_of(error) != "forward" or learn.pred is not None or learn.training_model is not ddp
-        return through or ddp.find_unused_parameters  # which has DDP copy the outputs
+        return through or ddp.find_unused_parameters  # with it, DDP copies the outputs
 
     def split_what_had_fitted(self, learn: Learner, part: int) -> int:
-        """Half the size from now on: there is less memory than there was."""
+        """Halve the size from now on, because there is less memory than before; return the new size."""
         learn.failure = learn.pred = learn.loss = None
         for p in learn.model.parameters():
             p.grad = None
@@ -171,7 +177,7 @@ class AutoMicrobatch(Callback):
 
     # --- the passes of a batch -----------------------------------------------
     def probe(self, learn: Learner, n: int, part: int) -> None:
-        """Find the size of the parts that fit; the batch has its gradients then."""
+        """Find the size of the parts that fits; afterwards the gradients of the batch are complete."""
         ddp = ddp_of(learn)
         with by_itself(learn, ddp):
             start = State(learn)
@@ -194,7 +200,7 @@ class AutoMicrobatch(Callback):
             raise signal
 
     def attempt(self, learn: Learner, n: int, part: int) -> BaseException | None:
-        """Forward and backward passes of all parts; the error, where memory runs out."""
+        """Run the forward and backward passes of all parts; return the error when memory runs out."""
         try:
             self.passes(learn, n, part)
         except BaseException as error:
@@ -206,10 +212,10 @@ class AutoMicrobatch(Callback):
         return None
 
     def passes(self, learn: Learner, n: int, part: int) -> None:
-        """Of a batch of n samples; gradients are reduced in the last one."""
+        """Run the passes of a batch of n samples, part by part; gradients are reduced in the last one."""
         inputs, target, whole = learn.inputs, learn.target, learn.whole
         count, loss, split = learn.count(inputs, target), 0.0, part < n
-        part = -(-n // -(-n // part))  # alike: a last part of one sample would be nothing for batch norm
+        part = -(-n // -(-n // part))  # equal parts: batch norm cannot use a last part of one sample
         if whole is None and split:
             learn.whole = count
         try:
@@ -228,13 +234,12 @@ class AutoMicrobatch(Callback):
             learn.loss = loss / not_zero(count)
 
     def join(self, learn: Learner, ddp: DistributedDataParallel, n: int, part: int) -> None:
-        """Take part in the other ranks' reduction of this batch's gradients, of which this rank's are complete after a
-        trial.
+        """Join the other ranks' reduction of this batch's gradients after a trial, when this rank's are complete.
 
-        By a pass of two samples whose loss counts for nothing. It fits, as the trial's parts did.
+        This takes a pass of two samples whose loss is multiplied by zero. It fits, because the trial's parts did.
         """
         if not ddp.require_backward_grad_sync:
-            return  # nor do they, within a window of Accumulate, say
+            return  # the other ranks do not reduce either, for example within a window of Accumulate
         done, kept = State(learn, gradients=False), (learn.inputs, learn.target, learn.pred, learn.loss)
         try:
             learn.inputs, learn.target = cut((learn.inputs, learn.target), 0, min(part, 2), n)
@@ -259,8 +264,8 @@ class AutoMicrobatch(Callback):
 
 
 class State:
-    """What a failed attempt may have changed: buffers, random numbers, and gradients of earlier batches, which wait
-    aside.
+    """What a failed attempt may change: buffers and random numbers, and the gradients of earlier batches, which are
+    kept apart meanwhile.
     """
 
     def __init__(self, learn: Learner, *, gradients: bool = True) -> None:
@@ -291,7 +296,7 @@ class State:
     @torch.no_grad()
     def put_back_buffers(self) -> None:
         for buffers, name, buffer, value in self.buffers:
-            buffers[name] = buffer.copy_(value)  # of a forward pass that replaces it
+            buffers[name] = buffer.copy_(value)  # also when a forward pass has replaced it
 
     def drop_gradients(self) -> None:
         for p in self.parameters:
@@ -305,7 +310,7 @@ class State:
 
 
 def ddp_of(learn: Learner) -> DistributedDataParallel | None:
-    """What the training batches go through on several ranks, also where another callback has wrapped it."""
+    """Return the DDP module of the training model on several ranks, also where another callback has wrapped it."""
     if learn.world_size == 1:
         return None
     return next(
@@ -315,20 +320,18 @@ def ddp_of(learn: Learner) -> DistributedDataParallel | None:
 
 @contextmanager
 def by_itself(learn: Learner, ddp: DistributedDataParallel | None) -> Iterator[None]:
-    """No other rank takes part in the passes within: DDP shares nothing in them, but what the others' forward passes
-    begin with.
-    """
+    """Run passes without the other ranks: DDP communicates only what the others' forward passes begin with."""
     if ddp is None:
         yield
         return
     with learn.no_sync():
         ddp._pre_forward(torch.empty(0))  # rank 0's buffers, and after the first step the layout of the buckets
-        ddp.require_forward_param_sync = False  # once; an attempt that fails would leave it to the next one
+        ddp.require_forward_param_sync = False  # only once: a failed attempt would leave it to the next one
         yield
 
 
 def shapes_in(inputs: Any, target: Any) -> list[torch.Size]:
-    """Of every tensor in them, in one function, as it is called for each batch."""
+    """Return the shapes of all tensors; one loop without further calls, because it runs for each batch."""
     shapes, rest = [], [inputs, target]
     while rest:
         value = rest.pop()
@@ -342,7 +345,7 @@ def shapes_in(inputs: Any, target: Any) -> list[torch.Size]:
 
 
 def needed(shapes: list[torch.Size], part: int, held: bool, *, n: int) -> Shapes:
-    """What the largest part of a batch of n samples takes: whether gradients are there before its backward pass, and
+    """Return what the largest part of a batch of n samples needs: whether gradients exist before its backward pass, and
     its shapes.
     """
     largest = -(-n // -(-n // part))
@@ -353,7 +356,7 @@ def needed(shapes: list[torch.Size], part: int, held: bool, *, n: int) -> Shapes
 
 
 def covers(large: Shapes, small: Shapes) -> bool:
-    """Whether each tensor of `large` is as large as the one of `small`, in every dimension."""
+    """Whether each tensor of `large` is at least as large as that of `small`, in every dimension."""
     return len(large) == len(small) and all(
         len(a) == len(b) and all(i >= j for i, j in zip(a, b, strict=True)) for a, b in zip(large, small, strict=True)
     )
@@ -363,12 +366,12 @@ def n_samples_here(learn: Learner) -> int:
     sizes = {len(t) for t in tensors_in(learn.inputs) if t.ndim}
     if len(sizes) != 1:
         raise ValueError(
-            f"AutoMicrobatch splits inputs along their first dimension, which they must share; got "
+            f"AutoMicrobatch splits inputs along their first dimension, which must be the same for all; got "
             f"{describe(learn.inputs)}."
         )
     return sizes.pop()
 
 
 def cut(batch: Any, first: int, size: int, n: int) -> Any:
-    """The part of a batch of n samples from `first` on; what has no n rows stays whole."""
+    """Return the part of a batch of n samples that begins at `first`; a tensor that has not n rows stays whole."""
     return map_tensors(lambda t: t[first : first + size] if t.ndim and len(t) == n else t, batch)

@@ -1,4 +1,4 @@
-"""Batch norm that stands still where its layer is frozen."""
+"""Batch norm whose running statistics do not change where its layer is frozen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from learnkit.learner import Learner
 
 
 class BnFreeze(Callback):
-    """While training, keep the running statistics of batch norms as they are, and normalize with them.
+    """Keep the running statistics of batch norm layers unchanged in training, and normalize with them.
 
-    all     of every batch norm. Without it, of those whose own parameters are frozen: learn.freeze() leaves their
-            statistics following the data, which for small new data sets is worse than those of the large old one
+    `learn.freeze()` alone lets the statistics of frozen layers follow the new data. For a small new data set these are
+    worse than the statistics of the large old one.
 
-    >>> learn.fine_tune(3, callbacks=[BnFreeze()])  # doctest: +SKIP
+    Args:
+        all: apply to every batch norm layer. False: only to layers whose own parameters are frozen.
+
+    Example:
+        >>> learn.fine_tune(3, callbacks=[BnFreeze()])  # doctest: +SKIP
     """
 
     def __init__(self, *, all: bool = False) -> None:
@@ -24,7 +28,7 @@ class BnFreeze(Callback):
     def before_train(self, learn: Learner) -> None:
         for module in learn.model.modules():
             if isinstance(module, _BatchNorm) and (self.all or is_frozen(module)):
-                module.eval()  # the next epoch begins with train()
+                module.eval()  # the next epoch begins with model.train()
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures with their channels last in memory, as convolutions on GPUs and CPUs want them."""
+"""Pictures in the channels_last memory format, which convolutions on GPUs and CPUs prefer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from learnkit.learner import Learner
 
 
 class ChannelsLast(Callback):
-    """Lay the 4-d floating inputs of every batch out with their channels last. What `learn.to_channels_last()` adds."""
+    """Convert the 4-d inputs of every batch to the channels_last memory format; `learn.to_channels_last()` adds it."""
 
     order = -10
     unique = True

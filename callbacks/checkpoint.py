@@ -1,7 +1,8 @@
-"""Checkpoints of everything that a fit is, from which `fit(…, resume=True)` goes on as if it had never stopped."""
+"""Checkpoints of the whole state of a fit, from which `fit(…, resume=True)` resumes as if it had never stopped."""
 
 from __future__ import annotations
 
+import math
 import secrets
 import signal
 import sys
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from learnkit.callbacks.distributed import NO_BATCH, Distributed
+from learnkit.callbacks.distributed import Distributed
 from learnkit.checkpoint.files import as_path, clean, explained_os_error
 from learnkit.checkpoint.resume import (
     begin_at,
@@ -46,26 +47,33 @@ SAVING = getattr(signal, "SIGUSR1", None)
 
 
 class Checkpoint(Callback):
-    """Keeps the last states of a fit in a folder; `learn.fit(…, resume=True)` goes on from the newest whole one, bit
-    for bit.
+    """Save checkpoints of a fit in a folder; `learn.fit(…, resume=True)` resumes from the newest complete one, bit for
+    bit.
 
-    dir             where they are kept; on several ranks rank 0's, which alone writes and reads
-    every_n_steps   also after every so many optimizer steps, within epochs too. None: only as below
-    every_n_epochs  after every so many epochs, and at the end. None: at the end alone
-    keep            how many of this fit's are kept; the one that it resumed from goes when a newer one is durable
-    async_write     write in a thread, from a copy in memory, which is kept for the next one; errors come up at the next
-                    save or at the fit's end
-    sharded         of a model that `to_fsdp` has spread, each rank writes and reads its own part of weights and
-                    optimizer, in safetensors files, so that nobody ever holds it whole; `dir` has to be there for all.
-                    Any number of ranks, spread or not, can go on from it. Not beside async_write. Where nothing is
-                    spread, as without
+    SIGTERM and SIGINT (Ctrl-C) end the fit on all ranks after the current batch, or after the current validation, save
+    a checkpoint, and exit with code 143 or 130; a second signal ends the process at once. SIGUSR1 saves a checkpoint,
+    and the fit continues.
 
-    SIGTERM and SIGINT (Ctrl-C) end the fit after the batch under way (after the validation, within one) on all ranks,
-    save, and leave with exit code 143 or 130; a second one ends at once. SIGUSR1 saves and goes on. Raises OSError
-    before the first step where the folder cannot be written to.
+    Args:
+        dir: the folder; on several ranks it is rank 0's, and only rank 0 writes and reads.
+        every_n_steps: save also after every n-th optimizer step, within epochs, too. None: only by `every_n_epochs`.
+        every_n_epochs: save after every n-th epoch, and at the end of the fit. None: only at the end.
+        keep: how many checkpoints of this fit are kept. The checkpoint that the fit resumed from is removed once a
+            newer one is durable.
+        async_write: write in a thread, from a copy in memory, whose memory is used again for the next checkpoint.
+            Errors are raised at the next save or at the end of the fit.
+        sharded: for a model sharded by `to_fsdp`: each rank writes and reads its own shard of weights and optimizer
+            state, in safetensors files, so that no process ever holds the whole model. All ranks must be able to access
+            `dir`. Any number of ranks can resume from it, sharded or not. Cannot be combined with `async_write`. For a
+            model that is not sharded it changes nothing.
 
-    >>> learn = Learner(data, model, callbacks=[Checkpoint("checkpoints")])  # doctest: +SKIP
-    >>> learn.fit_one_cycle(10, resume=True)  # doctest: +SKIP
+    Raises:
+        ValueError: when a number is not a whole number of 1 or more, or `sharded` is combined with `async_write`.
+        OSError: before the first step, when the folder cannot be written to.
+
+    Example:
+        >>> learn = Learner(data, model, callbacks=[Checkpoint("checkpoints")])  # doctest: +SKIP
+        >>> learn.fit_one_cycle(10, resume=True)  # doctest: +SKIP
     """
 
     order = Distributed.order - 10
@@ -89,24 +97,22 @@ class Checkpoint(Callback):
         self.dir, self.every_n_steps, self.every_n_epochs, self.keep = as_path(dir), every_n_steps, every_n_epochs, keep
         if sharded and async_write:
             raise ValueError(
-                "sharded=True beside async_write=True: all ranks write at once, and talk to each other while they do, "
-                "which training would disturb. Leave one of them out."
+                "sharded=True cannot be combined with async_write=True: all ranks write at the same time and "
+                "communicate while they write, which training would disturb. Use only one of them."
             )
         if sharded:
             check_safetensors()
         self.async_write, self.sharded = async_write, sharded
-        self.run = ""  # names a fit, over all its interruptions
-        self.written: list[Path] = []  # of this run, oldest first
-        self.parts: dict[str, Any] | None = (
-            None  # of the checkpoint that this fit goes on from, until they are put back
-        )
-        self.apart: Path | None = None  # where tensors lie that `parts` has only the shapes of
-        self.order_states: list[Any] = []  # of the loaders' own generators at the epoch's start
-        self.saved_at: tuple[int, ...] = ()  # epoch, step and items
+        self.run = ""  # identifies a fit, over all its interruptions
+        self.written: list[Path] = []  # checkpoints of this run, oldest first
+        self.parts: dict[str, Any] | None = None  # the state that this fit resumes from, until it is restored
+        self.apart: Path | None = None  # folder of the sharded tensors, of which `parts` has only the shapes
+        self.order_states: list[Any] = []  # states of the loaders' own generators at the start of the epoch
+        self.saved_at: tuple[int, ...] = ()  # epoch, step and items of the last save
         self.writer: ThreadPoolExecutor | None = None
         self.writing: Future[None] | None = None
-        self.copy: Any = None  # what is or was written last by async_write
-        self.copied = threading.Event()  # whether the state that is being written may be changed again
+        self.copy: Any = None  # host copy that async_write writes or has written
+        self.copied = threading.Event()  # set while the training state may change: no copy of it is being made
         self.copied.set()
 
     # --- a fit ---------------------------------------------------------------
@@ -123,11 +129,11 @@ class Checkpoint(Callback):
             except StopFit as raised:
                 stop = raised
             except BaseException:
-                self.wait_for_writer()  # for what is being written; its own error is not the one to be told
+                self.wait_for_writer()  # until the current write has ended; an error of its own is not raised
                 raise
             learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
-            # Of a signal that came when nothing more was to be agreed, all hear here; then rank 0, which may hold the
-            # store, can leave.
+            # A signal may have arrived when the ranks agree on nothing any more: here all get to know it. Then rank 0,
+            # which may hold the store, can exit.
             signalled = next((w for w in learn.ranks.gather(learn.wanted) if w and w != "save"), None)
         learn.agreed = signalled or learn.agreed
         if (learn.agreed or "").startswith("signal"):
@@ -136,7 +142,7 @@ class Checkpoint(Callback):
             raise stop
 
     def prepare(self) -> None:
-        """See, before anything is trained, that the folder can be written to; remove what killed processes left."""
+        """Check before training that the folder can be written to; remove unfinished files of killed processes."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.dir):
@@ -146,7 +152,7 @@ class Checkpoint(Callback):
         clean(self.dir)
 
     def find(self, learn: Learner) -> None:
-        """The checkpoint to go on from."""
+        """Find the checkpoint to resume from, if there is one."""
         found = snapshot_from_main(learn, lambda: self.read(learn.n_fits))
         if found is None:
             return
@@ -157,8 +163,8 @@ class Checkpoint(Callback):
         self.written = snapshots_of_run(self.dir, self.run, name)
 
     def read(self, n_fits: int) -> list[Any] | None:
-        """The newest checkpoint; where that is of a later fit of the same script, the last one of the fit that begins
-        now.
+        """Read the newest checkpoint, or, when that is of a later fit of the same script, the last one of the fit that
+        begins now.
         """
         found = newest_snapshot(self.dir)
         if found is None:
@@ -173,10 +179,10 @@ class Checkpoint(Callback):
         self.order_states = order_states(learn)
 
     def after_fit(self, learn: Learner) -> None:
-        self.put_back(learn)  # a finished fit has no epoch in which to do so
+        self.put_back(learn)  # a finished fit that is resumed runs no epoch
 
     def put_back(self, learn: Learner) -> None:
-        """When the other callbacks have been told that the fit begins, and have forgotten the one before."""
+        """Restore the state, once, after before_fit of all callbacks, which clears the state of the fit before."""
         if self.parts is None:
             return
         parts, self.parts = self.parts, None
@@ -188,8 +194,8 @@ class Checkpoint(Callback):
 
     # --- when ----------------------------------------------------------------
     def around_batch(self, learn: Learner, run: Run) -> None:
-        """When it is settled what all ranks do after this batch. One after which the training pass is left is not saved
-        by itself: resumed from there, the pass would go on.
+        """Save after the batch, when all ranks have agreed on what follows it. A batch that ends the training pass
+        early is no reason to save: resumed from there, the pass would continue.
         """
         own: ControlFlow | None = None
         try:
@@ -200,7 +206,7 @@ class Checkpoint(Callback):
             if learn.world_size == 1 and learn.wanted is not None:
                 learn.agreed, learn.wanted = learn.wanted, None
             n = self.every_n_steps
-            # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
+            # Save here when the pass ends early: afterwards weights that differ between ranks are averaged.
             if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held):
                 self.save(learn)
             if learn.agreed == "save":
@@ -218,9 +224,9 @@ class Checkpoint(Callback):
             stop = raised
         if learn.world_size == 1 and learn.wanted is not None:
             learn.agreed, learn.wanted = learn.wanted, None
-        ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)  # also where a signal came meanwhile
+        ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)  # also when a signal has arrived, too
         if learn.training and isinstance(stop, StopFit):
-            self.save(learn, over=ends)  # left in the middle
+            self.save(learn, over=ends)  # stopped within the training pass
         else:
             last = learn.epoch + 1 == learn.n_epochs or ends
             due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
@@ -237,7 +243,7 @@ class Checkpoint(Callback):
 
     # --- saving --------------------------------------------------------------
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
-        """All ranks call it at the same step; rank 0 writes, and all raise if it cannot."""
+        """Save a checkpoint. All ranks call this at the same step; rank 0 writes, and all ranks raise if it fails."""
         place = place_of(learn, epoch_over=epoch_over, over=over)
         now = place["epoch"], place["step"], place["items"]
         if now == self.saved_at and not over:
@@ -245,7 +251,7 @@ class Checkpoint(Callback):
         self.saved_at = now
         order = (
             order_states(learn) if epoch_over or over else self.order_states
-        )  # of the next epoch, or of the one under way
+        )  # of the next epoch, or of the current one
         parts = training_state(learn, self, place, order, gathered=not self.sharded)
         if self.async_write:
             parts = with_own_copies(learn, parts)
@@ -266,15 +272,15 @@ class Checkpoint(Callback):
     def write(self, learn: Learner, parts: dict[str, Any], about: dict[str, Any]) -> None:
         if not self.async_write:
             return self.write_now(parts, about)
-        self.finish_writing()  # one at a time; its error comes up here
+        self.finish_writing()  # one at a time; raises the error of the last write
         if self.writer is None:
             self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.copied.clear()
         self.writing = self.writer.submit(self.copy_and_write, parts, about, Enqueued(learn.device))
 
     def copy_and_write(self, parts: dict[str, Any], about: dict[str, Any], steps: Enqueued) -> None:
-        """In the thread: from a device on its copy stream, which waits for the `steps` that were enqueued before the
-        save.
+        """Copy to the host and write, in the thread. A device copies on its copy stream, which waits for the `steps`
+        that were enqueued before the save.
         """
         try:
             with steps.awaited():
@@ -284,12 +290,14 @@ class Checkpoint(Callback):
         self.write_now(parts, about)
 
     def before_step(self, learn: Learner) -> None:
-        """The weights are copied during the forward and backward passes after a save; here they would change."""
+        """Wait for the copy of the weights, which runs during the forward and backward passes after a save: the step
+        changes them.
+        """
         if not self.copied.is_set():
             self.copied.wait()
 
     def before_validate(self, learn: Learner) -> None:
-        self.before_step(learn)  # and here, where somebody puts others in their place
+        self.before_step(learn)  # for the validation, a callback may put other weights into the model
 
     def write_now(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         self.keep_newest(write_snapshot(self.dir, next_name(self.dir, about["step"]), parts, about))
@@ -303,7 +311,7 @@ class Checkpoint(Callback):
             raise explained_os_error(error, self.dir, 0) from error
 
     def finish_writing(self) -> None:
-        """What failed in the thread comes up here."""
+        """Wait for the thread's current write and raise its error, if there is one."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -326,25 +334,27 @@ class Checkpoint(Callback):
         number = int(learn.agreed.split()[1])
         if learn.rank == 0:
             print(
-                f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on",
+                f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True continues",
                 file=sys.stderr,
             )
         raise SystemExit(128 + number)
 
 
 def may_change(learn: Learner) -> bool:
-    """Whether weights may change before the next step: where a training pass ends, and there only for some ways to
-    train.
+    """Whether weights may change before the next step: at the end of a training pass, or always where the ranks'
+    weights differ or the optimizer has modes.
     """
     if learn.ranks.apart or has_modes(learn.opt):
         return True
-    n = n_batches(learn.dl) if learn.training else NO_BATCH
+    n = n_batches(learn.dl) if learn.training else math.inf
     return n is None or learn.agreed is not None or learn.batch_index - learn.first_batch + 1 >= n
 
 
 @contextmanager
 def handlers(learn: Learner) -> Iterator[None]:
-    """For a fit's length, signals only note what is wanted; a handler that the user had is called too, and put back."""
+    """During a fit, let signals only record what is wanted. The user's own handler is called too, and restored at the
+    end.
+    """
     learn.wanted = learn.agreed = None
     if threading.current_thread() is not threading.main_thread():
         warnings.warn(
@@ -361,7 +371,7 @@ def handlers(learn: Learner) -> Iterator[None]:
         elif learn.wanted is None:
             learn.wanted = "save"
         if number != SAVING:
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+            signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None):
             before[number](number, frame)
 

@@ -1,4 +1,4 @@
-"""Gradients clipped once a step: by their norm, by value, or by the norms of the weights."""
+"""Gradient clipping once per step: by norm, by value, or by the norms of the weights."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from learnkit.callbacks.mixed_precision import MixedPrecision
-from learnkit.callbacks.recorder import Trace
 from learnkit.devices.dtensor import is_shard, own_parts, whole
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.logs.trace import Trace
 
 
 class ClipGradients(Callback):
     """Clip the gradients of every optimizer step: after accumulation and reduction, unscaled.
 
-    max_norm    all gradients together are scaled down to this norm, where theirs is larger
-    value       each number is brought between -value and value
-    adaptive    each unit's gradient (a row of a matrix, a filter) is scaled down to this multiple of the norm of its
-                weights (Brock et al., 2021: 0.01); of the last layer, and of what has one dimension, too
-    norm_type   of the norm that max_norm is about: 2, 1, inf, or another number above 0
+    Give one of `max_norm`, `value` and `adaptive`; without any, max_norm=1.
 
-    One of them; without any, max_norm=1. `norms` are those of each step before clipping, with max_norm; reading them is
-    what reads the device.
+    Args:
+        max_norm: scale all gradients together down to this norm, where their norm is larger.
+        value: clamp each number to the range from -value to value.
+        adaptive: scale the gradient of each unit (a row of a matrix, a filter) down to this multiple of the norm of its
+            weights (Brock et al., 2021: 0.01). It applies to the last layer and to one-dimensional parameters, too.
+        norm_type: the p-norm for `max_norm`: 2, 1, inf, or another number above 0.
 
-    >>> learn.fit(5, callbacks=[ClipGradients(max_norm=1.0)])  # doctest: +SKIP
+    Attributes:
+        norms: with `max_norm`, each step's norm before clipping; only reading it reads from the device.
+
+    Raises:
+        ValueError: when more than one of them is given, or a value is not above 0.
+
+    Example:
+        >>> learn.fit(5, callbacks=[ClipGradients(max_norm=1.0)])  # doctest: +SKIP
     """
 
     order = MixedPrecision.order + 10
@@ -56,11 +63,12 @@ class ClipGradients(Callback):
             self.max_norm = 1.0
         self.trace = Trace()
         self.parameters: list[Any] = []
-        self.are_alike = False  # of one device and dtype, and whole
+        self.are_alike = False  # whether all have one device and dtype, and none is sharded
 
     @property
     def norms(self) -> list[float]:
-        return self.trace.read().tolist()  # reads the device
+        """With `max_norm`, each step's norm before clipping; reads from the device."""
+        return self.trace.read().tolist()
 
     def before_fit(self, learn: Learner) -> None:
         self.trace, self.parameters = Trace(), list(learn.model.parameters())
@@ -76,8 +84,8 @@ class ClipGradients(Callback):
             self.trace.append(self.clip_alike(gradients) if self.are_alike else self.clip_any(gradients))
 
     def clip_alike(self, gradients: list[Tensor]) -> Tensor:
-        """As `clip_any`, with the same bits, but without sorting the gradients by device and dtype twice: they are of
-        one kind.
+        """Clip as `clip_any` does, bit for bit, without sorting the gradients by device and dtype twice: all have the
+        same.
         """
         assert self.max_norm is not None
         norms = torch._foreach_norm(gradients, self.norm_type)  # type: ignore[reportPrivateImportUsage]
@@ -109,9 +117,7 @@ class ClipGradients(Callback):
 
 
 def largest_of_all(gradients: list[Any]) -> Tensor:
-    """The largest absolute value in gradients that are spread over ranks. torch has no such norm of a part that is
-    empty.
-    """
+    """Return the largest absolute value in sharded gradients. torch has no such norm for an empty shard."""
     from torch.distributed.tensor import DTensor, Partial
 
     parts = [part.abs().max() for part in own_parts(gradients) if part.numel()]
@@ -120,6 +126,8 @@ def largest_of_all(gradients: list[Any]) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """The norm of each slice along the first dimension, of a vector as a whole; shaped to be multiplied with it."""
+    """Return the norm of each slice along the first dimension, or of a whole vector, in a shape that broadcasts with
+    the tensor.
+    """
     dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
     return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)

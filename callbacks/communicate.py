@@ -1,15 +1,13 @@
-"""Other ways than an all-reduce of every gradient for ranks to come to the same weights."""
+"""Other ways than an all-reduce of every gradient to keep the ranks' weights the same."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.callbacks.reduce_afterwards import nothing
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.distributed.algorithms import Algorithm, Communication, put_weights
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
@@ -17,13 +15,20 @@ from learnkit.optim.groups import has_modes
 
 
 class Communicate(Callback):
-    """What `learn.to_distributed(algorithm=…)` adds, where it is another one than "allreduce".
+    """Reduce gradients or average weights by another algorithm than "allreduce"; `to_distributed(algorithm=…)` adds it.
 
-    Gradients go through a communication hook of DDP. Algorithms that average weights do so every `period` steps, and at
-    an epoch's end; what is evaluated, amid an epoch too, is the mean (see OneModel). What ranks keep for themselves,
-    PowerSGD's errors or their own weights and moments between two averages, is in checkpoints, of which each rank takes
-    back its own. Of another number of ranks each takes the mean, also one alone, where this does nothing else: the mean
-    of the errors is what the mean gradient still lacks.
+    Gradients go through a communication hook of DDP. Algorithms that average weights do so every `period` steps and at
+    the end of an epoch; evaluations, also during an epoch, use the mean (see OneModel). State that each rank has for
+    itself (PowerSGD's errors, or the rank's weights and moments between two averages) is saved in checkpoints, and each
+    rank loads its own. When a fit is resumed on another number of ranks, each rank loads the mean, also a single rank,
+    on which this callback does nothing else: the mean of the errors is what the mean gradient still lacks.
+
+    Args:
+        algorithm: an `Algorithm` of learnkit.distributed.algorithms, which `to_distributed` makes from a name.
+
+    Raises:
+        ValueError: at the start of the fit, when the algorithm averages weights and the optimizer makes its weights for
+            evaluation from its own state.
     """
 
     order = Distributed.order + 5
@@ -32,24 +37,23 @@ class Communicate(Callback):
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
-        self.communication: Communication | None = None  # in a fit, where several train
-        self.learn: Learner | None = None  # of the last fit, whose state may be put back when it turns out to be over
+        self.communication: Communication | None = None  # during a fit on several ranks
+        self.learn: Learner | None = None  # of the last fit: its state may be loaded after the fit, if it was finished
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         if self.algorithm.averages and has_modes(learn.opt) and learn.world_size > 1:
             raise ValueError(
-                f"algorithm={self.algorithm.name!r} averages the ranks' weights; those of {type(learn.opt).__name__} "
-                f"are made from its state, which stays each rank's own, when it changes to evaluation. Take an "
-                f"algorithm that reduces "
-                'gradients, such as "allreduce", or another optimizer.'
+                f"algorithm={self.algorithm.name!r} averages the ranks' weights, but {type(learn.opt).__name__} makes "
+                f"its weights for evaluation from its state, which is not averaged. Use an algorithm that reduces "
+                f'gradients, such as "allreduce", or another optimizer.'
             )
-        ddp, reduce, leave = learn.training_model, learn.reduce_gradients, nothing
+        ddp, reduce, leave = learn.training_model, learn.reduce_gradients, lambda: None
         self.learn = learn
-        if isinstance(ddp, DistributedDataParallel):  # not alone, nor where no parameter is trained
+        if isinstance(ddp, DistributedDataParallel):  # not on a single rank, nor where no parameter is trained
             self.communication = Communication(self.algorithm, ddp, step=learn.step)
             leave = self.communication.follow(learn.opt)
             if self.algorithm.averages:
-                learn.reduce_gradients = nothing
+                learn.reduce_gradients = lambda: None
         try:
             run()
         finally:
@@ -62,7 +66,7 @@ class Communicate(Callback):
         return {} if self.learn is None or self.communication is None else self.communication.state_dict(self.learn.opt)
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.learn is None or not state:  # {}: of a time without a fit, such as a trial's
@@ -71,15 +75,3 @@ class Communicate(Callback):
             self.communication.load_state_dict(state, self.learn.opt)
         elif self.algorithm.averages:
             put_weights(list(self.learn.model.parameters()), state, self.learn.opt)
-
-
-def mean(states: list[Any]) -> Any:
-    """Of equal structures: the mean of each of their tensors of floating point, and whatever else the first one has."""
-    first = states[0]
-    if isinstance(first, dict):
-        return {name: mean([state[name] for state in states]) for name in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(mean(list(values)) for values in zip(*states, strict=True))
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        return first
-    return torch.stack([state.double() for state in states]).mean(0).to(first.dtype)

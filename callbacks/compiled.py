@@ -1,4 +1,4 @@
-"""What a compiled model needs so that it is compiled once for training and once for evaluation."""
+"""Keeps a compiled model from being compiled more than once for training and once for evaluation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from learnkit.learner import Learner
 
 
 class Compiled(Callback):
-    """Let batches of another size than a fit's first ones, such as a last short one, go through the model as it was
-    written.
+    """Run batches of another size than the fit's first ones, such as a short last one, without the compiler.
 
-    Compiling for their size would take longer than they do. What `learn.compile()` adds.
+    Compiling for their size would take longer than running them. `learn.compile()` adds this callback.
     """
 
-    order = 900  # the innermost: nothing but the model and the loss
+    order = 900  # the innermost: only the model and the loss are further in
     unique = True
 
     def __init__(self) -> None:
-        self.sizes: dict[bool, int] = {}  # of the batches that it is compiled for: in training, and else
+        self.sizes: dict[bool, int] = {}  # batch size that the model is compiled for, by learn.training
 
     def before_fit(self, learn: Learner) -> None:
         self.sizes = {}

@@ -1,4 +1,4 @@
-"""A log as a table: one line a row, for spreadsheets and pandas."""
+"""A log as a CSV table, for spreadsheets and pandas."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from learnkit.logs.line_file import Lines
 
 
 class CSVLogger(Callback):
-    """Write the values of every epoch, and with `every_n_steps` the loss of every so many steps too, to a CSV file.
+    """Write the values of every epoch to a CSV file, and with `every_n_steps` also the loss of every n-th step.
 
-    Columns: step, loss (with every_n_steps: the mean over the samples since the row before), epoch, the names of
-    learn.values, lr. Steps count on over the fits of a Learner. A fit that is resumed goes on in its file, without the
-    rows after its checkpoint; a new one begins the file anew. On several ranks rank 0 writes; values are those of all.
+    Columns: step, loss (with `every_n_steps`: the mean over the samples since the row before), epoch, the names of
+    learn.values, lr. The step count continues over the fits of a Learner. A resumed fit continues its file, after
+    removing the rows after its checkpoint; a new fit overwrites the file. On several ranks rank 0 writes the values of
+    all ranks.
 
-    >>> learn.fit(5, callbacks=[CSVLogger("history.csv")])  # doctest: +SKIP
+    Args:
+        path: the file.
+        every_n_steps: also write a row for every n-th step. None: only epochs.
+
+    Example:
+        >>> learn.fit(5, callbacks=[CSVLogger("history.csv")])  # doctest: +SKIP
     """
 
     order = Recorder.order - 20
@@ -62,7 +68,7 @@ class CSVLogger(Callback):
             self.lines.add(as_row(self.columns))
 
     def config(self, values: dict[str, Any]) -> None:
-        "A table has no place for it."
+        "Do nothing: the table has no place for settings."
 
     def log(self, values: dict[str, float], step: int) -> None:
         row = {"step": step, **values}

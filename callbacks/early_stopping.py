@@ -1,26 +1,33 @@
-"""Stopping when a value no longer gets better."""
+"""Stop a fit when a value no longer improves."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback, StopFit
 from learnkit.learner import Learner
 from learnkit.logs.monitor import Monitor
+from learnkit.logs.say import say
 
 
 class EarlyStopping(Callback):
-    """End the fit when `monitor` was not better than its best by more than `min_delta` for `patience` epochs in a row.
-    An epoch that StopEpoch left before it was measured does not count.
+    """Stop the fit when `monitor` has not improved by more than `min_delta` for `patience` epochs in a row.
 
-    monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
-    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest; said when it
-                stops
-    patience    epochs without improvement after which the fit ends, 1 or more
-    min_delta   what counts as an improvement, 0 or more
+    An epoch that StopEpoch ended before it was measured does not count.
 
-    >>> stop = EarlyStopping(monitor="accuracy", patience=2)
+    Args:
+        monitor: a name in learn.values: train_loss, valid_loss or a metric, also written as val_loss or valid_accuracy.
+        mode: "min" or "max": the direction of improvement. None: "min" for losses and errors, "max" for the rest; the
+            message at the stop names it.
+        patience: number of epochs without improvement after which the fit stops, 1 or more.
+        min_delta: smallest change that counts as an improvement, 0 or more.
+
+    Raises:
+        ValueError: when `patience`, `mode` or `min_delta` is out of range, or, at the start of the fit, when the fit
+            does not measure `monitor`.
+
+    Example:
+        >>> stop = EarlyStopping(monitor="accuracy", patience=2)
     """
 
     in_trials = False
@@ -46,7 +53,7 @@ class EarlyStopping(Callback):
         best = (
             "was never a number"
             if self.monitor.best is None
-            else f"has not got past {self.monitor.best:.6g} for {self.n_worse} epochs"
+            else f"has not improved on {self.monitor.best:.6g} for {self.n_worse} epochs"
         )
         say(learn, f"EarlyStopping: {self.monitor}, {best}")
         raise StopFit

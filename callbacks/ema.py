@@ -6,28 +6,33 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from learnkit.callbacks.communicate import mean
 from learnkit.callbacks.distributed import Distributed
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 from learnkit.optim.average import Average
 
 
 class EMA(Callback):
-    """Average the weights and buffers over the steps of a fit, and validate and predict with the average (Polyak,
-    1992).
+    """Average the weights and buffers over the steps of a fit, and validate and predict with the average.
 
-    decay       of the average in each optimizer step: average = decay × average + (1 − decay) × weights
-    warmup      begin with smaller decays, min(decay, (1 + t) / (10 + t)) in step t, for short fits
-    saves       let learn.save, SaveBest and export write the average instead of the weights, until the next fit
+    The average starts at the model's weights at the start of the fit (Polyak, 1992). The model keeps its own weights;
+    the average replaces them during evaluations and within `with ema.swapped(learn):`. `ema.apply(learn)` makes the
+    average the model's weights permanently.
 
-    The fit begins with the average at the model's weights. The model keeps its own weights: the average takes their
-    place for evaluations, and within `with ema.swapped(learn):`; `ema.apply(learn)` puts it there for good.
+    Args:
+        decay: in each optimizer step, average = decay × average + (1 − decay) × weights.
+        warmup: start with smaller decays, min(decay, (1 + t) / (10 + t)) in step t, for short fits.
+        saves: let learn.save, SaveBest and export write the average instead of the weights, until the next fit.
 
-    >>> learn.fit(5, callbacks=[EMA(decay=0.99)])  # doctest: +SKIP
+    Raises:
+        ValueError: when `decay` is not between 0 and 1.
+
+    Example:
+        >>> learn.fit(5, callbacks=[EMA(decay=0.99)])  # doctest: +SKIP
     """
 
-    order = Distributed.order + 40  # outside of whatever else changes the weights in a step
+    order = Distributed.order + 40  # further out than all others that change the weights in a step
     unique = True
 
     def __init__(self, decay: float = 0.999, *, warmup: bool = False, saves: bool = False) -> None:
@@ -49,7 +54,9 @@ class EMA(Callback):
         self.average.update(1 - decay)
 
     def around_train(self, learn: Learner, run: Run) -> None:
-        """Each rank has averaged its own statistics of batch norm, and the weights that it had meanwhile."""
+        """Unite the ranks' averages after the training pass: each rank has averaged its own batch norm statistics and
+        its own weights.
+        """
         assert self.average is not None
         run_then(run, partial(self.average.unite, learn.ranks))
 
@@ -58,17 +65,28 @@ class EMA(Callback):
             run()
 
     def swapped(self, learn: Learner) -> AbstractContextManager[None]:
-        """Within the block the model has the average's weights; before a first fit, its own."""
+        """Return a context manager within which the model has the average's weights; before a first fit, its own.
+
+        Args:
+            learn: the Learner of the fit.
+        """
         return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
-        """Make the average the model's weights."""
+        """Make the average the model's weights.
+
+        Args:
+            learn: the Learner of the fit.
+
+        Raises:
+            RuntimeError: when no fit has run with this EMA.
+        """
         if self.average is None:
             raise RuntimeError("there is no average yet: fit with this EMA first.")
         self.average.apply()
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "average": {} if self.average is None else self.average.state_dict()}

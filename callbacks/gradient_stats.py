@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""How large gradients, weights and updates are, parameter by parameter."""
+"""Norms of gradients, weights and updates, for each parameter."""
 
 from __future__ import annotations
 
@@ -21,21 +21,30 @@ NORMS = ("gradients", "weights", "updates")
 
 
 class GradientStats(Callback):
-    """Record the norms of every parameter's gradient, of the parameter, and of what the step changes, every `every`-th
-    step.
+    """Record the norms of every parameter, of its gradient, and of its change in the step; plot them with `plot()`.
 
-    names       of the parameters
-    gradients, weights, updates     float (steps, parameters): norms; a gradient's is 0 where there is none
+    The gradients are those that the optimizer uses: of all ranks, clipped, unscaled. Nothing is read from the device
+    until you read the norms or plot them. Each recorded step costs a copy of the weights. An update of about a
+    thousandth of its weight per step is usual.
 
-    Gradients are those that the optimizer sees: of all ranks, clipped, unscaled. Nothing is read from the device until
-    one of these is. Costs a copy of the weights at each recorded step. An update of about a thousandth of its weight
-    per step is usual.
+    Args:
+        every: record every `every`-th step.
 
-    >>> learn.fit(1, callbacks=[seen := GradientStats(every=10)])  # doctest: +SKIP
-    >>> seen.plot()  # doctest: +SKIP
+    Attributes:
+        names: names of the parameters.
+        gradients: float (steps, parameters): norms of the gradients; 0 for a parameter without a gradient.
+        weights: float (steps, parameters): norms of the parameters before the step.
+        updates: float (steps, parameters): norms of the changes in the step.
+
+    Raises:
+        ValueError: when `every` is not a whole number of 1 or more.
+
+    Example:
+        >>> learn.fit(1, callbacks=[seen := GradientStats(every=10)])  # doctest: +SKIP
+        >>> seen.plot()  # doctest: +SKIP
     """
 
-    order = Recorder.order + 20  # innermost: after whoever changes gradients
+    order = Recorder.order + 20  # innermost: after all callbacks that change gradients
     in_trials = False
 
     def __init__(self, every: int = 1) -> None:
@@ -44,7 +53,7 @@ class GradientStats(Callback):
         self.every = every
         self.names: list[str] = []
         self.steps: list[int] = []
-        self.rows: list[Tensor] = []  # one a recorded step: (3, parameters), on the device
+        self.rows: list[Tensor] = []  # one per recorded step: (3, parameters), on the device
 
     def before_fit(self, learn: Learner) -> None:
         self.names, self.steps, self.rows = [name for name, _ in learn.model.named_parameters()], [], []
@@ -62,24 +71,30 @@ class GradientStats(Callback):
     # --- reading -------------------------------------------------------------
     @property
     def recorded(self) -> Tensor:
-        """float (steps, 3, parameters), on the CPU; reads the device."""
+        """All rows: float (steps, 3, parameters), on the CPU; reads from the device."""
         return stacked_on_host(self.rows) if self.rows else torch.zeros(0, 3, len(self.names))
 
     @property
     def gradients(self) -> Tensor:
+        """Norms of the gradients: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 0]
 
     @property
     def weights(self) -> Tensor:
+        """Norms of the parameters before the step: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 1]
 
     @property
     def updates(self) -> Tensor:
+        """Norms of the changes in the step: float (steps, parameters), on the CPU; reads from the device."""
         return self.recorded[:, 2]
 
     def plot(self) -> Figure:
-        """Norms of gradients, of weights, and of updates as a share of their weights, by step; one line a parameter,
-        logarithmic.
+        """Plot the norms of gradients, of weights, and of updates relative to their weights, by step; one line per
+        parameter, on a logarithmic axis.
+
+        Returns:
+            The figure (matplotlib).
         """
         from learnkit.logs.plots import plot_layer_lines
 
@@ -95,5 +110,5 @@ class GradientStats(Callback):
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """Of the whole tensors, also where each rank has a part of them."""
+    """Return the norms of the whole tensors, also where they are sharded."""
     return whole(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]))

@@ -1,4 +1,4 @@
-"""Layer groups that join the training one after the other, the last ones first."""
+"""Gradual unfreezing: train the last layer group first, then one more group at a time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from learnkit.optim.groups import layer_groups
 
 
 class GradualUnfreezing(Callback):
-    """Train the last layer group first, and one more from every `every`-th epoch on, within one fit and one schedule.
+    """Train the last layer group first, and one more group every `every` epochs, within one fit and one schedule.
 
-    every       epochs until the next group joins
-    plan        {epoch: how many of the first groups stay as they are}, instead: {0: 2, 3: 1, 5: 0}
+    Frozen groups are not stepped: their gradients are dropped, so momentum and weight decay do not change them either.
+    The gradients are computed, so a step costs as much as with an unfrozen model; but any wrapper, on any number of
+    ranks, has the same parameters during the whole fit. Source: Howard & Ruder, 2018.
 
-    Groups that wait get no step: their gradients are dropped, so that momentum and weight decay leave them alone too.
-    They are computed, which costs what an unfrozen model costs, but any wrapper, on any number of ranks, sees the same
-    parameters throughout. Source: Howard & Ruder, 2018.
+    Args:
+        every: number of epochs until the next group joins.
+        plan: replaces `every`: {epoch: how many of the first groups are frozen from there on}, such as
+            {0: 2, 3: 1, 5: 0}.
 
-    >>> learn.fit_one_cycle(6, slice(1e-4, 1e-2), callbacks=[GradualUnfreezing(every=2)])  # doctest: +SKIP
+    Raises:
+        ValueError: when `every` is not a whole number of 1 or more, or, at the start of the fit, when the model has
+            only one layer group or `plan` does not match the groups.
+
+    Example:
+        >>> learn.fit_one_cycle(6, slice(1e-4, 1e-2), callbacks=[GradualUnfreezing(every=2)])  # doctest: +SKIP
     """
 
-    order = Distributed.order - 1  # after the ranks have reduced gradients, before whoever else looks at them
+    order = Distributed.order - 1  # after the ranks have reduced gradients, before other callbacks read them
 
     def __init__(self, every: int = 1, *, plan: Mapping[int, int] | None = None) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -38,7 +45,7 @@ class GradualUnfreezing(Callback):
         self.groups = layer_groups(learn.model, learn.splitter)
         if len(self.groups) == 1:
             raise ValueError(
-                "the model is one layer group, so there is nothing to unfreeze by and by: give Learner(…, splitter=…)."
+                "the model is one layer group, so there is nothing to unfreeze gradually: give Learner(…, splitter=…)."
             )
         for epoch, n in (self.plan or {}).items():
             if epoch < 0 or not 0 <= n < len(self.groups):
@@ -56,10 +63,10 @@ class GradualUnfreezing(Callback):
         return self.plan[max(begun)] if begun else len(self.groups) - 1
 
     def after_backward(self, learn: Learner) -> None:
-        self.drop_gradients()  # SAM makes a second pass within the step
+        self.drop_gradients()  # also after SAM's second pass within the step
 
     def before_step(self, learn: Learner) -> None:
-        self.drop_gradients()  # those that ranks brought together just now
+        self.drop_gradients()  # also those that the ranks have just reduced
 
     def drop_gradients(self) -> None:
         for p in self.waiting:

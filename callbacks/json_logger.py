@@ -1,4 +1,4 @@
-"""A log as JSON lines: one object a line, for programs."""
+"""A log as JSON lines, for programs: one object per line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from learnkit.logs.line_file import Lines
 
 
 class JSONLogger(Callback):
-    """Write one JSON object a line: {"step": 0, "config": …} for a fit, then {"step": …, "epoch": …, "valid_loss": …}
-    for every epoch.
+    """Write one JSON object per line to a file: the settings of the fit, and the values of every epoch.
 
-    every_n_steps   also {"step": …, "loss": …, "lr": …}, the loss being the mean over the samples since the line before
+    A fit begins with {"step": 0, "config": …}; each epoch adds {"step": …, "epoch": …, "valid_loss": …}. A number that
+    is not finite is written as null. The step count continues over the fits of a Learner. A resumed fit continues its
+    file, after removing the lines after its checkpoint; a new fit overwrites the file. On several ranks rank 0 writes.
 
-    What is no finite number is null. Steps count on over the fits of a Learner. A fit that is resumed goes on in its
-    file, without the lines after its checkpoint; a new one begins the file anew. On several ranks rank 0 writes.
+    Args:
+        path: the file.
+        every_n_steps: also write {"step": …, "loss": …, "lr": …} for every n-th step, where the loss is the mean over
+            the samples since the line before. None: only epochs.
 
-    >>> learn.fit(5, callbacks=[JSONLogger("run.jsonl", every_n_steps=50)])  # doctest: +SKIP
+    Example:
+        >>> learn.fit(5, callbacks=[JSONLogger("run.jsonl", every_n_steps=50)])  # doctest: +SKIP
     """
 
     order = Recorder.order - 20

@@ -1,4 +1,4 @@
-"""Targets that are not quite certain."""
+"""Label smoothing: a cross-entropy loss with smoothed targets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from learnkit.loop.loss import LossFunc, loss_name
 
 
 class LabelSmoothing(Callback):
-    """Train with a share `eps` of each target spread evenly over all classes (Szegedy et al., 2016, arXiv:1512.00567).
+    """Train with a share `eps` of each target distributed evenly over all classes (Szegedy et al., 2016,
+    arXiv:1512.00567).
 
-    Training uses torch's cross-entropy with label_smoothing=eps, with the class weights and ignore_index that the
-    Learner's own has; the evaluation, one in the middle of training too, has the plain loss. MixUp and CutMix mix the
-    smoothed losses.
+    Training uses torch's cross-entropy with label_smoothing=eps, and the class weights and ignore_index of the
+    Learner's own loss. Evaluations, also those during training, use the loss without smoothing. MixUp and CutMix mix
+    the smoothed losses.
 
-    >>> learn.fit_one_cycle(5, 1e-2, callbacks=[LabelSmoothing(0.1)])  # doctest: +SKIP
+    Args:
+        eps: the share, between 0 and 1.
+
+    Raises:
+        ValueError: when `eps` is not between 0 and 1.
+        TypeError: at the start of the fit, when the Learner's loss is not cross-entropy, or has label smoothing or
+            another reduction than "mean".
+
+    Example:
+        >>> learn.fit_one_cycle(5, 1e-2, callbacks=[LabelSmoothing(0.1)])  # doctest: +SKIP
     """
 
     unique = True
@@ -29,7 +39,7 @@ class LabelSmoothing(Callback):
         self.plain: LossFunc | None = None  # the Learner's own
 
     def before_fit(self, learn: Learner) -> None:
-        self.smoothed(learn.loss_func)  # its error before the first step
+        self.smoothed(learn.loss_func)  # raises its error before the first step
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.plain = learn.loss_func
@@ -60,4 +70,4 @@ class LabelSmoothing(Callback):
 
 
 class Smoothed(nn.CrossEntropyLoss):
-    """Tells this loss from one that a user gave."""
+    """The smoothed loss, as a class of its own to distinguish it from a loss that the user gave."""

@@ -1,4 +1,4 @@
-"""k steps forward, one step back."""
+"""The Lookahead optimizer wrapper: k steps forward, one step back."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from learnkit.callbacks.clip_gradients import ClipGradients
-from learnkit.callbacks.communicate import mean
+from learnkit.checkpoint.regroup import mean_state
 from learnkit.devices.dtensor import like, own_parts
 from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 
 
 class Lookahead(Callback):
-    """After every `k` optimizer steps, go back to `alpha` of the way since the last time (Zhang et al., 2019).
+    """After every `k` optimizer steps, keep only the share `alpha` of the weights' change in them (Zhang et al., 2019).
 
-    k       steps between two such moments
-    alpha   the part of the way that is kept, from 0 to 1
+    Args:
+        k: number of optimizer steps.
+        alpha: share of the change that is kept, from 0 to 1.
 
-    >>> learn.fit(5, callbacks=[Lookahead(k=5)])  # doctest: +SKIP
+    Raises:
+        ValueError: when `k` is not a whole number of 1 or more, or `alpha` is not from 0 to 1.
+
+    Example:
+        >>> learn.fit(5, callbacks=[Lookahead(k=5)])  # doctest: +SKIP
     """
 
     order = ClipGradients.order + 10
@@ -33,8 +38,8 @@ class Lookahead(Callback):
             raise ValueError(f"alpha={alpha}: expected a number from 0 to 1.")
         self.k, self.alpha = k, alpha
         self.fast: list[Any] = []  # the model's parameters
-        self.slow: list[Tensor] = []  # where they were after the last k steps
-        self.n_steps = 0  # since then
+        self.slow: list[Tensor] = []  # their values after the last k steps
+        self.n_steps = 0  # number of steps of this fit
 
     def before_fit(self, learn: Learner) -> None:
         self.fast, self.n_steps = list(learn.model.parameters()), 0
@@ -51,7 +56,7 @@ class Lookahead(Callback):
             torch._foreach_copy_(fast, slow)  # type: ignore[reportPrivateImportUsage]
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        return mean(states)
+        return mean_state(states)
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_steps": self.n_steps, "slow": self.slow}

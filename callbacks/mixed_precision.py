@@ -1,4 +1,4 @@
-"""Training in bfloat16 or float16: autocast, or weights cast whole, and the scaled loss that float16 needs."""
+"""Training in bfloat16 or float16: autocast or cast weights, and the loss scaling that float16 needs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,34 @@ from learnkit.devices.nested import as_float32, map_tensors
 from learnkit.hooks import Callback, Run, SkipStep
 from learnkit.learner import Learner
 
-SMALLEST_SCALE = 2.0**-14  # of the loss: gradients that overflow even then are not finite at any
+SMALLEST_SCALE = 2.0**-14  # loss scale; gradients that overflow even at this one are not finite at any scale
 
 
 class MixedPrecision(Callback):
-    """Compute in `dtype`, torch.bfloat16 or torch.float16, and keep the weights in float32.
+    """Compute in bfloat16 or float16, and keep the weights in float32; `to_bf16()` and `to_fp16()` add this callback.
 
-    dtype       float16 scales the loss (Micikevicius et al., 2018), by torch.amp.GradScaler. A step whose gradients
-                overflow is skipped: schedules, counters and averages stand still
-    pure        cast the weights and inputs whole, batch norm excepted (Apex's O2), instead of operation by operation
-                (autocast, O1)
-    init_scale, growth_interval     GradScaler's: the first scale, and the steps after which it doubles
+    Validation and predictions are computed in the same precision; their outputs are float32. float16 reads from the
+    device once per step.
 
-    Validation and predictions are computed so too, and given as float32. `scales` has the scale of every step that was
-    tried, `skips` the numbers of steps at which one was skipped. float16 reads the device once a step. What `to_bf16()`
-    and `to_fp16()` add.
+    Args:
+        dtype: torch.bfloat16 or torch.float16. float16 scales the loss (Micikevicius et al., 2018) with
+            torch.amp.GradScaler. A step whose gradients overflow is skipped: schedules, counters and averages do not
+            change.
+        pure: cast all weights and inputs except those of batch norm (Apex's O2), instead of casting in each operation
+            (autocast, O1).
+        init_scale: GradScaler's first scale.
+        growth_interval: GradScaler's number of steps after which the scale doubles.
 
-    >>> learn.to_bf16()  # doctest: +SKIP
+    Attributes:
+        scales: the loss scale of every attempted step, with float16.
+        skips: numbers of the steps at which a step was skipped.
+
+    Raises:
+        ValueError: when `dtype` is another one, or `init_scale` is not above 0.
+        FloatingPointError: in a step, when the gradients are not finite even with the smallest loss scale, 2⁻¹⁴.
+
+    Example:
+        >>> learn.to_bf16()  # doctest: +SKIP
     """
 
     order = Distributed.order + 50
@@ -55,7 +66,7 @@ class MixedPrecision(Callback):
             raise ValueError(f"init_scale={init_scale}: expected a number above 0.")
         self.dtype, self.pure = dtype, pure
         self.init_scale, self.growth_interval = init_scale, growth_interval
-        # None: bfloat16 needs none
+        # None for bfloat16, which needs no scaling
         self.scaler: torch.amp.GradScaler | None = None  # type: ignore[reportPrivateImportUsage]
         self.scales: list[float] = []
         self.skips: list[int] = []
@@ -97,8 +108,8 @@ class MixedPrecision(Callback):
             learn.differentiate, learn.training_model = differentiate, model
 
     def next_scaler(self, learn: Learner) -> torch.amp.GradScaler:  # type: ignore[reportPrivateImportUsage]
-        """One for this fit, with the scale where the last one left it: what is only tried out leaves that one as it
-        was.
+        """Return a new scaler for this fit, which begins with the last fit's scale. The last fit's scaler stays
+        unchanged, as trial runs require.
         """
         scaler = torch.amp.GradScaler(
             learn.device.type,
@@ -130,15 +141,15 @@ class MixedPrecision(Callback):
         scale, kind = scaler._scale, learn.device.type
         if kind == "mps" or can_float64(learn.device):
             return scaler.unscale_(learn.opt)
-        # torch takes the reciprocal in float64 on every other device (2.15). The scales are powers of two where
-        # init_scale is one: that of a float32 is as exact.
+        # On every other device torch computes the reciprocal in float64 (2.15), which this device does not have. The
+        # scales are powers of two if init_scale is one; the reciprocal in float32 is then just as exact.
         state = scaler._per_optimizer_states[id(learn.opt)]
         found = torch.zeros((), device=scale.device)
         state["found_inf_per_device"] = scaler._unscale_grads_(learn.opt, scale.reciprocal(), found, False)
         state["stage"] = OptState.UNSCALED
 
     def overflows(self, learn: Learner) -> bool:
-        """Whether the unscaled gradients are not all finite, on any rank; reads the device, once."""
+        """Whether some unscaled gradients are not finite, on any rank; reads from the device, once."""
         scaler: Any = self.scaler
         found = [flag.to(learn.device) for flag in scaler._found_inf_per_device(learn.opt).values()]
         *flags, scale = torch.stack([*found, scaler._scale]).tolist()
@@ -154,7 +165,7 @@ class MixedPrecision(Callback):
         if scale <= SMALLEST_SCALE:
             raise FloatingPointError(
                 f"the gradients are not finite, with the loss scaled by {scale:g} as with larger scales, "
-                f"{learn.where()}. Look at the loss and the data for NaN, lower the rate, or use to_bf16()."
+                f"{learn.where()}. Check the loss and the data for NaN, lower the learning rate, or use to_bf16()."
             )
         return True
 
@@ -167,18 +178,18 @@ class MixedPrecision(Callback):
         self.scales, self.skips = state["scales"].tolist(), list(state["skips"])
         if (state["scaler"] is None) != (self.scaler is None):
             raise ValueError(
-                f"the checkpoint is of a fit {'without' if state['scaler'] is None else 'with'} a scaled loss, which "
-                f"this fit in {str(self.dtype).removeprefix('torch.')} is not: resume it in the same precision."
+                f"the checkpoint is from a fit {'without' if state['scaler'] is None else 'with'} a scaled loss, but "
+                f"this fit uses {str(self.dtype).removeprefix('torch.')}: resume it in the same precision."
             )
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
 
 class InHalf(nn.Module):
-    """A module whose weights, buffers and inputs are cast for each call, batch norm's excepted; its outputs are
-    float32.
+    """Wraps a module and casts its weights, buffers and inputs for each call, except those of batch norm; the outputs
+    are float32.
 
-    Gradients arrive at the module's own weights, in their precision.
+    Gradients go to the module's own weights, in their precision.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -206,7 +217,7 @@ class InHalf(nn.Module):
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """The compiler asks the cast weights for their gradients (torch 2.15), and PyTorch warns that they have none."""
+    """Ignore PyTorch's warning that cast weights have no gradients, which the compiler reads from them (torch 2.15)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield

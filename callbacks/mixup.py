@@ -1,40 +1,46 @@
-"""Pairs of samples, blended: inputs and losses."""
+"""MixUp: blend the inputs and losses of pairs of samples."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from learnkit.data.order import mix
-from learnkit.devices.nested import describe
 from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
-from learnkit.loop.loss import default_loss, loss_per_sample
+from learnkit.loop.loss import each_loss
+from learnkit.loop.mixing import first_input
 
 
 class MixUp(Callback):
-    """Train on weighted means of pairs of samples (Zhang et al., 2018, arXiv:1710.09412); evaluation sees plain ones.
+    """Train on weighted means of pairs of samples (Zhang et al., 2018, arXiv:1710.09412).
 
-    Each sample is blended with a partner out of the same batch of the same rank, its weight is the larger one of l and
-    1 - l, with l from Beta(alpha, alpha); the loss is the weighted mean of both targets' losses, averaged over the
-    batch. Pairs and weights are a function of (seed, epoch, batch, rank), so a resumed fit has the same ones. Needs a
-    loss with `reduction`, as torch's have.
+    Evaluation uses the unchanged samples. Each sample is blended with a partner from the same batch on the same rank;
+    its weight is the larger one of l and 1 - l, with l from Beta(alpha, alpha). The loss is the weighted mean of both
+    targets' losses, averaged over the batch. Pairs and weights are a function of (seed, epoch, batch, rank), so a
+    resumed fit has the same ones. The loss needs the argument `reduction`, as torch's losses have.
 
-    >>> learn.fit_one_cycle(5, 1e-2, callbacks=[MixUp(alpha=0.4)])  # doctest: +SKIP
+    Args:
+        alpha: parameter of the Beta distribution.
+
+    Raises:
+        ValueError: when `alpha` is not above 0.
+        TypeError: when a batch is not (x, y) of tensors with floating-point x.
+
+    Example:
+        >>> learn.fit_one_cycle(5, 1e-2, callbacks=[MixUp(alpha=0.4)])  # doctest: +SKIP
     """
 
-    order = 200  # further in than mixed precision: the loss is computed in its autocast
+    order = 200  # further in than MixedPrecision, so that the loss is computed in its autocast
     unique = True
 
     def __init__(self, alpha: float = 0.4) -> None:
         if not alpha > 0:
-            raise ValueError(f"alpha={alpha}: expected a number above 0; without MixUp nothing is blended.")
+            raise ValueError(f"alpha={alpha}: expected a number above 0; leave MixUp out to blend nothing.")
         self.alpha = alpha
-        self.partners = self.weights = torch.zeros(0)  # of the batch under way
+        self.partners = self.weights = torch.zeros(0)  # of the current batch
 
     def before_forward(self, learn: Learner) -> None:
         if not learn.training:
@@ -52,22 +58,6 @@ class MixUp(Callback):
     def after_forward(self, learn: Learner) -> None:
         if learn.training:
             learn.loss = (
-                losses(learn, learn.target) * self.weights
-                + losses(learn, learn.target[self.partners]) * (1 - self.weights)
+                each_loss(learn.loss_func, learn.pred, learn.target) * self.weights
+                + each_loss(learn.loss_func, learn.pred, learn.target[self.partners]) * (1 - self.weights)
             ).mean()
-
-
-def losses(learn: Learner, target: Tensor) -> Tensor:
-    """The batch's losses with these targets: float (batch,)."""
-    return loss_per_sample(learn.loss_func or default_loss(learn.pred, target))(learn.pred, target)
-
-
-def first_input(learn: Learner, name: str) -> Tensor:
-    """The batch's first input, which must be a float tensor, with a target for each sample."""
-    x: Any = learn.inputs[0] if isinstance(learn.inputs, tuple) else None
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(learn.target, Tensor):
-        raise TypeError(
-            f"{name} mixes batches (x, y) of tensors, x of floats; this batch is "
-            f"{describe((learn.inputs, learn.target))}."
-        )
-    return x

@@ -12,17 +12,23 @@ from learnkit.logs.journal import Journal
 
 
 class MLflowLogger(Callback):
-    """Log to MLflow: settings as parameters, the values of every epoch, and with `every_n_steps` loss and rate of every
-    so many steps.
+    """Log to MLflow: the settings as parameters, the values of every epoch, and the loss and rate of every n-th step.
 
-    experiment      a name; it is made where there is none
-    run_name        None: MLflow's
-    tracking_uri    None: where MLflow's own settings say
+    A resumed fit continues its run. MLflow cannot remove values, so those that the run already has of steps after the
+    checkpoint stay, and these steps are not logged twice. On several ranks rank 0 logs. Needs the package mlflow or
+    mlflow-skinny.
 
-    A fit that is resumed goes on in its run. MLflow forgets nothing, so what the run has already of steps after the
-    checkpoint stays, and is not logged twice. On several ranks rank 0 logs. Needs the package mlflow or mlflow-skinny.
+    Args:
+        experiment: name of the experiment; it is created if it does not exist.
+        run_name: name of the run. None: MLflow chooses it.
+        tracking_uri: where MLflow logs to. None: as MLflow's own settings say.
+        every_n_steps: also log the loss and the rate of every n-th step. None: only epochs.
 
-    >>> learn.fit(5, callbacks=[MLflowLogger("digits")])  # doctest: +SKIP
+    Raises:
+        ImportError: at the start of the fit, when neither package is installed.
+
+    Example:
+        >>> learn.fit(5, callbacks=[MLflowLogger("digits")])  # doctest: +SKIP
     """
 
     order = Recorder.order - 20
@@ -40,12 +46,12 @@ class MLflowLogger(Callback):
         self.experiment, self.run_name = experiment, run_name
         self.tracking_uri = None if tracking_uri is None else os.path.expanduser(tracking_uri)
         self.journal = Journal(every_n_steps)
-        self.run_id = ""  # of the run that is logged to; rank 0's
-        self.known: dict[str, int] = {}  # name -> the last step that the run has of it
+        self.run_id = ""  # ID of the current run, on rank 0
+        self.known: dict[str, int] = {}  # name -> the last step that the run has for it
         self.client: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        mlflow_client()  # its absence is told before anything is trained
+        mlflow_client()  # raises before training when the package is missing
         with self.journal.of_fit(learn, self):
             run()
 
@@ -84,7 +90,7 @@ class MLflowLogger(Callback):
 
     def config(self, values: dict[str, Any]) -> None:
         there = self.client.get_run(self.run_id).data.params
-        for name, value in values.items():  # of the first fit: MLflow's parameters never change
+        for name, value in values.items():  # keep the first fit's: MLflow's parameters cannot change
             if name not in there:
                 self.client.log_param(self.run_id, name, value)
 

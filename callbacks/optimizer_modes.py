@@ -1,4 +1,4 @@
-"""Optimizers that have a training and an evaluation mode of their own."""
+"""Switches optimizers that have a training mode and an evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from learnkit.optim.groups import set_mode
 
 
 class OptimizerModes(Callback):
-    """Call `learn.opt.train()` and `.eval()`: for schedule-free optimizers, whose weights differ between the two.
+    """Call `learn.opt.train()` and `.eval()`: for schedule-free optimizers, whose weights differ between the two modes.
 
-    Every fit adds it by itself where the optimizer has both. The optimizer is in training mode for the length of a
-    training pass, but for evaluations within it, and else in evaluation mode: so what is evaluated, saved, compared and
-    exported are the averaged weights. An evaluation within a training pass leaves no trace; it costs a copy of the
-    weights.
+    Every fit adds it automatically if the optimizer has both methods. The optimizer is in training mode during a
+    training pass, except in evaluations within it, and otherwise in evaluation mode. So the averaged weights are the
+    ones that are evaluated, saved, compared and exported. An evaluation within a training pass
+    leaves no trace; it costs a copy of the weights.
 
-    >>> import schedulefree  # doctest: +SKIP
-    >>> Learner(data, model, opt_func=schedulefree.AdamWScheduleFree).fit(5, 1e-2)  # doctest: +SKIP
+    Example:
+        >>> import schedulefree  # doctest: +SKIP
+        >>> Learner(data, model, opt_func=schedulefree.AdamWScheduleFree).fit(5, 1e-2)  # doctest: +SKIP
     """
 
     order = Distributed.order + 10

@@ -1,4 +1,4 @@
-"""Hyper-parameters of the optimizer that change with each step, from tables computed before the first one."""
+"""Schedules of the optimizer's hyper-parameters, from tables that are computed before the first step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,24 @@ PerGroup = Schedule | Sequence[Schedule]
 
 
 class ParamScheduler(Callback):
-    """Set optimizer hyper-parameters before each step: a Schedule for all layer groups, or one for each.
+    """Set optimizer hyper-parameters before each step, from a Schedule for all layer groups or from one for each.
 
-    Names are those of the optimizer's groups ("lr", "weight_decay", "eps", …), and "mom": its momentum or first beta.
-    "wd" is the decoupled weight decay of an optimizer that has none of its own. The fit must know its number of steps:
-    where the loader has no length, give fit(…, max_steps=…). Overrules what fit was given for the same name.
+    The fit must know its number of steps: for a loader without a length, give fit(…, max_steps=…). A schedule replaces
+    the value that fit was given for the same name.
 
-    >>> from learnkit.schedule import linear
-    >>> warm_up = ParamScheduler({"lr": linear(1e-5, 1e-3)})
+    Args:
+        schedules: {name: a Schedule, or a list of one for each layer group}. Names are those of the optimizer's groups
+            ("lr", "weight_decay", "eps", …), "mom" for its momentum or first beta, and "wd" for the decoupled weight
+            decay of an optimizer that has none of its own.
+
+    Raises:
+        ValueError: at the start of the fit, when the number of steps is not known, or the number of schedules is not
+            that of the layer groups.
+        TypeError: at the start of the fit, when a value is not a Schedule.
+
+    Example:
+        >>> from learnkit.schedule import linear
+        >>> warm_up = ParamScheduler({"lr": linear(1e-5, 1e-3)})
     """
 
     order = -20
@@ -47,7 +57,7 @@ class ParamScheduler(Callback):
                 isinstance(part, Schedule) for part in (schedule if isinstance(schedule, Sequence) else [schedule])
             ):
                 raise TypeError(
-                    f"{name}: {schedule!r} is no Schedule, nor a list of one for each layer group: take one of "
+                    f"{name}: got {schedule!r}, expected a Schedule or a list of one for each layer group: use one of "
                     "learnkit.schedule, such as constant(0.1)."
                 )
             n_groups = 1 + max(group.get("layer_group", i) for i, group in enumerate(learn.opt.param_groups))
@@ -74,13 +84,13 @@ class ParamScheduler(Callback):
             if name == "mom":
                 set_hyper(group, name, values[step])
             elif isinstance(held := group[name], Tensor):
-                held.fill_(values[step])  # as set_hyper, without a call for each group
+                held.fill_(values[step])  # as set_hyper does, without a call for each group
             else:
                 group[name] = values[step]
 
 
 def late(learn: Learner) -> str:
     return (
-        f"{type(learn.data.train_dl).__name__} gave more batches than its length says, so the schedule of "
-        f"{learn.n_steps} steps has ended; rates stay as they are. Correct its __len__."
+        f"{type(learn.data.train_dl).__name__} gave more batches than its length, so the schedule of {learn.n_steps} "
+        f"steps has ended; the rates no longer change. Correct its __len__."
     )

@@ -1,4 +1,4 @@
-"""Where the time of a fit goes: data, forward, backward, step, and every callback by its name."""
+"""Measures where the time of a fit is spent: data, forward, backward, step, and every callback by its name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from learnkit.callbacks.distributed import Distributed
-from learnkit.callbacks.timer import wait_for_device
 from learnkit.checkpoint.files import as_path
+from learnkit.devices.accelerator import wait_for_device
 from learnkit.hooks import HOOKS, STAGES, Callback, Run, Stages, overridden
 from learnkit.learner import Learner
 
@@ -17,19 +17,26 @@ OF_STAGES = {"forward": "forward", "backward": "backward", "step": "step", "batc
 
 
 class Profile(Callback):
-    """Measure what each part of a fit takes, by itself: `print(profile)`, or `profile.seconds`, {part: seconds}.
-
-    trace       a file: torch.profiler's trace of `n_steps` training batches after the first `skip`, as JSON for
-                chrome://tracing or Perfetto; of rank 0
-    wait        wait for the device at the end of each part, so that what runs there counts where it was started.
-                Without it the time is that of Python, which runs ahead of the device, and `backward` or a read pays for
-                it all
+    """Measure the time of each part of a fit: `print(profile)`, or `profile.seconds`, {part: seconds}.
 
     Parts are forward, backward, step, data (waiting for a training batch), evaluation data, loop (the rest), and each
-    callback's class, without what lies further in. The measuring itself costs a few microseconds a part.
+    callback's class, without the parts that run inside it. Measuring costs a few microseconds per part.
 
-    >>> learn.fit(1, callbacks=[profile := Profile()])  # doctest: +SKIP
-    >>> print(profile)  # doctest: +SKIP
+    Args:
+        trace: a file for torch.profiler's trace of `n_steps` training batches after the first `skip` ones, as JSON for
+            chrome://tracing or Perfetto; only rank 0 writes it.
+        n_steps: number of training batches in the trace.
+        skip: number of training batches before the trace.
+        wait: wait for the device at the end of each part, so that the device's work counts in the part that started it.
+            False: the times are those of Python, which runs ahead of the device; `backward`, or a part that reads from
+            the device, then includes all the waiting.
+
+    Raises:
+        ValueError: when `n_steps` is below 1, or `skip` below 0.
+
+    Example:
+        >>> learn.fit(1, callbacks=[profile := Profile()])  # doctest: +SKIP
+        >>> print(profile)  # doctest: +SKIP
     """
 
     order = Distributed.order + 5
@@ -45,7 +52,7 @@ class Profile(Callback):
         self.seconds: dict[str, float] = {}
         self.n_calls: dict[str, int] = {}
         self.n_batches = 0
-        self.nested: list[float] = []  # of each part under way, the seconds of the parts within it
+        self.nested: list[float] = []  # for each current part, the seconds of the parts within it
         self.profiler: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -77,7 +84,7 @@ class Profile(Callback):
 
     # --- measuring -----------------------------------------------------------
     def time_hooks(self, callback: Callback, learn: Learner) -> None:
-        """For the fit's length each hook is an attribute of the object that measures the class's own."""
+        """During the fit, replace each hook by an attribute of the object that measures the class's hook."""
         name = type(callback).__name__
         for hook in filter(lambda hook: overridden(callback, hook), HOOKS):
             own = getattr(callback, hook)
@@ -96,7 +103,7 @@ class Profile(Callback):
             finally:
                 self.end(part if isinstance(part, str) else part(), began, learn)
 
-        # A hook's error is blamed on the callback that it is bound to.
+        # The error of a hook names the callback that the hook is bound to.
         run_timed.__self__ = getattr(work, "__self__", self)  # type: ignore[attr-defined]
         return run_timed
 
@@ -112,7 +119,7 @@ class Profile(Callback):
         return self.timed(part, around, learn)
 
     def within(self, run: Run) -> None:
-        """What lies further in than an around_ hook, whose own time it is not."""
+        """Run the stage inside an around_ hook, whose time must not include the stage's."""
         began = time.perf_counter()
         n = len(self.nested)
         before = self.nested[-1] if n else 0.0

@@ -1,4 +1,4 @@
-"""A bar per epoch and a table of epochs in a terminal or notebook; one plain line per epoch elsewhere."""
+"""Progress bars and a table of epochs in a terminal or notebook; one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from learnkit.hooks import Callback, Run
 from learnkit.learner import Learner
 from learnkit.logs.plots import moving_average
 
-WIDE = 76  # columns of a terminal that has room for the loss; a longer line would wrap and not be overwritten
-BAR_SMOOTHING = 0.98  # of the training loss beside the bar: a debiased moving average, as in fastai v1
+WIDE = 76  # columns of a terminal that is wide enough for the loss; a longer line would wrap and not be overwritten
+BAR_SMOOTHING = 0.98  # for the training loss next to the bar: a debiased moving average, as in fastai v1
 
 
 class Progress(Callback):
-    """Shows how a fit goes, by fastprogress. `learn.no_bar()` and `learn.no_logging()` quieten it for a while.
+    """Show the progress of a fit with fastprogress; `learn.no_bar()` and `learn.no_logging()` silence it temporarily.
 
-    bar     draw bars, where the output is a terminal or a notebook
-    lines   print a line per epoch: a table's row with bars, `epoch 1/5  train_loss 0.31  …` without
-    graph   in a notebook, draw training and validation losses below the bars, anew after each epoch; or the metric of
-            this name
+    Args:
+        bar: draw bars, if the output is a terminal or a notebook.
+        lines: print a line per epoch: with bars a row of a table, without bars `epoch 1/5  train_loss 0.31  …`.
+        graph: in a notebook, draw training and validation losses below the bars, and update them after each epoch. A
+            name draws that metric instead.
 
-    >>> quiet = Progress(bar=False)
+    Raises:
+        ValueError: at the start of the fit, when the fit does not measure the metric `graph`.
+
+    Example:
+        >>> quiet = Progress(bar=False)
     """
 
     order = Recorder.order - 10
@@ -39,12 +44,12 @@ class Progress(Callback):
     def __init__(self, *, bar: bool = True, lines: bool = True, graph: bool | str = False) -> None:
         self.bar, self.lines, self.graph = bar, lines, graph
         self.master: Any = None  # fastprogress's bar of all epochs; None: no bars in this fit
-        self.child: Any = None  # its bar of the pass under way
-        self.next_batch = sys.maxsize  # the batch after which the bar is due again
-        self.n_seen = 0  # losses in the moving average
+        self.child: Any = None  # its bar of the current pass
+        self.next_batch = sys.maxsize  # the batch after which the bar is drawn again
+        self.n_seen = 0  # number of losses in the moving average
         self.smooth = self.debias = 0.0
-        self.reading: Reading | None = None  # losses that are on their way from the device
-        self.shares = False  # whether the ranks tell each other their losses, because one shows a bar
+        self.reading: Reading | None = None  # losses that are being copied from the device
+        self.shares = False  # whether the ranks share their losses, because one of them shows a bar
         self.epoch_start = 0.0
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -105,7 +110,9 @@ class Progress(Callback):
                 self.draw(learn)
 
     def draw(self, learn: Learner) -> None:
-        """By fastprogress, in a terminal nothing. The Recorder has read the epoch's losses by now."""
+        """Draw the graph with fastprogress, which draws nothing in a terminal. The Recorder has already read the
+        epoch's losses.
+        """
         recorder = next((cb for cb in learn.running if isinstance(cb, Recorder)), None)
         if recorder is None:
             return
@@ -129,13 +136,13 @@ class Progress(Callback):
 
         n = n_batches(learn.dl)
         if n is not None and learn.training:
-            n += learn.first_batch  # those before it were trained on before
+            n += learn.first_batch  # the batches before it were trained in an earlier run
         self.child = progress_bar(range(n or 0), total="noinfer" if n is None else n, parent=self.master, leave=False)
         self.child.update(0)
         self.next_batch = 0
 
     def advance(self, learn: Learner) -> None:
-        """Draw the bar; it says itself when it is due again."""
+        """Draw the bar, which decides itself after which batch it is drawn again."""
         if learn.training and getattr(self.child, "cols", WIDE) >= WIDE:
             self.child.comment = self.loss_so_far(learn)
         n_done = learn.batch_index + 1
@@ -158,9 +165,7 @@ class Progress(Callback):
         return f"train_loss {self.smooth / self.debias:.4f}" if self.debias else ""
 
     def follow_loss(self, learn: Learner) -> None:
-        """Bring the moving average up to date with what has arrived; on a GPU that is what was asked for the time
-        before.
-        """
+        """Add the losses that have arrived to the moving average; on a GPU these were requested at the last call."""
         if self.reading is None:
             self.reading = Reading(losses_since(self.n_seen, learn))
         if not self.reading.has_arrived:
@@ -172,8 +177,8 @@ class Progress(Callback):
         self.reading = None
 
     def show_loss_of_all(self, learn: Learner) -> None:
-        """The mean loss of all ranks since the last time: a collective, which Distributed asks all ranks for. It is
-        shown when it has arrived on the host, which does not wait for it.
+        """Compute the mean loss of all ranks since the last call: a collective, which Distributed calls on all ranks.
+        The host does not wait for the value, and shows it once it has arrived.
         """
         losses = losses_since(self.n_seen, learn).to(learn.device)
         self.n_seen += len(losses)
@@ -192,16 +197,14 @@ class Progress(Callback):
         total, n = self.reading.tolist()
         self.smooth, self.debias, self.reading = total / max(n, 1), 1.0, None
 
-
-def say(learn: Learner, text: str) -> None:
-    """A line beside those of the epochs: on rank 0, and where these are printed."""
-    shown = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.lines), None)
-    if shown is None or learn.rank != 0:
-        return
-    if shown.master is None:
-        print(text, flush=True)
-    else:
-        shown.master.write(text)
+    def say(self, text: str) -> None:
+        """Print a line between those of the epochs, if these are printed."""
+        if not self.lines:
+            return
+        if self.master is None:
+            print(text, flush=True)
+        else:
+            self.master.write(text)
 
 
 def losses_since(n: int, learn: Learner) -> Tensor:
@@ -210,14 +213,14 @@ def losses_since(n: int, learn: Learner) -> Tensor:
 
 
 def tell_interval(learn: Learner) -> int:
-    """Batches between two times that the ranks tell each other their losses: twenty times an epoch, but not too
-    often.
+    """Return the number of batches between two exchanges of the ranks' losses: twenty exchanges an epoch, but at least
+    25 batches between two.
     """
     return max(25, (n_batches(learn.dl) or 1000) // 20)
 
 
 def is_interactive() -> bool:
-    """Whether bars can be drawn: in a terminal or a Jupyter kernel, not in a file or pipe."""
+    """Whether bars can be drawn: in a terminal or a Jupyter kernel, but not in a file or pipe."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return sys.stdout.isatty() or getattr(shell, "kernel", None) is not None
 

@@ -1,4 +1,4 @@
-"""What a fit went through: loss, rates and momentum of every step, the values of every epoch, and their plots."""
+"""The history of a fit: loss, rates and momentum of every step, the values of every epoch, and their plots."""
 
 from __future__ import annotations
 
@@ -10,81 +10,30 @@ import torch
 
 from learnkit.checkpoint.files import as_path
 from learnkit.data.batch import count_samples
-from learnkit.devices.transfer import sent
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
+from learnkit.logs.trace import Trace
 from learnkit.optim.groups import momentum_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ALIKE = "Raise Skip* on all ranks, and Stop* in after_step or after_batch."
-FOLD_EVERY = 256  # losses kept as separate tensors; 64 to 4096 cost the same (2026-11-21)
-
-
-class Trace:
-    """A growing row of numbers on the device: 0-d tensors go in without a read, Python floats come out late.
-
-    What goes in must be a copy of its own: a captured CUDA graph writes its next output over its last one.
-    """
-
-    def __init__(self) -> None:
-        self.read_before = torch.zeros(0)  # float (n,) on the CPU: the first of them, each of which is read once
-        self.folded: list[torch.Tensor] = []
-        self.recent: list[torch.Tensor] = []
-
-    def append(self, value: torch.Tensor) -> None:
-        self.recent.append(value)
-        if len(self.recent) >= FOLD_EVERY:
-            self.fold()
-
-    def fold(self) -> None:
-        row = torch.stack(self.recent)
-        self.folded.append(
-            row.to(torch.promote_types(row.dtype, torch.float32))
-        )  # a float64 model's losses stay float64
-        self.recent = []
-
-    def since(self, start: int) -> torch.Tensor:
-        """The numbers from index `start` on: float (n,), on the device where one of them was not read yet."""
-        if self.recent:
-            self.fold()
-        n_read = len(self.read_before)
-        if not self.folded:
-            return self.read_before[start:]
-        if len(self.folded) > 1:
-            self.folded = [torch.cat([part.to(self.folded[-1].device) for part in self.folded])]
-        [newer] = self.folded
-        return (
-            newer[start - n_read :]
-            if start >= n_read
-            else torch.cat([sent(self.read_before[start:], newer.device), newer])
-        )
-
-    def read(self) -> torch.Tensor:
-        """All numbers: float (n,), on the CPU; waits for the device where there are new ones."""
-        if self.folded or self.recent:
-            self.read_before, self.folded = torch.cat([self.read_before, self.since(len(self.read_before)).cpu()]), []
-        return self.read_before
-
-    def replace(self, start: int, values: torch.Tensor) -> None:
-        """Put `values`, on the CPU, in the place of the numbers from `start` on."""
-        self.read_before = torch.cat([before := self.read()[:start], values.to(before)])
-
-    def __len__(self) -> int:
-        return len(self.read_before) + sum(len(part) for part in self.folded) + len(self.recent)
 
 
 class Recorder(Callback):
-    """Keeps the last fit's history. Reading an attribute is what reads the device; recording never does.
+    """Record the history of the last fit. Only reading an attribute reads from the device; recording never does.
 
-    losses         training loss of every optimizer step; on several ranks that of all of them, once the epoch is over
-    lrs, moms      the last layer group's rate, and its momentum or first beta, used in that step
-    metric_names   names of the columns of `values`: train_loss, valid_loss, metrics
-    values         one row an epoch; train_loss is the mean over the epoch's samples
+    Attributes:
+        losses: training loss of every optimizer step; on several ranks that of all ranks, after the end of the epoch.
+        lrs: the last layer group's rate in each step.
+        moms: the last layer group's momentum or first beta in each step.
+        metric_names: names of the columns of `values`: train_loss, valid_loss, metrics.
+        values: one row per epoch; train_loss is the mean over the epoch's samples.
 
-    >>> learn.recorder.values[-1]  # doctest: +SKIP
-    [0.31, 0.35, 0.91]
+    Example:
+        >>> learn.recorder.values[-1]  # doctest: +SKIP
+        [0.31, 0.35, 0.91]
     """
 
     order = 100
@@ -94,26 +43,29 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.trace = Trace()
-        self.counts: list[Any] = []  # samples of each step, or what else an Accumulate counts, then as 0-d tensors
-        self.rates: list[Any] = []  # see lrs; 0-d tensors where the optimizer's are
+        self.counts: list[Any] = []  # samples of each step, or its weight by Accumulate's `count`: 0-d tensors, too
+        self.rates: list[Any] = []  # see lrs; 0-d tensors if the optimizer's rates are
         self.momenta: list[Any] = []  # see moms
         self.metric_names: tuple[str, ...] = ()
         self.values: list[list[float]] = []
-        self.ends: list[int] = []  # steps done at the end of each epoch
+        self.ends: list[int] = []  # number of steps at the end of each epoch
         self.momentum: str | None = None
         self.is_main = True
 
     @property
     def losses(self) -> list[float]:
-        return self.trace.read().tolist()  # reads the device
+        """Training loss of every optimizer step; reads from the device."""
+        return self.trace.read().tolist()
 
     @property
     def lrs(self) -> list[float]:
+        """The last layer group's rate in each step."""
         self.rates = read_losses(self.rates)
         return self.rates
 
     @property
     def moms(self) -> list[float]:
+        """The last layer group's momentum or first beta in each step."""
         self.momenta = read_losses(self.momenta)
         return self.momenta
 
@@ -137,11 +89,11 @@ class Recorder(Callback):
 
     def after_train(self, learn: Learner) -> None:
         start = self.ends[-1] if self.ends else 0
-        own = self.trace.read()[start:].double()  # reads the device, once an epoch
+        own = self.trace.read()[start:].double()  # reads from the device, once an epoch
         counts = torch.tensor(
             read_losses(self.counts[start:]), dtype=torch.float64
-        )  # once more where a `count` gives tensors,
-        self.rates, self.momenta = self.lrs, self.moms  # and where the optimizer's rates are tensors there
+        )  # reads once more if `count` returns tensors,
+        self.rates, self.momenta = self.lrs, self.moms  # and if the optimizer's rates are tensors on the device
         n_steps = learn.ranks.gather(len(counts))
         if len(set(n_steps)) > 1:
             raise ValueError(f"the ranks have done different numbers of steps in this epoch: {n_steps}. {ALIKE}")
@@ -149,7 +101,7 @@ class Recorder(Callback):
             return
         sums, counts = learn.ranks.all_sum(
             [own * counts, counts]
-        )  # once an epoch; gathered, they would be as many as ranks
+        )  # once an epoch; a gather would return as many as there are ranks
         self.counts[start:] = counts.tolist()
         if learn.world_size > 1:
             self.trace.replace(start, sums / counts)
@@ -160,7 +112,15 @@ class Recorder(Callback):
         self.values.append([learn.values.get(name, float("nan")) for name in self.metric_names])
 
     def plot_losses(self, ax: Axes | None = None, *, skip_start: int = 0) -> Axes:
-        """Training loss of every step, thin, and its moving average, thick; validation loss at each epoch's end."""
+        """Plot the training loss of every step, its moving average as a thick line, and the epochs' validation losses.
+
+        Args:
+            ax: matplotlib axes to draw on. None: new ones.
+            skip_start: number of first steps to leave out.
+
+        Returns:
+            The axes.
+        """
         from learnkit.logs.plots import new_axes, plot_loss_curve
 
         column = self.metric_names.index("valid_loss") if "valid_loss" in self.metric_names else None
@@ -168,13 +128,30 @@ class Recorder(Callback):
         return plot_loss_curve(ax or new_axes(), self.losses, valid, self.ends, skip_start)
 
     def plot_lr(self, ax: Axes | None = None) -> Axes:
-        """The rate of every step, and the momentum on an axis of its own."""
+        """Plot the rate of every step, and the momentum on a second axis.
+
+        Args:
+            ax: matplotlib axes to draw on. None: new ones.
+
+        Returns:
+            The axes.
+        """
         from learnkit.logs.plots import new_axes, plot_rates
 
         return plot_rates(ax or new_axes(), self.lrs, self.moms)
 
     def plot_metrics(self, ax: Axes | None = None) -> Axes:
-        """Every metric by epoch, without the losses."""
+        """Plot every metric by epoch, without the losses.
+
+        Args:
+            ax: matplotlib axes to draw on. None: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: when the fit has no metrics.
+        """
         from learnkit.logs.plots import new_axes, plot_columns
 
         columns = {
@@ -187,8 +164,13 @@ class Recorder(Callback):
         return plot_columns(ax or new_axes(), columns)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write one row an epoch, with a header, to a CSV file; on several ranks rank 0 alone does. Returns the
-        path.
+        """Write a header and one row per epoch to a CSV file; on several ranks only rank 0 writes.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The path.
         """
         path = as_path(path)
         if not self.is_main:
@@ -205,7 +187,9 @@ class Recorder(Callback):
         return {"losses": self.trace.read(), "values": self.values, "metric_names": list(self.metric_names), **rows}
 
     def regroup(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-        """Of the epoch under way each had the losses of its own samples: all of these are rank 0's now."""
+        """Combine the ranks' states: in the current epoch each rank had the losses of its own samples. Rank 0 gets the
+        counts of all ranks.
+        """
         first = states[0]
         start = int(first["ends"][-1]) if len(first["ends"]) else 0
         own = [state["counts"][start:].cpu() for state in states]
@@ -227,7 +211,7 @@ class Recorder(Callback):
 
 
 def read_losses(values: list[Any]) -> list[float]:
-    """As numbers; the tensors among them, which are on one device, by one read."""
+    """Return the values as numbers; the tensors among them, all on one device, take one read."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if not tensors:
         return values

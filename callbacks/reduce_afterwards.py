@@ -10,15 +10,16 @@ from learnkit.learner import Learner
 
 
 class ReduceAfterwards(Callback):
-    """What `learn.to_distributed(delay_allreduce=True)` adds: gradients stay with their rank until the step, and are
-    then averaged in one collective (Apex's delay_allreduce).
+    """Average all gradients in one collective right before the step, not during the backward pass.
+
+    This is Apex's delay_allreduce; `learn.to_distributed(delay_allreduce=True)` adds this callback.
     """
 
     order = Distributed.order + 10
     unique = True
 
     def __init__(self) -> None:
-        self.reduce: Callable[[], None] = nothing  # what brings the gradients together, in a fit
+        self.reduce: Callable[[], None] = nothing  # the function that reduces the gradients, during a fit
 
     def around_fit(self, learn: Learner, run: Run) -> None:
         self.reduce, learn.reduce_gradients = learn.reduce_gradients, nothing

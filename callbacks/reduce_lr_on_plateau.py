@@ -1,4 +1,4 @@
-"""A lower rate when a value no longer gets better."""
+"""Lower the learning rate when a value no longer improves."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import math
 from typing import Any
 
 from learnkit.callbacks.param_scheduler import ParamScheduler
-from learnkit.callbacks.progress import say
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 from learnkit.logs.monitor import Monitor
+from learnkit.logs.say import say
 from learnkit.optim.groups import as_number, set_each
 
 
 class ReduceLROnPlateau(Callback):
-    """Multiply every rate by `factor` when `monitor` was not better than its best for `patience` epochs in a row.
+    """Multiply every rate by `factor` when `monitor` has not improved for `patience` epochs in a row.
 
-    monitor, mode, min_delta    as EarlyStopping's
-    factor      between 0 and 1
-    patience    epochs without improvement after which the rate falls, 1 or more, as Keras counts: torch's patience and
-                one
-    cooldown    epochs after a reduction that do not count, as in torch
-    min_lr      no rate falls below it
+    This is for fits at a constant rate. It cannot be combined with a schedule of the rate, which would replace the rate
+    at the next step.
 
-    For fits at a constant rate: it refuses to run beside a schedule of the rate, which would overrule it at the next
-    step.
+    Args:
+        monitor: as in EarlyStopping.
+        mode: as in EarlyStopping.
+        factor: a number between 0 and 1.
+        patience: number of epochs without improvement after which the rate is lowered, 1 or more, as Keras counts:
+            torch's patience plus one.
+        min_delta: as in EarlyStopping.
+        cooldown: number of epochs after a reduction that do not count, as in torch.
+        min_lr: no rate becomes lower than this.
 
-    >>> learn.fit(30, 1e-2, callbacks=[ReduceLROnPlateau(patience=2)])  # doctest: +SKIP
+    Raises:
+        ValueError: when an argument is out of range, or, at the start of the fit, when there is a schedule of the rate
+            or the fit does not measure `monitor`.
+
+    Example:
+        >>> learn.fit(30, 1e-2, callbacks=[ReduceLROnPlateau(patience=2)])  # doctest: +SKIP
     """
 
     in_trials = False
@@ -57,9 +65,9 @@ class ReduceLROnPlateau(Callback):
     def before_fit(self, learn: Learner) -> None:
         if any("lr" in cb.schedules for cb in learn.running if isinstance(cb, ParamScheduler)):
             raise ValueError(
-                "ReduceLROnPlateau has no effect beside a schedule of the rate, which sets it anew at every step. "
-                "Train with learn.fit(epochs, lr) instead of fit_one_cycle and the like, or take the ReduceLROnPlateau "
-                "out."
+                "ReduceLROnPlateau has no effect together with a schedule of the rate, which sets the rate at every "
+                "step. Train with learn.fit(epochs, lr) instead of fit_one_cycle or another schedule, or remove the "
+                "ReduceLROnPlateau."
             )
         self.monitor.start(learn)
         self.n_worse = self.n_cooling = 0
@@ -77,7 +85,7 @@ class ReduceLROnPlateau(Callback):
         self.n_worse, self.n_cooling = 0, self.cooldown
         before = [
             as_number(group["lr"]) for group in learn.opt.param_groups
-        ]  # reads the device where a rate is a tensor there
+        ]  # reads from the device if a rate is a tensor on it
         rates = [max(lr * self.factor, min(lr, self.min_lr)) for lr in before]
         set_each(learn.opt, ["lr"] * len(rates), rates)
         if before[-1] != rates[-1]:

@@ -18,13 +18,20 @@ from learnkit.learner import Learner
 
 
 class SAM(Callback):
-    """Step with the gradient that the batch has a distance `rho` uphill (Foret et al., 2021): two passes a step.
+    """Step with the gradient at the weights moved uphill by a distance `rho` (Foret et al., 2021): two passes per step.
 
-    On several ranks uphill is where the gradient of all of them points. The recorded loss is that of the weights
-    themselves; batch norm's statistics are too. Raises ValueError at the fit's start beside Accumulate and
-    AutoMicrobatch, which split the batch of a step, beside delay_allreduce, and beside float16.
+    On several ranks uphill is the direction of the gradient of all ranks. The recorded loss and batch norm's statistics
+    are those at the weights themselves.
 
-    >>> learn.fit(5, callbacks=[SAM(rho=0.05)])  # doctest: +SKIP
+    Args:
+        rho: the distance, above 0.
+
+    Raises:
+        ValueError: when `rho` is not above 0, or, at the start of the fit, together with Accumulate or AutoMicrobatch,
+            which split the batch of a step, with delay_allreduce, or with float16.
+
+    Example:
+        >>> learn.fit(5, callbacks=[SAM(rho=0.05)])  # doctest: +SKIP
     """
 
     order = ClipGradients.order - 5
@@ -39,17 +46,18 @@ class SAM(Callback):
         for callback in learn.running:
             if isinstance(callback, (AutoMicrobatch, ReduceAfterwards)) or callback.batches_per_step > 1:
                 raise ValueError(
-                    f"SAM beside {type(callback).__name__}: its second pass needs the whole batch of a step at once, "
-                    f"and its gradients with all ranks. Take one of them."
+                    f"SAM cannot be combined with {type(callback).__name__}: its second pass needs the whole batch of "
+                    f"a step at once, and the gradients of all ranks. Use one of them."
                 )
             if isinstance(callback, MixedPrecision) and callback.dtype == torch.float16:
                 raise ValueError(
-                    "SAM beside float16: it climbs along gradients that overflow at times. Take to_bf16() or to_fp32()."
+                    "SAM cannot be combined with float16: it moves along gradients that sometimes overflow. Use "
+                    "to_bf16() or to_fp32()."
                 )
 
     def around_step(self, learn: Learner, run: Run) -> None:
         moved = [p for p in learn.model.parameters() if p.grad is not None]
-        # Copies: a captured CUDA graph writes the second pass's output over the first one's.
+        # Copies: a captured CUDA graph overwrites the first pass's output with the second one's.
         pred, loss = learn.pred, learn.loss.clone()
         pred = pred.clone() if isinstance(pred, torch.Tensor) else map_tensors(torch.clone, pred)
         weights, buffers = [p.detach().clone() for p in moved], [(b, b.clone()) for b in learn.model.buffers()]

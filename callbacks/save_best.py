@@ -1,4 +1,4 @@
-"""Keeping the weights of the best epochs."""
+"""Save the weights of the best epochs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from learnkit.logs.monitor import Monitor
 
 
 class SaveBest(Callback):
-    """Write the model's weights after each epoch that is among the best `keep`: learn.load("best") takes the best ones
-    back.
+    """Save the model's weights after each epoch that is one of the `keep` best; learn.load("best") loads the best ones.
 
-    monitor     a name of learn.values: train_loss, valid_loss or a metric's, also as val_loss or valid_accuracy
-    mode        "min" or "max": which way is better. None: "min" for losses and errors, "max" for the rest
-    keep        how many: path/model_dir/best.pt, and best-2.pt, … for the second best and so on
+    Args:
+        monitor: a name in learn.values: train_loss, valid_loss or a metric, also written as val_loss or valid_accuracy.
+        mode: "min" or "max": the direction of improvement. None: "min" for losses and errors, "max" for the rest.
+        keep: number of files: path/model_dir/best.pt, then best-2.pt for the second best, and so on.
+        name: name of the files, without the number and ".pt".
 
-    >>> learn.fit(5, callbacks=[SaveBest(monitor="accuracy")]).load("best")  # doctest: +SKIP
+    Raises:
+        ValueError: when `keep` is not a whole number of 1 or more, when `mode` is wrong, or, at the start of the fit,
+            when the fit does not measure `monitor`.
+
+    Example:
+        >>> learn.fit(5, callbacks=[SaveBest(monitor="accuracy")]).load("best")  # doctest: +SKIP
     """
 
     in_trials = False
@@ -32,7 +38,7 @@ class SaveBest(Callback):
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep={keep!r}: expected 1 or more.")
         self.monitor, self.keep, self.name = Monitor(monitor, mode, 0.0), keep, name
-        self.values: list[float] = []  # of the files, the best one's first
+        self.values: list[float] = []  # values of the saved files, the best first
 
     def before_fit(self, learn: Learner) -> None:
         self.monitor.start(learn)
@@ -51,7 +57,7 @@ class SaveBest(Callback):
         self.values = [*self.values[:place], value, *self.values[place:]][: self.keep]
 
     def write(self, folder: Path, place: int, state: dict[str, Any]) -> None:
-        """The new one first, under another name, so that at no time a good one is lost."""
+        """Write the new file first, under another name, so that no good file is lost at any time."""
         write_weights(folder / as_path(f"{self.name}-new.pt"), state)
         for i in reversed(range(place, min(len(self.values), self.keep - 1))):
             self.file(folder, i).replace(self.file(folder, i + 1))

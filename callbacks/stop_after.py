@@ -1,4 +1,4 @@
-"""A fit of so many optimizer steps, or so much time."""
+"""Stop a fit after a number of optimizer steps, or after some time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from learnkit.learner import Learner
 
 
 class StopAfter(Callback):
-    """End the fit after `steps` optimizer steps or `seconds`, whichever is first; the epoch under way is still
-    validated.
+    """Stop the fit after `steps` optimizer steps or after `seconds`, whichever is first.
 
-    Seconds count from the start of the fit's first run; between two runs of a fit that is resumed they stand still. On
-    several ranks all stop after the same step, when the first one's time is over.
+    The current epoch is still validated. On several ranks all ranks stop after the same step, when the time of the
+    first one is over.
 
-    >>> learn.fit(100, callbacks=[StopAfter(seconds=3600)])  # doctest: +SKIP
+    Args:
+        steps: number of optimizer steps.
+        seconds: time since the start of the fit's first run; when a fit is resumed, the time between two of its runs
+            does not count.
+
+    Raises:
+        ValueError: when neither is given, or one is not above 0.
+
+    Example:
+        >>> learn.fit(100, callbacks=[StopAfter(seconds=3600)])  # doctest: +SKIP
     """
 
     in_trials = False
@@ -30,7 +38,7 @@ class StopAfter(Callback):
         if steps is None and seconds is None:
             raise ValueError("StopAfter() has no limit: give steps=…, seconds=… or both.")
         self.steps, self.seconds = math.inf if steps is None else steps, math.inf if seconds is None else float(seconds)
-        self.began, self.spent = 0.0, 0.0  # clock of this run; seconds of the runs before
+        self.began, self.spent = 0.0, 0.0  # clock at the start of this run; seconds of the runs before
 
     def before_fit(self, learn: Learner) -> None:
         self.began, self.spent = time.monotonic(), 0.0
@@ -41,11 +49,11 @@ class StopAfter(Callback):
 
     def before_train(self, learn: Learner) -> None:
         if self.was_over(learn):
-            learn.dl = []  # of an epoch that counts as trained, and is validated
+            learn.dl = []  # the epoch counts as trained, and is validated
 
     def was_over(self, learn: Learner) -> bool:
-        """Whether the limit was reached before this run, which a checkpoint resumes; all ranks have rank 0's time from
-        it.
+        """Whether the limit was reached before this run, which has resumed from a checkpoint; the time on all ranks is
+        rank 0's, from the checkpoint.
         """
         return learn.step >= self.steps or self.spent >= self.seconds
 
@@ -59,7 +67,7 @@ class StopAfter(Callback):
 
     @property
     def elapsed(self) -> float:
-        """Seconds that this fit has taken."""
+        """Seconds that this fit has taken so far."""
         return self.spent + time.monotonic() - self.began if self.seconds < math.inf else 0.0
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,19 +20,25 @@ from learnkit.optim.average import Average
 
 
 class SWA(Callback):
-    """Average the weights with which the last epochs of a fit end, each alike (Izmailov et al., 2018).
+    """Average the weights at the end of each of a fit's last epochs, with equal shares (Izmailov et al., 2018).
 
-    start       the part of the fit after which averaging begins: 0.75 is its last quarter
-    update_bn   measure batch norm's statistics for the average, in a pass over the training data (each rank over its
-                own, rank 0's count) before each validation; without, they are averaged like the weights
-    saves       let learn.save, SaveBest and export write the average instead of the weights, from its first epoch to
-                the next fit
+    Once there is an average, it replaces the model's weights during validation and predictions, and within
+    `with swa.swapped(learn):`; afterwards the model has its own weights again. `swa.apply(learn)` makes the average the
+    model's weights permanently. Train at a rate that stays high: fit, fit_flat_cos.
 
-    Once there is an average, the model has it for validation and predictions, and within `with swa.swapped(learn):`;
-    its own weights come back afterwards. `swa.apply(learn)` puts it there for good. Train at a rate that stays high:
-    fit, fit_flat_cos.
+    Args:
+        start: share of the fit after which averaging begins; 0.75 averages its last quarter.
+        update_bn: before each validation, measure batch norm's statistics for the average in a pass over the training
+            data (each rank over its own data; rank 0's statistics are used). False: average the statistics as the
+            weights.
+        saves: let learn.save, SaveBest and export write the average instead of the weights, from the first averaged
+            epoch to the next fit.
 
-    >>> learn.fit(20, 0.01, callbacks=[SWA(start=0.75)])  # doctest: +SKIP
+    Raises:
+        ValueError: when `start` is not from 0 to below 1.
+
+    Example:
+        >>> learn.fit(20, 0.01, callbacks=[SWA(start=0.75)])  # doctest: +SKIP
     """
 
     order = EMA.order
@@ -40,12 +46,12 @@ class SWA(Callback):
 
     def __init__(self, start: float = 0.75, *, update_bn: bool = False, saves: bool = False) -> None:
         if not 0 <= start < 1:
-            raise ValueError(f"start={start}: expected a part of the fit, from 0 to below 1.")
+            raise ValueError(f"start={start}: expected a share of the fit, from 0 to below 1.")
         self.start, self.update_bn, self.saves = start, update_bn, saves
-        self.average: Average | None = None  # None: the fit has not come that far
-        self.n_averaged = 0  # epochs
-        self.is_measured = False  # whether batch norm's statistics are those of the average as it is
-        self.model: nn.Module | None = None  # of the fit under way or last
+        self.average: Average | None = None  # None: averaging has not begun
+        self.n_averaged = 0  # number of epochs
+        self.is_measured = False  # whether batch norm's statistics were measured with the current average
+        self.model: nn.Module | None = None  # of the current or last fit
 
     def before_fit(self, learn: Learner) -> None:
         self.average, self.n_averaged, self.model = None, 0, learn.model
@@ -67,7 +73,7 @@ class SWA(Callback):
             run()
 
     def measure(self, learn: Learner) -> None:
-        """Batch norm's mean and variance over the training data, each batch alike."""
+        """Measure batch norm's mean and variance over the training data, each batch with the same weight."""
         layers = [
             module for module in learn.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
         ]
@@ -78,7 +84,7 @@ class SWA(Callback):
             for layer in layers:
                 layer.reset_running_stats()
                 layer.train()
-            with uncompiled(learn.model):  # else each batch, with a momentum of its own, would be compiled again
+            with uncompiled(learn.model):  # else each batch is compiled again, as it has another momentum
                 for batch in learn.data.train_dl if layers else ():
                     learn.inputs, learn.target = split_batch(to_device(batch, learn.device))
                     learn.stages.forward()
@@ -91,11 +97,22 @@ class SWA(Callback):
         self.is_measured = True
 
     def swapped(self, learn: Learner) -> AbstractContextManager[None]:
-        """Within the block the model has the average's weights; as long as there is none, its own."""
+        """Return a context manager within which the model has the average's weights; its own while there is none.
+
+        Args:
+            learn: the Learner of the fit.
+        """
         return nullcontext() if self.average is None else self.average.swapped()
 
     def apply(self, learn: Learner) -> None:
-        """Make the average the model's weights."""
+        """Make the average the model's weights.
+
+        Args:
+            learn: the Learner of the fit.
+
+        Raises:
+            RuntimeError: when there is no average, because no fit with this SWA has passed its `start`.
+        """
         if self.average is None:
             raise RuntimeError("there is no average yet: fit with this SWA first, beyond its start.")
         self.average.apply()
@@ -112,8 +129,8 @@ class SWA(Callback):
 
 
 class Cumulative:
-    """Give a batch norm, before each call of it, the momentum that makes its running statistics the mean over all
-    calls. PyTorch's momentum=None does so too, and reads the number of calls from the device each time (2.15).
+    """A hook that sets a batch norm's momentum before each call so that its running statistics are the mean over all
+    calls. PyTorch's momentum=None does the same, but reads the number of calls from the device each time (2.15).
     """
 
     def __init__(self) -> None:
@@ -125,6 +142,6 @@ class Cumulative:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
-    """Within the block a model that was compiled runs as it was written."""
+    """Return a context manager within which a compiled model runs without the compiler."""
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

@@ -14,17 +14,21 @@ from learnkit.logs.journal import Journal
 
 
 class TensorBoardLogger(Callback):
-    """Write scalars for TensorBoard: the values of every epoch, and with `every_n_steps` loss and rate of every so many
-    steps.
+    """Write scalars for TensorBoard: the values of every epoch, and the loss and rate of every n-th step.
 
-    dir     the run's folder. A fit that is resumed goes on in it, and TensorBoard forgets what came after its
-            checkpoint. A new fit in a folder that has a run begins it anew from step 0, too: give each run a folder of
-            its own
+    The x axis counts the optimizer steps of all fits of a Learner; the settings are written as a text. On several ranks
+    rank 0 writes. Needs the package tensorboard, which the extra 'tensorboard' installs.
 
-    Values are over the optimizer steps of all fits of a Learner; the run's settings are a text. On several ranks rank 0
-    writes. Needs the package tensorboard, the extra 'tensorboard'.
+    Args:
+        dir: the run's folder. A resumed fit continues in it, and TensorBoard hides the values after its checkpoint. A
+            new fit in a folder that already has a run also starts from step 0: use a separate folder for each run.
+        every_n_steps: also write the loss and the rate of every n-th step. None: only epochs.
 
-    >>> learn.fit(5, callbacks=[TensorBoardLogger("runs/first", every_n_steps=50)])  # doctest: +SKIP
+    Raises:
+        ImportError: at the start of the fit, when tensorboard is not installed.
+
+    Example:
+        >>> learn.fit(5, callbacks=[TensorBoardLogger("runs/first", every_n_steps=50)])  # doctest: +SKIP
     """
 
     order = Recorder.order - 20
@@ -36,7 +40,7 @@ class TensorBoardLogger(Callback):
         self.writer: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        summary_writer()  # its absence is told before anything is trained
+        summary_writer()  # raises before training when the package is missing
         with self.journal.of_fit(learn, self):
             run()
 
@@ -76,7 +80,7 @@ def summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "TensorBoardLogger needs tensorboard, which is not installed: it is the extra 'tensorboard' of this "
-            "library."
+            "TensorBoardLogger needs tensorboard, which is not installed: install it, or the extra 'tensorboard' of "
+            "this library."
         ) from error
     return SummaryWriter

@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""Ending a fit whose gradients are no longer numbers, before the weights are not either."""
+"""Stop a fit whose gradients are not finite, before the weights become so."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from learnkit.learner import Learner
 class TerminateOnNaN(Callback):
     """Stop the fit before a step whose gradients are not finite; the weights stay those of the last good step.
 
-    Says in a warning which parameters and, on several ranks, whose losses. There all stop, as DDP gives all the same
-    gradients. Costs one norm of the gradients and one read from the device per step.
+    A warning names the parameters and, on several ranks, the loss of each rank. All ranks stop, because DDP gives them
+    the same gradients. Costs one norm of the gradients and one read from the device per step.
 
-    >>> learn.fit(10, callbacks=[TerminateOnNaN()])  # doctest: +SKIP
+    Example:
+        >>> learn.fit(10, callbacks=[TerminateOnNaN()])  # doctest: +SKIP
     """
 
     in_trials = False
@@ -28,9 +29,9 @@ class TerminateOnNaN(Callback):
         named = [(name, p.grad) for name, p in learn.model.named_parameters() if p.grad is not None]
         gradients = [gradient for _, gradient in named]
         parts = own_parts(gradients)
-        good = not named or bool(all_finite(parts))  # reads the device
+        good = not named or bool(all_finite(parts))  # reads from the device
         if parts is not gradients and learn.world_size > 1:
-            good = not learn.ranks.agree(not good)  # each rank has seen its own part
+            good = not learn.ranks.agree(not good)  # sharded: each rank has checked its own shards
         if good:
             return
         of_all = learn.ranks.gather(
@@ -49,15 +50,15 @@ class TerminateOnNaN(Callback):
             warnings.warn(
                 f"stopped before step {learn.step}: the gradients of {len(bad)} parameters are not finite "
                 f"({', '.join(bad[:4])}{', …' if len(bad) > 4 else ''}{of_ranks}), {learn.where()}. The weights are "
-                f"those of the step before. Take a lower rate, clip gradients, or look at this batch.",
+                f"those of the step before. Use a lower learning rate, clip gradients, or check this batch.",
                 stacklevel=2,
             )
         raise StopFit
 
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
-    """0-d bool: whether all numbers in them are; a norm is not where one of its numbers is not."""
-    parts = [g for g in gradients if g.numel()]  # a rank's part may be empty
+    """Return a 0-d bool: whether all numbers are finite; a norm is not finite if one of its numbers is not."""
+    parts = [g for g in gradients if g.numel()]  # a shard may be empty
     if not parts:
         return torch.tensor(True)
     norms = torch._foreach_norm(parts, torch.inf)

@@ -1,4 +1,4 @@
-"""How fast a fit is: samples per second, times of batches, the share of the device's peak, and its memory."""
+"""Measures the speed of a fit: samples per second, times of batches, the share of the device's peak, and its memory."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ import torch
 
 from learnkit.callbacks.recorder import Recorder
 from learnkit.data.batch import count_samples
+from learnkit.devices.accelerator import wait_for_device
 from learnkit.devices.nested import in_bytes
 from learnkit.hooks import Callback
 from learnkit.learner import Learner
 
 
 class Timer(Callback):
-    """Measure each epoch's training pass: `timer.rows`, and as a table `print(timer)`. Loggers log samples_per_second
-    with the rest.
+    """Measure each epoch's training pass: `timer.rows`, or `print(timer)` for a table.
 
-    flops_per_sample    floating-point operations of a training step for one sample, forward and backward. With
-    peak_flops          what one device can do in a second at best: their ratio is the model FLOPs utilization (MFU)
+    Loggers also log its samples_per_second. It waits for the device at the start and at the end of the pass, but not
+    between. Samples are those of all ranks.
 
-    Waits for the device at the start and the end of the pass, not between. Samples are those of all ranks.
+    Args:
+        flops_per_sample: floating-point operations of a training step for one sample, forward and backward. Together
+            with `peak_flops` it gives the model FLOPs utilization (MFU).
+        peak_flops: the highest number of floating-point operations of one device per second.
 
-    >>> learn.fit(2, callbacks=[timer := Timer()])  # doctest: +SKIP
-    >>> print(timer)  # doctest: +SKIP
+    Raises:
+        ValueError: when only one of them is given.
+
+    Example:
+        >>> learn.fit(2, callbacks=[timer := Timer()])  # doctest: +SKIP
+        >>> print(timer)  # doctest: +SKIP
     """
 
-    order = Recorder.order + 10  # its values are there when loggers look
+    order = Recorder.order + 10  # its values must exist before the loggers read them
     in_trials = False
 
     def __init__(self, *, flops_per_sample: float | None = None, peak_flops: float | None = None) -> None:
         if (flops_per_sample is None) != (peak_flops is None):
             raise ValueError("the MFU needs both flops_per_sample=… and peak_flops=…; only one was given.")
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
-        self.rows: list[dict[str, float]] = []  # one an epoch
-        self.n_samples = 0  # of this rank, in the pass under way
-        self.times: list[float] = []  # when its batches were over
+        self.rows: list[dict[str, float]] = []  # one per epoch
+        self.n_samples = 0  # of this rank, in the current pass
+        self.times: list[float] = []  # times at which its batches ended
 
     def before_fit(self, learn: Learner) -> None:
         self.rows = []
@@ -91,11 +98,6 @@ class Timer(Callback):
                 f"{row['slow_batch_ms']:8.2f}  {mfu:>6}  {memory:>11}"
             )
         return "\n".join(lines)
-
-
-def wait_for_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def reset_memory(device: torch.device) -> None:

@@ -12,15 +12,21 @@ from learnkit.logs.journal import Journal
 
 
 class WandbLogger(Callback):
-    """Log to Weights & Biases: the settings, the values of every epoch, and with `every_n_steps` loss and rate of every
-    so many steps.
+    """Log to Weights & Biases: the settings, the values of every epoch, and the loss and rate of every n-th step.
 
-    options     of wandb.init: project, name, dir, mode="offline" and so on
+    A resumed fit continues its run; steps that the run already has are not logged twice. On several ranks rank 0 logs.
+    Needs the package wandb.
 
-    A fit that is resumed goes on in its run; steps that the run has already are not logged twice. On several ranks rank
-    0 logs. Needs the package wandb.
+    Args:
+        every_n_steps: also log the loss and the rate of every n-th step. None: only epochs.
+        options: arguments of wandb.init: project, name, dir, mode="offline" and so on.
 
-    >>> learn.fit(5, callbacks=[WandbLogger(project="digits")])  # doctest: +SKIP
+    Raises:
+        TypeError: when `options` has id, resume or config, which the callback sets itself.
+        ImportError: at the start of the fit, when wandb is not installed.
+
+    Example:
+        >>> learn.fit(5, callbacks=[WandbLogger(project="digits")])  # doctest: +SKIP
     """
 
     order = Recorder.order - 20
@@ -31,15 +37,15 @@ class WandbLogger(Callback):
         for name in ("id", "resume", "config"):
             if name in options:
                 raise TypeError(
-                    f"WandbLogger got {name}=…, which it decides itself: give the other options of wandb.init."
+                    f"WandbLogger got {name}=…, which it sets itself: give the other options of wandb.init only."
                 )
         self.options = options | ({"dir": str(as_path(options["dir"]))} if options.get("dir") else {})
         self.journal = Journal(every_n_steps)
-        self.run_id = ""  # of the run that is logged to; rank 0's
+        self.run_id = ""  # ID of the current run, on rank 0
         self.run: Any = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        import_wandb()  # its absence is told before anything is trained
+        import_wandb()  # raises before training when the package is missing
         with self.journal.of_fit(learn, self):
             run()
 

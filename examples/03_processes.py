@@ -1,12 +1,12 @@
-"""The digits of 01 on one process or many: one more line, one launcher, the same numbers.
+"""The digits of 01 on one process or on many: one more line of code, a launcher, and the same numbers.
 
     python examples/03_processes.py
     torchrun --standalone --nproc-per-node=2 examples/03_processes.py
     python -m torch.distributed.launch --nproc-per-node=4 examples/03_processes.py
 
-The batch of 64 is divided among the processes, and batch normalization takes its statistics over all of it.
+The batch of 64 is divided among the processes, and batch normalization uses the statistics of the whole batch.
 Claim: valid_loss is the same to 12 digits on 1, 2 and 4 processes (n = 7 seeds, largest difference 4e-16), in double
-precision: in single precision the last digits differ from the first step on, and training makes more of it.
+precision: in single precision the last digits differ from the first step on, and the difference grows in training.
 """
 
 import torch
@@ -35,6 +35,6 @@ model = model.double()
 learn = Learner(data, model, metrics=accuracy).to_distributed(sync_bn=True)
 learn.fit_one_cycle(3, 1e-2)
 
-values = learn.validate()  # by all processes, of all samples
+values = learn.validate()  # computed by all processes, over all samples
 if is_main():
     print(f"{get_world_size()} processes: valid_loss {values['valid_loss']:.12f}, accuracy {values['accuracy']:.4f}")

@@ -1,13 +1,13 @@
-"""CIFAR-10 with a wide ResNet and one cycle: one process or many, one script.
+"""CIFAR-10 with a wide ResNet and one cycle: the same script for one process or many.
 
     python examples/04_cifar.py
     torchrun --nproc-per-node=2 examples/04_cifar.py
     python -m torch.distributed.launch --nproc-per-node=2 examples/04_cifar.py
 
-Downloads CIFAR-10 once; LEARNKIT_DATA=/path/to/cifar10.tar.xz, or a folder of pictures, is taken instead. `bs` is per
-process. Claim: 0.30 (mean of n = 3 seeds, 0.27 to 0.32), alone, on one thread of a shared CPU, of 64 training and 50
-test pictures a class shrunk to 8×8: with size=8 and rand_pad(2, 8) in the place of rand_pad(4, 32). What it reaches on
-all pictures was not measured on a CPU.
+Downloads CIFAR-10 once, or uses LEARNKIT_DATA=/path/to/cifar10.tar.xz (or a folder of pictures). `bs` is per process.
+Claim: accuracy 0.30 (mean of n = 3 seeds, 0.27 to 0.32), in one process on one thread of a shared CPU, with 64 training
+and 50 test pictures per class reduced to 8×8: with size=8, and rand_pad(2, 8) instead of rand_pad(4, 32). The accuracy
+on all pictures was not measured on a CPU.
 """
 
 from learnkit.distributed import *

@@ -1,11 +1,11 @@
-"""CIFAR-10 as fast as it goes, with public names alone.
+"""CIFAR-10 as fast as possible, with the public API only.
 
     python examples/06_speedrun.py
 
-LEARNKIT_DATA=/path/to/cifar10.tar.xz, or a folder of pictures, is taken instead of a download.
-Claim: 0.38 (mean of n = 3 seeds, 0.34 to 0.42), on one thread of a shared CPU, of 64 training and 50 test pictures a
-class shrunk to 16×16: with size=16, rand_pad(2, 16), cutout(4), bs=64, resnet9(width=16) and a rate of 0.1 in the
-places of those below. What it reaches on all pictures was not measured on a CPU.
+Uses LEARNKIT_DATA=/path/to/cifar10.tar.xz (or a folder of pictures) instead of a download.
+Claim: accuracy 0.38 (mean of n = 3 seeds, 0.34 to 0.42), on one thread of a shared CPU, with 64 training and 50 test
+pictures per class reduced to 16×16: with size=16, rand_pad(2, 16), cutout(4), bs=64, resnet9(width=16) and a rate of
+0.1 instead of the values below. The accuracy on all pictures was not measured on a CPU.
 """
 
 from functools import partial

@@ -1,11 +1,11 @@
-"""A language model of characters: no pictures, the same Learner.
+"""A character-level language model with the same Learner.
 
     python examples/07_text.py
 
-The text is Python's own reference, which comes with Python (pydoc_data.topics, half a million characters, other ones in
-each version). A recurrent network reads 64 characters and predicts each next one.
-Claim: 2.48 bits a character, 4.85 by the frequency of characters alone (mean of n = 3 seeds, 2.44 to 2.53), on Python
-3.11, on one thread of a CPU in 20 seconds.
+The text is Python's reference, which comes with Python (pydoc_data.topics, half a million characters, different in each
+version). A recurrent network reads 64 characters and predicts the next one at each position.
+Claim: 2.48 bits per character, 4.85 from the frequency of characters alone (mean of n = 3 seeds, 2.44 to 2.53), on
+Python 3.11, on one thread of a CPU in 20 seconds.
 """
 
 import math
@@ -26,7 +26,7 @@ x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (rows, 64) each, y
 
 
 class CharacterModel(nn.Module):
-    """int64 (batch, length) -> scores (batch, 128, length)."""
+    """Map int64 (batch, length) to scores (batch, 128, length)."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()

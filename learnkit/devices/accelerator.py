@@ -82,6 +82,12 @@ def has_streams(device: torch.device) -> bool:
     return _has_second_stream(device.type)
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Wait until `device` has finished its work; returns at once for the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @cache
 def _computes_float64(kind: str) -> bool:
     if kind in ("cpu", "cuda", "meta"):

@@ -268,8 +268,8 @@ def test_inputs_that_share_no_dimension_are_refused_with_their_shapes():
     (x, y) = batches(8)[0]
     with pytest.raises(
         ValueError,
-        match=r"splits inputs along their first dimension, which they must share; got \(float32 \(8, 4\), float32 "
-        r"\(3,\)\)",
+        match=r"splits inputs along their first dimension, which must be the same for all; got \(float32 \(8, 4\), "
+        r"float32 \(3,\)\)",
     ):
         learner(First(), AutoMicrobatch(2), train=[(x, torch.rand(3), y)]).fit(1)
 

@@ -481,7 +481,7 @@ def test_a_stop_signal_ends_the_batch_saves_and_leaves_with_its_exit_code(number
         signal.getsignal(signal.SIGINT),
         signal.getsignal(signal.SIGUSR1),
     ) == handlers
-    assert "saved kept/000001-step-6, from which resume=True goes on" in capsys.readouterr().err
+    assert "saved kept/000001-step-6, from which resume=True continues" in capsys.readouterr().err
     scramble()
     assert state(make(make_data).fit_one_cycle(EPOCHS, 1e-2, resume=True)) == expected
 

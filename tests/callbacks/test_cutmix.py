@@ -86,7 +86,7 @@ def test_what_are_no_pictures_is_refused_and_alpha_is_above_0():
         CutMix(0)
     data = DataBunch.from_tensors((torch.randn(16, 4), torch.randint(3, (16,))), bs=8)
     with pytest.raises(
-        ValueError, match=r"CutMix cuts pictures, \(batch, channels, height, width\); this batch's input is \(8, 4\)"
+        ValueError, match=r"CutMix expects pictures \(batch, channels, height, width\); this batch's input is \(8, 4\)"
     ):
         fit(Learner(data, nn.Linear(4, 3), callbacks=CutMix()))
 

@@ -154,7 +154,7 @@ def test_it_says_what_it_waited_for_and_which_way(capsys):
     make_learner(EarlyStopping("score", patience=2), values=[5.0, 1.0, 1.0]).fit(9)
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == "EarlyStopping: score, which is to rise, has not got past 5 for 2 epochs"
+        == "EarlyStopping: score, which is to rise, has not improved on 5 for 2 epochs"
     )
     with (learn := make_learner(EarlyStopping("score", patience=1), values=[5.0, 1.0])).no_logging():
         learn.fit(9)

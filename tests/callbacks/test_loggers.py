@@ -274,5 +274,5 @@ def test_the_state_goes_round_and_settings_are_checked(make: Any):
 
 
 def test_wandb_takes_no_id_of_the_users():
-    with pytest.raises(TypeError, match="id=…, which it decides itself"):
+    with pytest.raises(TypeError, match="id=…, which it sets itself"):
         WandbLogger(id="a")

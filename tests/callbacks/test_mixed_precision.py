@@ -488,7 +488,7 @@ def test_a_checkpoint_of_another_precision_is_refused():
     with pytest.raises(ConnectionAbortedError):
         resumable("fp16").fit(2, callbacks=[Die()])
     with pytest.raises(
-        ValueError, match="a fit with a scaled loss, which this fit in bfloat16 is not: resume it in the same precision"
+        ValueError, match="a fit with a scaled loss, but this fit uses bfloat16: resume it in the same precision"
     ):
         resumable("bf16").fit(2, resume=True)
 

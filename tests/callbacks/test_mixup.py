@@ -173,7 +173,8 @@ def test_alpha_is_above_0(alpha):
 def test_integer_inputs_mappings_and_losses_without_reduction_are_refused_before_a_step():
     whole = DataBunch.from_tensors((torch.randint(5, (16, 2)), torch.randint(3, (16,))), bs=8)
     with pytest.raises(
-        TypeError, match=r"MixUp mixes batches \(x, y\) of tensors, x of floats; this batch is .*int64 \(8, 2\)"
+        TypeError,
+        match=r"MixUp expects batches \(x, y\) of tensors with floating-point x; this batch is .*int64 \(8, 2\)",
     ):
         fit(Learner(whole, nn.Linear(2, 3), callbacks=MixUp()))
     with pytest.raises(TypeError, match="gives no loss per sample"):

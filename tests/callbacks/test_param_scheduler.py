@@ -150,6 +150,6 @@ class Liar:
 def test_a_loader_that_gives_more_batches_than_its_length_is_warned_about_and_keeps_the_last_value():
     used = Used("lr")
     learn = Learner((Liar(), None), nn.Linear(3, 2), callbacks=[ParamScheduler({"lr": linear(0.0, 1.0)}), used])
-    with pytest.warns(UserWarning, match=r"Liar gave more batches than its length says.*schedule of 2 steps.*__len__"):
+    with pytest.warns(UserWarning, match=r"Liar gave more batches than its length.*schedule of 2 steps.*__len__"):
         learn.fit(1)
     assert used.values == [[0.0], [1.0], [1.0], [1.0]]

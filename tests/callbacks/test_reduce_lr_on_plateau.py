@@ -104,7 +104,7 @@ def test_it_says_when_the_rate_falls(capsys):
 
 
 def test_beside_a_schedule_of_the_rate_it_refuses_to_run_and_says_why():
-    with pytest.raises(ValueError, match=r"no effect beside a schedule of the rate.*learn\.fit"):
+    with pytest.raises(ValueError, match=r"no effect together with a schedule of the rate.*learn\.fit"):
         learner(ReduceLROnPlateau()).fit_one_cycle(2)
     learner(ReduceLROnPlateau(), ParamScheduler({"weight_decay": linear(0.0, 0.1)})).fit(1)
 

@@ -169,14 +169,18 @@ def test_a_resumed_fit_is_the_one_that_was_not_interrupted(at):
 @pytest.mark.parametrize(
     "other, message",
     [
-        (lambda: Accumulate(2), "SAM beside Accumulate: its second pass needs the whole batch of a step at once"),
+        (
+            lambda: Accumulate(2),
+            "SAM cannot be combined with Accumulate: its second pass needs the whole batch of a step at once",
+        ),
         (
             lambda: AutoMicrobatch(),
-            "SAM beside AutoMicrobatch: its second pass needs the whole batch of a step at once",
+            "SAM cannot be combined with AutoMicrobatch: its second pass needs the whole batch of a step at once",
         ),
         (
             lambda: MixedPrecision(torch.float16),
-            r"SAM beside float16: it climbs along gradients that overflow.*Take to_bf16\(\) or to_fp32\(\)",
+            r"SAM cannot be combined with float16: it moves along gradients that sometimes overflow.*"
+            r"Use to_bf16\(\) or to_fp32\(\)",
         ),
     ],
 )

@@ -221,5 +221,5 @@ def test_a_finished_fit_that_is_resumed_has_and_saves_its_average():
 
 @pytest.mark.parametrize("start", [-0.1, 1.0, 3])
 def test_a_start_that_is_none_is_refused(start):
-    with pytest.raises(ValueError, match=rf"start={start}: expected a part of the fit, from 0 to below 1"):
+    with pytest.raises(ValueError, match=rf"start={start}: expected a share of the fit, from 0 to below 1"):
         SWA(start)

@@ -536,11 +536,15 @@ def test_a_window_that_was_begun_on_two_ranks_is_begun_anew_on_one(ranks):
 
 # --- ref ---------------------------------------------------------------------
 REFUSED: list[tuple[Callable[[], Learner], type[Exception], str]] = [
-    (lambda: learner(SAM(), delay_allreduce=True), ValueError, "SAM beside ReduceAfterwards: its second pass needs"),
+    (
+        lambda: learner(SAM(), delay_allreduce=True),
+        ValueError,
+        "SAM cannot be combined with ReduceAfterwards: its second pass needs",
+    ),
     (
         lambda: learner(AutoMicrobatch(), sync_bn=True),
         ValueError,
-        "AutoMicrobatch beside sync_bn=True: a rank whose memory runs out would leave",
+        "AutoMicrobatch cannot be combined with sync_bn=True: a rank whose memory runs out would leave",
     ),
     (
         lambda: learner(Accumulate(2), static_graph=True),

@@ -167,7 +167,9 @@ def test_where_nothing_is_spread_the_checkpoint_is_a_plain_one(tmp_path: Path):
 
 
 def test_what_does_not_go_together_or_is_not_installed_is_said(tmp_path: Path, monkeypatch):
-    with pytest.raises(ValueError, match=r"sharded=True beside async_write=True.*Leave one of them out"):
+    with pytest.raises(
+        ValueError, match=r"sharded=True cannot be combined with async_write=True.*Use only one of them"
+    ):
         Checkpoint(tmp_path, sharded=True, async_write=True)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):

@@ -26,12 +26,12 @@ KNOWN: dict[str, str] = {
     r"static_graph=True": "gradients cannot wait",
     r"got no gradient": "DDP waits for each parameter",
     r"train_dl has no batch for each": "fewer batches than ranks",
-    r"averages the ranks' weights; those of": "a schedule-free optimizer's weights are two, of which each rank would "
+    r"averages the ranks' weights, but": "a schedule-free optimizer's weights are two, of which each rank would "
     "keep one of its own",
     r"no layer is selected": "the model is one layer",
     r"this Learner has an? \w+ already": "two of a kind would undo each other",
     r"sharded=True.*async_write": "all ranks would talk while training does",
-    r"CutMix cuts pictures": "it needs four dimensions",
+    r"CutMix expects pictures": "it needs four dimensions",
     r"(MixUp|CutMix).* batches \(x, y\)": "the first input of a mapping is not told",
     r"(SaveBest|EarlyStopping|ReduceLROnPlateau|valid_loss).*(validation|valid_dl)": "nothing is validated",
 }

@@ -244,7 +244,7 @@ def test_a_stop_amid_a_write_or_in_validation_is_durable_and_a_resume_exact(
     """With async_write the checkpoint of that step has just been handed to the writer."""
     with pytest.raises(SystemExit) as left:
         fit(Path("kept"), Does(step, stop, training=training), async_write=asynchronous)
-    assert left.value.code == 143 and "from which resume=True goes on" in capsys.readouterr().err
+    assert left.value.code == 143 and "from which resume=True continues" in capsys.readouterr().err
     assert newest(Path("kept"))[1]["run"]["place"]["step"] in (step, step + 1) and litter(Path("kept")) == []
     assert outcome(fit(Path("kept"), resume=True)) == expected
 

@@ -297,7 +297,7 @@ def test_a_stop_signal_ends_all_ranks_after_the_same_step_with_its_code_and_a_re
         last = {rank: max(step for _, step, r, _ in notes_of(folder) if r == rank) for rank in range(ranks)}
         place = newest_place(folder)
         assert set(last.values()) == {place["step"]}
-        assert any("saved" in line and "from which resume=True goes on" in line for line in children[0].said())
+        assert any("saved" in line and "from which resume=True continues" in line for line in children[0].said())
         for child in start_ranks(start, ranks, folder):
             assert child.end() == 0, child.said()
         assert outcome_of(folder) == expected
