@@ -15,8 +15,8 @@ class OptimizerModes(Callback):
 
     Every fit adds it automatically if the optimizer has both methods. The optimizer is in training mode during a
     training pass, except in evaluations within it, and otherwise in evaluation mode. So the averaged weights are the
-    ones that are evaluated, saved, compared and exported. An evaluation within a training pass
-    leaves no trace; it costs a copy of the weights.
+    ones that are evaluated, saved, compared and exported. An evaluation within a training pass leaves no trace; it
+    costs a copy of the weights.
 
     Example:
         >>> import schedulefree  # doctest: +SKIP
