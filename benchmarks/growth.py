@@ -48,7 +48,7 @@ class Law(NamedTuple):
 
 
 def looks(w: int) -> float:
-    """Looks of a guard a second, as learnkit.distributed.guard.pause_between_looks has them."""
+    """Looks of a guard a second, as learnkit.distributed.watcher.pause_between_looks has them."""
     return 5 / min(4, max(1, w / 256))
 
 
