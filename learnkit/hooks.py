@@ -11,26 +11,29 @@
           └─ batch
              └─ forward
 
-A stage X is an onion, resolved once per fit, with the callback of the lowest order as its outermost layer:
+A stage X is a stack of layers, resolved once per fit, with the callback of the lowest order as the outermost layer:
 
-    cb.before_X(learn)                                   told
-    cb.around_X(learn, run)                              owns: `run` is all that lies further in
-        the next callback's layer … the stage itself
-    cb.after_X(learn)                                    told
+    cb.before_X(learn)          observes
+    cb.around_X(learn, run)     controls: `run` is everything further in, that is
+        the layer of the next callback … the stage itself
+    cb.after_X(learn)           observes
 
-So before_ hooks are called from low to high order, after_ hooks from high to low, and what an around_ hook brackets
-includes the hooks of every callback of a higher order. An around_ hook that does not call `run` leaves them out; one
-that calls it twice repeats them.
+So before_ hooks are called from low to high order, after_ hooks from high to low, and what an around_ hook surrounds
+includes the hooks of every callback of a higher order. An around_ hook that does not call `run` skips them; one that
+calls it twice repeats them.
 
-| raised while stage X runs | the rest of X | after_X            | stages between X and the raise |
-| ------------------------- | ------------- | ------------------ | ------------------------------ |
-| StopX                     | is left out   | told, by all       | left where they are, not told  |
-| SkipX                     | is left out   | not told           | left where they are, not told  |
-| any other exception       | is left out   | not told           | left where they are, not told  |
+| raised while stage X runs | the rest of X | after_X hooks                   | stages between X and the raise |
+| ------------------------- | ------------- | ------------------------------- | ------------------------------ |
+| StopX                     | is skipped    | are called                      | end without their after_ hooks |
+| SkipX                     | is skipped    | are not called                  | end without their after_ hooks |
+| any other exception       | is skipped    | are not called                  | end without their after_ hooks |
 
-In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. A Stop* or Skip* of an
-outer stage that an after_X hook raises does not keep the other after_X hooks from being told; the around_X hooks of
-callbacks further out see it come out of `run`, and may take it back.
+StopX calls the after_X hooks of every layer that it passes on its way out. Callbacks further in than an around_X hook
+that was not reached have seen no before_X, and see no after_X.
+
+In all cases the `finally` of every around_ hook that was entered runs: clean-up belongs there. If an after_X hook
+raises a Stop* or Skip* of an outer stage, the other after_X hooks are still called. The around_X hooks of callbacks
+further out see it come out of `run`, and may catch it.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class ControlFlow(Exception):
     """Base of Stop* and Skip*: raised by hooks to leave a stage; never an error in itself."""
 
     stage = ""
+    raised_after = ""  # the stage whose after_ hook raised it: the other after_ hooks of that stage are still called
 
 
 class Stop(ControlFlow):
@@ -308,93 +312,56 @@ class Stages:
 
 
 def resolve(stage: str, body: Run, callbacks: Sequence[Callback], learn: Learner) -> RunStage:
-    """One stage as a function: an onion of the overridden hooks around `body`, one frame for all layers without
-    around_.
+    """Return one stage as a function: layers of overridden hooks around `body`, one frame for each around_ hook and
+    one for the hooks between two of them.
     """
-    layers = Layers(stage, learn)
     run, befores, afters = body, [], []
     for callback in reversed(callbacks):
         if overridden(callback, f"around_{stage}"):
-            run = run_within(stage, getattr(callback, f"around_{stage}"), layers.wrap(run, befores, afters), learn)
+            run = run_within(
+                stage, getattr(callback, f"around_{stage}"), layer(stage, run, befores, afters, learn), learn
+            )
             befores, afters = [], []
         if overridden(callback, f"before_{stage}"):
             befores.insert(0, getattr(callback, f"before_{stage}"))
         if overridden(callback, f"after_{stage}"):
             afters.append(getattr(callback, f"after_{stage}"))
-    return layers.wrap(run, befores, afters, outermost=True)
+    return layer(stage, run, befores, afters, learn, outermost=True)
 
 
-class Layers:
-    """The layers of one stage, innermost first: each one's hooks that are told around what lies further in."""
+def layer(
+    stage: str, run: RunStage, befores: list[Tell], afters: list[Tell], learn: Learner, *, outermost: bool = False
+) -> RunStage:
+    """Return `run` with before_ and after_ hooks; the outermost layer ends what StopX and SkipX began."""
+    stop, skip = STOPS[stage], SKIPS[stage]
 
-    def __init__(self, stage: str, learn: Learner) -> None:
-        self.stage, self.learn = stage, learn
-        self.inner_afters: list[Tell] = []  # of all layers so far, in the order in which they are told
-        self.inner_entries: list[int] | None = None  # [how often the last layer was entered]
-        self.waiting: list[ControlFlow] = []  # signals of after_ hooks, for when all were told
-
-    def wrap(self, run: RunStage, befores: list[Tell], afters: list[Tell], *, outermost: bool = False) -> RunStage:
-        """`run` as the next layer. Stop* tells the after_ hooks from where it is to the outermost layer, which ends it;
-        those further in that were never reached are told too.
-        """
-        stage, learn, stop, skip = self.stage, self.learn, STOPS[self.stage], SKIPS[self.stage]
-        inner_afters, inner_entries, waiting = self.inner_afters, self.inner_entries or [0], self.waiting
-        entries = [0]
-        ends_here = (stop, skip) if outermost else ()
-
-        def run_layer() -> bool:
-            if outermost and waiting:
-                return run_nested()
-            hook, n_inner = None, inner_entries[0]
-            entries[0] += 1
-            try:
-                try:
-                    for hook in befores:
-                        hook(learn)
-                    hook = None
-                    run()
-                    if waiting:
-                        waiting.clear()  # an around_ hook took it back
-                except stop:
-                    if inner_entries[0] == n_inner:
-                        tell(inner_afters, learn, stop, skip, waiting)
-                    tell(afters, learn, stop, skip, waiting)
-                    raise
-                except ControlFlow as signal:
-                    if signal not in waiting:
-                        waiting.clear()  # an around_ hook raised another one instead
-                        raise
-                if afters:
-                    tell(afters, learn, stop, skip, waiting)
-                if waiting:
-                    raise waiting[0]
-            except ends_here as signal:
-                if not waiting:
-                    return isinstance(signal, stop)
-            except ControlFlow:
-                if not outermost or not waiting:
-                    raise
-            except BaseException as error:
-                blame(error, hook, f"before_{stage}", learn)
-                waiting.clear()
+    def run_layer() -> bool:
+        hook, left = None, None
+        try:
+            for hook in befores:
+                hook(learn)
+            hook = None
+            run()
+        except skip:
+            if outermost:
+                return False
+            raise
+        except ControlFlow as signal:
+            if not isinstance(signal, stop) and signal.raised_after != stage:
                 raise
-            if waiting:
-                signal = waiting[0]
-                waiting.clear()
-                raise signal
+            left = signal
+        except BaseException as error:
+            blame(error, hook, f"before_{stage}", learn)
+            raise
+        if afters:
+            left = call_afters(stage, afters, learn, left)
+        if left is None or (outermost and isinstance(left, stop)):
             return True
+        if outermost:
+            left.raised_after = ""
+        raise left
 
-        def run_nested() -> bool:
-            """From within an after_ hook of this very stage: an evaluation, say."""
-            earlier = waiting[:]
-            waiting.clear()
-            try:
-                return run_layer()
-            finally:
-                waiting[:] = earlier
-
-        self.inner_afters, self.inner_entries = [*inner_afters, *afters], entries
-        return run_layer
+    return run_layer
 
 
 def run_then(run: RunStage, action: Run) -> None:
@@ -422,20 +389,22 @@ def run_within(stage: str, around: Callable[[Learner, Run], None], run: RunStage
     return run_owned
 
 
-def tell(
-    afters: Iterable[Tell], learn: Learner, stop: type[Stop], skip: type[Skip], waiting: list[ControlFlow]
-) -> None:
-    """Call every after_ hook; a Stop* or Skip* of an outer stage has to wait until all layers were told."""
+def call_afters(stage: str, afters: Iterable[Tell], learn: Learner, left: ControlFlow | None) -> ControlFlow | None:
+    """Call every after_ hook of a layer; return how the stage is left: the first Stop* or Skip* of an outer stage that
+    a hook raised, else `left`. The layers further out call their after_ hooks before it goes on.
+    """
     for hook in afters:
         try:
             hook(learn)
-        except (stop, skip):
+        except (STOPS[stage], SKIPS[stage]):
             pass  # the stage is over already
         except ControlFlow as signal:
-            waiting.append(signal)
+            if left is None or left.raised_after != stage:
+                signal.raised_after, left = stage, signal
         except BaseException as error:
-            blame(error, hook, f"after_{stop.stage}", learn)
+            blame(error, hook, f"after_{stage}", learn)
             raise
+    return left
 
 
 def blame(error: BaseException, hook: Any, name: str, learn: Learner) -> None:

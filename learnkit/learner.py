@@ -31,6 +31,7 @@ from learnkit.loop.fit import check_count, optimizer_of, planned_steps, run_fit
 from learnkit.loop.loss import LossFunc, check_loss, choose_loss, count_like, each_loss
 from learnkit.loop.placement import as_device, check_autocast, place
 from learnkit.loop.session import as_callbacks, check_callbacks
+from learnkit.loop.traceback import short_traceback
 from learnkit.metrics import as_metrics
 from learnkit.optim.groups import OptFunc, Splitter, check_rate, layer_groups, spread
 from learnkit.optim.state import load_optimizer, optimizer_fits
@@ -312,6 +313,7 @@ class Learner:
         return given if target is moved and version is not None and version == version_of(target) else True
 
     # --- fitting -------------------------------------------------------------
+    @short_traceback
     def fit(
         self,
         epochs: int,
@@ -331,6 +333,7 @@ class Learner:
         """
         return run_fit(self, epochs, {"lr": lr}, wd, callbacks, max_steps, resume)
 
+    @short_traceback
     def fit_one_cycle(
         self,
         epochs: int,
@@ -357,6 +360,7 @@ class Learner:
         momentum = {} if moms is None else {"mom": one_cycle_momentum(moms, pct_start)}
         return run_fit(self, epochs, {"lr": (max_lr, cycle)} | momentum, wd, callbacks, max_steps, resume)
 
+    @short_traceback
     def fit_flat_cos(
         self,
         epochs: int,
@@ -380,6 +384,7 @@ class Learner:
             resume,
         )
 
+    @short_traceback
     def fit_sgdr(
         self,
         n_cycles: int,
@@ -401,6 +406,7 @@ class Learner:
         cycles = partial(cyclic, n_cycles=n_cycles, cycle_mult=cycle_mult)
         return run_fit(self, epochs, {"lr": (lr, cycles)}, wd, callbacks, max_steps, resume)
 
+    @short_traceback
     def fine_tune(
         self,
         epochs: int,
@@ -428,6 +434,7 @@ class Learner:
             epochs, slice(rate / 2 / lr_mult, rate / 2), pct_start=pct_start, div_factor=div_factor, **options
         )
 
+    @short_traceback
     def lr_find(
         self,
         start_lr: float = 1e-7,
@@ -445,6 +452,7 @@ class Learner:
 
         return find_rate(self, start_lr, end_lr, num_it, sweep=sweep, stop_div=stop_div)
 
+    @short_traceback
     def fast_run(self) -> dict[str, float]:
         """One optimizer step and one batch of validation through everything, as a fit would: does it run? The values
         measured; afterwards all is bit for bit as it was. Callbacks that decide, write or draw do not take part.
@@ -453,6 +461,7 @@ class Learner:
 
         return fast_run(self)
 
+    @short_traceback
     def overfit_batches(self, n: int = 1, steps: int = 100, lr: Rate | None = None) -> list[float]:
         """Train `steps` steps on the same `n` batches: can it learn at all? The loss of each step, which should end
         near 0; afterwards all is bit for bit as it was.
@@ -469,6 +478,7 @@ class Learner:
         return deterministic(warn_only=warn_only)
 
     # --- evaluating ----------------------------------------------------------
+    @short_traceback
     def validate(self, dl: Any = None) -> dict[str, float]:
         """{"valid_loss": …, metric: …} over all of `dl` (None: the data's valid_dl), in evaluation mode, without
         gradients. As with get_preds and predict, nothing is left of it: the global random states are as before.
@@ -482,6 +492,7 @@ class Learner:
         finally:
             self.values = kept
 
+    @short_traceback
     def get_preds(self, dl: Any = None, with_loss: bool = False) -> tuple[Any, ...]:
         """(preds, targets[, losses]) of `dl` (None: valid_dl) on the CPU: dataset order, each sample once.
 
@@ -493,6 +504,7 @@ class Learner:
             evaluate(self, dl, collect)
         return collect.joined()
 
+    @short_traceback
     def interpret(self, dl: Any = None) -> Interpretation:
         """What a classifier of pictures gets wrong in `dl` (None: valid_dl), and its pictures; all ranks have the
         whole.
@@ -501,6 +513,7 @@ class Learner:
 
         return interpret(self, dl)
 
+    @short_traceback
     def tta(self, dl: Any = None, *, n: int = 4, beta: float = 0.5) -> tuple[Tensor, Any]:
         """(probabilities, targets) of `dl` (None: valid_dl): `beta` of them of the pictures as they are, the rest the
         mean over `n` versions with the training transforms (test-time augmentation).
@@ -509,6 +522,7 @@ class Learner:
 
         return tta(self, dl, n=n, beta=beta)
 
+    @short_traceback
     def predict(self, x: Any) -> Any:
         """The prediction for one sample or for one batch of them, on the CPU; the model is in evaluation mode, without
         gradients.
@@ -808,6 +822,7 @@ class Learner:
             self.add_callback(callback)
         return self
 
+    @short_traceback
     def batch_size_find(self, max_bs: int = 65536, *, n_steps: int = 2) -> int:
         """The largest batch size, a power of two, with which `n_steps` optimizer steps fit into memory; `max_bs` at
         most. On several ranks the largest that fits on all. Batches are copies of the first one's samples; the Learner
@@ -889,6 +904,7 @@ class Learner:
 
         return export_model(self, path, stats)
 
+    @short_traceback
     def summary(self) -> str:
         """A table of the model's layers: output shape, parameters, and whether they are trained. Print it."""
         from learnkit.trials.summary import summarize

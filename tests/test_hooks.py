@@ -267,20 +267,19 @@ class Table:
     def layers(self, labels: str, stage: str, body: Callable[[], None], waiting: list[Leave]) -> None:
         if not labels:
             return body()
-        label, inner, reached = labels[0], labels[1:], False
+        label, inner = labels[0], labels[1:]
         try:
             self.note(label, "before", stage)
             self.log.append(f"{label}.{stage}[")
             try:
                 self.note(label, "opening", stage)
-                reached = True
                 self.layers(inner, stage, body, waiting)
                 self.note(label, "closing", stage)
             finally:
                 self.log.append(f"{label}.{stage}]")
         except Leave as leave:
             if (leave.kind, leave.stage) == ("Stop", stage):
-                self.tell((label + ("" if reached else inner))[::-1], stage, waiting)
+                self.tell(label, stage, waiting)  # those further in that were never reached are not called
             raise
         self.tell(label, stage, waiting)
 

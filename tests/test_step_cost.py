@@ -150,7 +150,7 @@ def test_bar_recorder_and_one_cycle_add_eight_calls():
         "append": 1,
         "count_samples": 1,
         "after_batch": 1,
-        "tell": 2,
+        "call_afters": 2,
     }
 
 
