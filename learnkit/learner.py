@@ -697,8 +697,8 @@ class Learner:
         launcher's variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown
         option.
         """
-        from learnkit.callbacks.distributed import attach_distributed
         from learnkit.distributed.algorithms import as_algorithm
+        from learnkit.loop.join import attach_distributed
 
         chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
         return attach_distributed(
@@ -740,7 +740,7 @@ class Learner:
         are those of a plain model. Besides fits, `validate` and `get_preds`, all ranks have to call `predict`, `save`,
         `load` and `summary`.
         """
-        from learnkit.callbacks.fully_shard import attach_fully_sharded
+        from learnkit.loop.join import attach_fully_sharded
 
         return attach_fully_sharded(
             self,

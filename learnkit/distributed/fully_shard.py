@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learnkit.data.order import EpochOrder, set_seed_and_epoch
 from learnkit.devices.accelerator import can_pin
+from learnkit.devices.dtensor import is_shard
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
 from learnkit.distributed.weights import share_weights
 from learnkit.distributed.world import backends, get_device, get_world_size, take_device
@@ -299,6 +300,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def storages(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Each sharded parameter with its name and its storage, which an assignment to its `data` replaces."""
+    return [(name, p, p.untyped_storage()._cdata) for name, p in model.named_parameters() if is_shard(p)]
 
 
 class AsManyForwards(EpochOrder):

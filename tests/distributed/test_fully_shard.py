@@ -760,7 +760,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
 
     def run() -> None:
         refused(
-            r"SGD\(fused=True\) beside to_fsdp",
+            r"SGD\(fused=True\) cannot be combined with to_fsdp",
             lambda: learner(model=(m := net()), opt_func=SGD(m.parameters(), lr=0.1, fused=True)),
         )
         refused(
@@ -773,7 +773,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
             r"export needs the whole model, of which each rank has a part: learn\.save",
             lambda: learner().export("model.pt2"),
         )
-        refused("is spread over the ranks already", lambda: learner().to_distributed())
+        refused("is sharded already", lambda: learner().to_distributed())
         refused(
             "float16 overflows without a scaled loss",
             lambda: Learner(data(), net()).to_fsdp(mixed_precision=torch.float16),
