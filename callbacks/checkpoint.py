@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from learnkit.callbacks.distributed import NO_BATCH, Distributed
+from learnkit.callbacks.distributed import Distributed
 from learnkit.checkpoint.files import as_path, clean, explained_os_error
 from learnkit.checkpoint.resume import (
     begin_at,
@@ -37,6 +37,8 @@ from learnkit.checkpoint.snapshot import (
 from learnkit.checkpoint.weights import snapshot_from_main
 from learnkit.data.loaders import n_batches
 from learnkit.devices.transfer import Enqueued
+from learnkit.distributed.request import SAVE, Request
+from learnkit.distributed.share import NO_BATCH
 from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.optim.groups import has_modes
@@ -128,10 +130,11 @@ class Checkpoint(Callback):
             learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
             # Of a signal that came when nothing more was to be agreed, all hear here; then rank 0, which may hold the
             # store, can leave.
-            signalled = next((w for w in learn.ranks.gather(learn.wanted) if w and w != "save"), None)
-        learn.agreed = signalled or learn.agreed
-        if (learn.agreed or "").startswith("signal"):
-            self.leave(learn)
+            numbers = learn.ranks.gather(0 if learn.wanted is None else learn.wanted.number)
+        if number := next(filter(None, numbers), 0):
+            learn.agreed = Request("signal", number)
+        if learn.agreed is not None and learn.agreed.kind == "signal":
+            self.leave(learn, learn.agreed.number)
         if stop is not None:
             raise stop
 
@@ -203,7 +206,7 @@ class Checkpoint(Callback):
             # What is left early is saved as it is here: afterwards weights that ranks have for themselves become one.
             if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held):
                 self.save(learn)
-            if learn.agreed == "save":
+            if learn.agreed == SAVE:
                 learn.agreed = None
             elif learn.agreed is not None:
                 raise Interrupted
@@ -226,7 +229,7 @@ class Checkpoint(Callback):
             due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
             if due or last or learn.agreed is not None:
                 self.save(learn, epoch_over=True, over=last)
-        if learn.agreed == "save":
+        if learn.agreed == SAVE:
             learn.agreed = None
         if isinstance(stop, StopFit):
             raise stop
@@ -321,9 +324,7 @@ class Checkpoint(Callback):
         self.copy = None
 
     # --- leaving -------------------------------------------------------------
-    def leave(self, learn: Learner) -> None:
-        assert learn.agreed is not None
-        number = int(learn.agreed.split()[1])
+    def leave(self, learn: Learner, number: int) -> None:
         if learn.rank == 0:
             print(
                 f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True goes on",
@@ -357,9 +358,9 @@ def handlers(learn: Learner) -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         if number != SAVING:
-            learn.wanted = f"signal {number}"
+            learn.wanted = Request("signal", number)
         elif learn.wanted is None:
-            learn.wanted = "save"
+            learn.wanted = SAVE
         if number != SAVING:
             signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None):

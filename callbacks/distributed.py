@@ -11,11 +11,12 @@ from typing import Any
 from learnkit.callbacks.param_scheduler import ParamScheduler
 from learnkit.callbacks.progress import Progress, tell_interval
 from learnkit.data.loaders import in_order
-from learnkit.distributed.compare import check_same, digest_of_facts
+from learnkit.distributed.compare import check_same
 from learnkit.distributed.facts import checksum, facts, settings
 from learnkit.distributed.guard import Guard, guard
 from learnkit.distributed.reduce import agree_all, broadcast_from_main
 from learnkit.distributed.replicas import Replicas, is_trained
+from learnkit.distributed.request import Request, settle
 from learnkit.distributed.share import NO_BATCH, evaluation_share, sizes, training_share
 from learnkit.distributed.stop import StoppedAlone, StopTogether
 from learnkit.hooks import (
@@ -119,19 +120,18 @@ class Distributed(Callback):
         except ControlFlow as raised:
             signal = raised
         stops_fit = self.stops_fit or is_own_stop(signal)
-        own = WANTED + number_of(learn.wanted) if learn.wanted else STOP if stops_fit else int(self.stops.under_way)
+        wanted, pending = learn.wanted, self.stops.under_way
         if self.watch is not None:
             self.watch.come_to(f"the end of epoch {learn.epoch}")
-        settled, ends = settle(
-            own, stops_fit, {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})}
-        )
-        if settled:
+        same = {STEPS_DONE: learn.step, **({} if self.replicas is None else {WEIGHTS: checksum(learn)})}
+        settled = settle(wanted, fit_ends=stops_fit, pending=pending, facts=same)
+        if settled.pending:
             self.stops.end()
-        if settled >= WANTED:
-            learn.agreed, learn.wanted = request_name(settled - WANTED), None
-        if ends and not is_own_stop(signal):
+        if settled.request is not None:
+            learn.agreed, learn.wanted = settled.request, None
+        if settled.fit_ends and not is_own_stop(signal):
             raise StopFit
-        if settled > WANTED and signal is None:
+        if settled.request is not None and settled.request.kind == "signal" and signal is None:
             raise Interrupted
         if signal is not None:
             raise signal
@@ -163,14 +163,15 @@ class Distributed(Callback):
         finally:
             if uneven:
                 learn.whole = None
+        own_request = Request(self.wish.stage) if self.wish else learn.wanted
         try:
             agreed = self.stops.passed(
-                self.wish.stage if self.wish else learn.wanted, complete=not raised or self.reduced
+                None if own_request is None else own_request.text, complete=not raised or self.reduced
             )
         except StoppedAlone:
             raise RuntimeError(TOO_EARLY.format(name=type(self.wish).__name__, rank=learn.rank)) from self.wish
         if agreed is not None:
-            self.do(agreed, learn)  # all ranks come here after the same batch
+            self.do(Request.from_text(agreed), learn)  # all ranks come here after the same batch
         if learn.batch_index >= self.next_told and self.bar is not None:
             self.bar.show_loss_of_all(learn)
             self.next_told = learn.batch_index + tell_interval(learn)
@@ -179,20 +180,20 @@ class Distributed(Callback):
         k -= learn.first_batch
         return self.size_of(k) if k >= self.uneven_from else own * learn.world_size
 
-    def do(self, agreed: str, learn: Learner) -> None:
+    def do(self, agreed: Request, learn: Learner) -> None:
         """What all ranks have agreed to do after this batch. A Stop* that a rank has raised comes before a signal or a
         save that was wished for first, and is the strongest of all.
         """
-        if self.replicas is None and learn.n_held and agreed not in STOPS_OF_ALL:
+        if self.replicas is None and learn.n_held and agreed.kind not in STOPS_OF_ALL:
             learn.wanted = agreed  # gradients that wait are in no checkpoint: all ask again after the next batch
             return
         wish, self.wish, stages = self.wish, None, ["", *STOPS_OF_ALL]
         [strongest] = agree_all(
-            [max(stages.index(stage) for stage in (agreed, wish.stage if wish else "") if stage in stages)]
+            [max(stages.index(stage) for stage in (agreed.kind, wish.stage if wish else "") if stage in stages)]
         )
-        if strongest and agreed.startswith("signal"):
+        if strongest and agreed.kind == "signal":
             learn.wanted = agreed  # asked for again when that stop has happened
-        elif agreed not in stages:
+        elif agreed.kind not in stages:
             learn.agreed, learn.wanted = agreed, None if agreed == learn.wanted else learn.wanted
         if strongest:
             raise wish if wish and wish.stage == stages[strongest] else STOPS_OF_ALL[stages[strongest]]
@@ -241,31 +242,6 @@ class Distributed(Callback):
                 signal = raised
         if signal is not None:
             raise signal
-
-
-STOP, WANTED = (
-    2,
-    100,
-)  # what ranks tell each other at an epoch's end: to stop; or what is wanted, with a signal's number
-
-
-def number_of(wanted: str) -> int:
-    return 0 if wanted == "save" else int(wanted.split()[1])
-
-
-def request_name(number: int) -> str:
-    return f"signal {number}" if number else "save"
-
-
-def settle(own: int, ends: bool, facts: dict[str, int]) -> tuple[int, bool]:
-    """The largest `own` of all ranks, and whether the fit ends for any; raises ValueError where facts differ. One
-    collective.
-    """
-    found = digest_of_facts(facts)
-    settled, end, largest, negative = agree_all([own, int(ends), found, -found])
-    if largest != -negative:
-        check_same(facts)
-    return settled, bool(end)
 
 
 def is_own_stop(signal: ControlFlow | None) -> bool:

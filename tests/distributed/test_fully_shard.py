@@ -35,6 +35,7 @@ from learnkit.callbacks import (
 )
 from learnkit.devices.dtensor import is_shard, own_part, whole
 from learnkit.distributed import RankFailed, ShardedStream, get_rank, get_world_size, init_process_group, shard_model
+from learnkit.distributed.request import SAVE
 from learnkit.trials.trial import unchanged
 
 N, N_VALID, GLOBAL = 41, 13, 12  # three whole global batches and one of 5 samples
@@ -549,7 +550,7 @@ def test_a_save_that_is_asked_for_within_a_window_comes_at_its_end_and_the_resum
                 and self.asked < 0
                 and learn.rank == 1
             ):
-                learn.wanted = "save"
+                learn.wanted = SAVE
             if self.dies and learn.training and learn.epoch == 1 and learn.n_held == 1 and self.asked < 0:
                 self.asked = learn.batch_index
 
