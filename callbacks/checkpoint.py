@@ -39,7 +39,7 @@ from learnkit.data.loaders import n_batches
 from learnkit.devices.transfer import Enqueued
 from learnkit.distributed.request import SAVE, Request
 from learnkit.distributed.share import NO_BATCH
-from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
+from learnkit.hooks import Callback, ControlFlow, Deferred, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.optim.groups import has_modes
 
@@ -118,12 +118,11 @@ class Checkpoint(Callback):
         if learn.resume:
             self.find(learn)
         learn.runs[learn.n_fits] = self.run
-        stop: StopFit | None = None
+        stop = Deferred(StopFit)
         with handlers(learn):
             try:
-                run()
-            except StopFit as raised:
-                stop = raised
+                with stop:
+                    run()
             except BaseException:
                 self.wait_for_writer()  # for what is being written; its own error is not the one to be told
                 raise
@@ -135,8 +134,7 @@ class Checkpoint(Callback):
             learn.agreed = Request("signal", number)
         if learn.agreed is not None and learn.agreed.kind == "signal":
             self.leave(learn, learn.agreed.number)
-        if stop is not None:
-            raise stop
+        stop.release()
 
     def prepare(self) -> None:
         """See, before anything is trained, that the folder can be written to; remove what killed processes left."""
@@ -214,11 +212,9 @@ class Checkpoint(Callback):
             raise own
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        stop: StopFit | StopEpoch | None = None
-        try:
+        with Deferred(StopFit, StopEpoch) as deferred:
             run()
-        except (StopFit, StopEpoch) as raised:
-            stop = raised
+        stop = deferred.signal
         if learn.world_size == 1 and learn.wanted is not None:
             learn.agreed, learn.wanted = learn.wanted, None
         ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)  # also where a signal came meanwhile
@@ -235,8 +231,7 @@ class Checkpoint(Callback):
             raise stop
         if learn.agreed is not None:
             raise Interrupted
-        if stop is not None:
-            raise stop
+        deferred.release()
 
     # --- saving --------------------------------------------------------------
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:

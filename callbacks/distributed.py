@@ -22,6 +22,7 @@ from learnkit.distributed.stop import StoppedAlone, StopTogether
 from learnkit.hooks import (
     Callback,
     ControlFlow,
+    Deferred,
     Interrupted,
     Run,
     Stop,
@@ -114,11 +115,9 @@ class Distributed(Callback):
         if not self.compared:
             check_same({"the optimizer's settings": settings(learn), "the schedules": schedules(learn)})
         self.compared = True
-        signal: ControlFlow | None = None
-        try:
+        with Deferred() as deferred:
             run()
-        except ControlFlow as raised:
-            signal = raised
+        signal = deferred.signal
         stops_fit = self.stops_fit or is_own_stop(signal)
         wanted, pending = learn.wanted, self.stops.under_way
         if self.watch is not None:
@@ -133,8 +132,7 @@ class Distributed(Callback):
             raise StopFit
         if settled.request is not None and settled.request.kind == "signal" and signal is None:
             raise Interrupted
-        if signal is not None:
-            raise signal
+        deferred.release()
 
     def around_train(self, learn: Learner, run: Run) -> None:
         self.wish = None
@@ -234,14 +232,10 @@ class Distributed(Callback):
         """A signal that ends the stage is no failure: the guard does not see it, and waits until all ranks are
         through.
         """
-        signal: ControlFlow | None = None
-        with guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure) as watch:
-            try:
-                yield watch
-            except ControlFlow as raised:
-                signal = raised
-        if signal is not None:
-            raise signal
+        guarded = guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure)
+        with guarded as watch, Deferred() as deferred:
+            yield watch
+        deferred.release()
 
 
 def is_own_stop(signal: ControlFlow | None) -> bool:
