@@ -525,15 +525,8 @@ def rank0_first() -> Iterator[None]:
     leader, pid = first_on_this_machine(store)
     key = f"rank0_first/{_n_turns}/{leader}"
     if get_rank() == leader:
-        outcome = "left without a word"
-        try:
+        with outcome_under(key, store):
             yield
-            outcome = ""
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            store.set(key, outcome)
     else:
         wait_for_turn(store, key, leader, pid)
         yield
@@ -554,20 +547,26 @@ def on_main(action: Callable[[], object], name: str) -> None:
     _turns[name] = _n_collectives, n_before + 1 if since == _n_collectives else 1
     key = "/".join(map(str, ("on_main", name, *_turns[name])))
     if get_rank() == 0:
-        outcome = "left without a word"
-        try:
+        with outcome_under(key, store):
             action()
-            outcome = ""
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            store.set(key, outcome)
     else:
         while not store.check([key]):
             time.sleep(0.01)
         if outcome := store.get(key).decode():
             raise RuntimeError(f"rank 0 failed to do this: {name}: {outcome}")
+
+
+@contextmanager
+def outcome_under(key: str, store: dist.Store) -> Iterator[None]:
+    """Write under `key` how the block has ended: "", or its error, which is raised."""
+    outcome = ""
+    try:
+        yield
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        store.set(key, outcome)
 
 
 def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:
