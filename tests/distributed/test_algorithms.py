@@ -356,7 +356,7 @@ def test_a_fit_that_was_resumed_within_an_epoch_equals_the_one_that_never_stoppe
 @pytest.mark.parametrize(
     "given, error, message",
     [
-        (dict(algorithm="powersdg"), ValueError, "is not there: expected one of allreduce, fp16"),
+        (dict(algorithm="powersdg"), ValueError, "is unknown: expected one of allreduce, fp16"),
         (dict(algorithm="qadam"), ValueError, "PyTorch has no engine for quantized Adam"),
         (dict(algorithm="async"), ValueError, "no engine for asynchronous"),
         (

@@ -769,7 +769,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
             lambda: learner(model=(m := net()), opt_func=Together(SGD(m.parameters(), lr=0.1, fused=True))),
         )
         refused("batch_size_find lets each rank try by itself", lambda: learner().batch_size_find())
-        refused("is spread over the ranks already", lambda: learner().to_fsdp())
+        refused("is sharded already", lambda: learner().to_fsdp())
         refused(
             r"export needs the whole model, of which each rank has a part: learn\.save",
             lambda: learner().export("model.pt2"),
@@ -781,7 +781,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
         )
         refused("expected None, torch.bfloat16 or", lambda: Learner(data(), net()).to_fsdp(mixed_precision="bf16"))
         refused(
-            "blocks=Conv2d: the model has no such module. Of those with weights it has",
+            "blocks=Conv2d: the model has no such module. Its modules with weights are",
             lambda: Learner(data(), net()).to_fsdp(blocks=nn.Conv2d),
         )
         refused(
@@ -795,14 +795,12 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
         )
         conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         refused(
-            r"not contiguous cannot be spread over ranks: weight\. to_channels_last",
+            r"not contiguous cannot be sharded: weight\. to_channels_last",
             lambda: Learner(data(), conv).to_fsdp(),
         )
         scalar = net()
         scalar.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
-        refused(
-            "parameters of no dimension cannot be spread over ranks: scale", lambda: Learner(data(), scalar).to_fsdp()
-        )
+        refused("0-d parameters cannot be sharded: scale", lambda: Learner(data(), scalar).to_fsdp())
 
     ranks(2, run)
     for match, make in (
