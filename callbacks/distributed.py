@@ -1,4 +1,4 @@
-"""One Learner on many processes: the model wrapped, the data sharded, the results of all ranks brought together."""
+"""One Learner on many processes: the model is wrapped, the data sharded, and the results of all ranks combined."""
 
 from __future__ import annotations
 
@@ -39,26 +39,35 @@ TOO_EARLY = (
     "theirs. Raise it in after_step or after_batch, or on all ranks."
 )
 SEVERAL_BACKWARDS = (
-    "learnkit: DDP takes one backward pass a step through each parameter. For several, as with a loss after the other, "
-    "use learn.to_distributed(delay_allreduce=True)."
+    "learnkit: DDP allows one backward pass through each parameter in each step. For several, such as one for each "
+    "loss, use learn.to_distributed(delay_allreduce=True)."
 )
 WITHIN_A_BATCH = (
-    "Within a batch DDP hears nothing of it: do it before or after one, as in before_epoch, before_train or after_step."
+    "Within a batch DDP does not notice it: do it between batches, as in before_epoch, before_train or after_step."
 )
-WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was left out there)"
+WEIGHTS = "the weights' checksum (something changes the weights on one rank alone, or a step was skipped there)"
 STEPS_DONE = "the number of steps done (raise Stop* on one rank in after_step, after_batch or after_epoch, else on all)"
 
 
 class Distributed(Callback):
-    """What `learn.to_distributed()` adds, where there is more than one process.
+    """Train on several processes. `learn.to_distributed()` adds it, if there is more than one process.
 
-    For the length of a fit the training batches go through DistributedDataParallel, and each rank's training loader is
-    its part of the whole one; validate and get_preds shard theirs too, unpadded, and leave DDP out. Losses, metrics and
-    predictions are those of all ranks. What one rank stops, all stop, after the same step. A guard ends all processes
-    when one fails or hangs. Everything is undone afterwards. The options are those of `Learner.to_distributed`;
-    `replicas=False` leaves the model to another callback.
+    During a fit the training batches go through DistributedDataParallel, and each rank's training loader is its part of
+    the whole one; validate and get_preds shard their loaders too, without padding, and do not use DDP. Losses, metrics
+    and predictions are those of all ranks. If one rank stops a stage, all stop it, after the same step. A guard ends
+    all processes when one fails or hangs. Everything is undone after the fit.
 
-    >>> learn.to_distributed(sync_bn=True)  # doctest: +SKIP
+    Args:
+        replicas: whether this callback wraps the model; False: another callback combines the gradients.
+        hang_timeout: as in `Learner.to_distributed`.
+        seed: decides the order of evaluations where no other seed does; the same on all ranks.
+        **options: `sync_bn` and the options of DistributedDataParallel, as in `Learner.to_distributed`.
+
+    Raises:
+        TypeError: for an unknown option.
+
+    Example:
+        >>> learn.to_distributed(sync_bn=True)  # doctest: +SKIP
     """
 
     order = -100
@@ -67,23 +76,21 @@ class Distributed(Callback):
     def __init__(
         self, *, replicas: bool = True, hang_timeout: float | None = 600.0, seed: int = 0, **options: Any
     ) -> None:
-        self.replicas = (
-            Replicas(**options) if replicas else None
-        )  # None: another callback brings the gradients together
+        self.replicas = Replicas(**options) if replicas else None
         self.hang_timeout = hang_timeout
-        self.seed = seed  # of what no other seed decides, the same on all ranks
+        self.seed = seed
         # In a fit:
         self.watch: Guard | None = None
         self.stops: StopTogether | None = None
-        self.train_dl: Any = None  # the whole one, of which learn.data has this rank's share
-        self.wish: Stop | None = None  # what this rank has raised in a batch, until all have agreed on something
+        self.train_dl: Any = None  # the whole one; learn.data has this rank's share
+        self.wish: Stop | None = None  # what this rank has raised in a batch, until all ranks agree
         self.stops_fit = False  # whether this rank has raised StopFit
         self.compared = False  # whether the ranks have compared their optimizers and schedules
-        self.reduced = False  # whether this batch's backward has begun, in which ranks wait for each other
+        self.reduced = False  # whether this batch's backward pass has begun, in which ranks wait for each other
         self.size_of: Callable[[int], int] = int  # number of a batch in its pass -> samples of all ranks in it
-        self.uneven_from = NO_BATCH  # number of the first batch that the ranks may share unevenly
+        self.uneven_from = NO_BATCH  # number of the first batch whose shares may differ in size
         self.bar: Progress | None = None  # shows the loss of all ranks
-        self.next_told = NO_BATCH  # the batch after which they tell it each other again
+        self.next_shown = NO_BATCH  # the batch after which it is summed over the ranks again
 
     # --- a fit ---------------------------------------------------------------
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -91,12 +98,9 @@ class Distributed(Callback):
         with self.guarded(learn) as watch:
             self.watch = watch
             watch.come_to("a fit")
-            self.stops, self.stops_fit, self.compared, self.train_dl = (
-                watch.stop_together(),
-                False,
-                False,
-                whole.train_dl,
-            )
+            self.stops = watch.stop_together()
+            self.stops_fit = self.compared = False
+            self.train_dl = whole.train_dl
             try:
                 learn.order_seed = broadcast_from_main(learn.order_seed)
                 learn.data = copy.copy(whole)
@@ -106,11 +110,11 @@ class Distributed(Callback):
                 with self.replicas.wrapped(learn) if self.replicas is not None else nullcontext():
                     run()
             finally:
-                learn.data, learn.order_seed, self.watch, self.stops, self.train_dl = whole, seed, None, None, None
-                learn.n_of_all = n_of_all
+                learn.data, learn.order_seed, learn.n_of_all = whole, seed, n_of_all
+                self.watch = self.stops = self.train_dl = None
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        """What is still pending is settled where all ranks meet: of stops only StopFit outlives its epoch."""
+        """At the epoch's end, where all ranks meet, settle what is pending: of the stops, only StopFit still counts."""
         assert self.stops is not None
         if not self.compared:
             check_same({"the optimizer's settings": settings(learn), "the schedules": schedules(learn)})
@@ -139,11 +143,11 @@ class Distributed(Callback):
         self.size_of, self.uneven_from = sizes(learn.dl)
         learn.n_of_all = partial(self.n_of_all, learn)
         self.bar = next((cb for cb in learn.running if isinstance(cb, Progress) and cb.shares), None)
-        self.next_told = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
+        self.next_shown = NO_BATCH if self.bar is None else learn.first_batch + tell_interval(learn) - 1
         run()
 
     def around_batch(self, learn: Learner, run: Run) -> None:
-        """A rank that leaves the loop alone would leave the others waiting."""
+        """Stop all ranks after the same batch: if one left the loop alone, the others would wait for it."""
         if not learn.training or self.stops is None:
             return run()
         self.reduced, raised = False, False
@@ -151,7 +155,7 @@ class Distributed(Callback):
         if own is not None and [*map(is_trained, own.parameters)] != own.trained:
             own.wrap_again(learn)
         uneven = learn.batch_index - learn.first_batch >= self.uneven_from and learn.whole is None
-        # DDP takes the mean of the ranks' gradients: of unequal parts, each counts by its samples.
+        # DDP takes the mean of the ranks' gradients: shares of different sizes must count by their samples.
         if uneven:
             learn.whole = self.size_of(learn.batch_index - learn.first_batch) / learn.world_size
         try:
@@ -170,27 +174,27 @@ class Distributed(Callback):
             raise RuntimeError(TOO_EARLY.format(name=type(self.wish).__name__, rank=learn.rank)) from self.wish
         if agreed is not None:
             self.do(Request.from_text(agreed), learn)  # all ranks come here after the same batch
-        if learn.batch_index >= self.next_told and self.bar is not None:
+        if learn.batch_index >= self.next_shown and self.bar is not None:
             self.bar.show_loss_of_all(learn)
-            self.next_told = learn.batch_index + tell_interval(learn)
+            self.next_shown = learn.batch_index + tell_interval(learn)
 
     def n_of_all(self, learn: Learner, k: int, own: int) -> int:
         k -= learn.first_batch
         return self.size_of(k) if k >= self.uneven_from else own * learn.world_size
 
     def do(self, agreed: Request, learn: Learner) -> None:
-        """What all ranks have agreed to do after this batch. A Stop* that a rank has raised comes before a signal or a
-        save that was wished for first, and is the strongest of all.
+        """Do what all ranks have agreed to do after this batch. The strongest Stop* that a rank has raised comes before
+        a signal or a save, also before one that was asked for earlier.
         """
         if self.replicas is None and learn.n_held and agreed.kind not in STOPS_OF_ALL:
-            learn.wanted = agreed  # gradients that wait are in no checkpoint: all ask again after the next batch
+            learn.wanted = agreed  # held gradients are in no checkpoint: all ask again after the next batch
             return
         wish, self.wish, stages = self.wish, None, ["", *STOPS_OF_ALL]
         [strongest] = agree_all(
             [max(stages.index(stage) for stage in (agreed.kind, wish.stage if wish else "") if stage in stages)]
         )
         if strongest and agreed.kind == "signal":
-            learn.wanted = agreed  # asked for again when that stop has happened
+            learn.wanted = agreed  # asked again after that stop
         elif agreed.kind not in stages:
             learn.agreed, learn.wanted = agreed, None if agreed == learn.wanted else learn.wanted
         if strongest:
@@ -229,9 +233,7 @@ class Distributed(Callback):
 
     @contextmanager
     def guarded(self, learn: Learner) -> Iterator[Guard]:
-        """A signal that ends the stage is no failure: the guard does not see it, and waits until all ranks are
-        through.
-        """
+        """Guard the block. A Stop* or Skip* that ends it is no failure: it is raised after all ranks have left."""
         guarded = guard(hang_timeout=self.hang_timeout, describe=learn.where, failure=lambda: learn.failure)
         with guarded as watch, Deferred() as deferred:
             yield watch
@@ -242,13 +244,12 @@ def is_own_stop(signal: ControlFlow | None) -> bool:
     return isinstance(signal, StopFit) and not isinstance(signal, Interrupted)
 
 
-STOPS_OF_ALL: dict[str, type[Stop]] = {
-    signal.stage: signal for signal in (StopTrain, StopEpoch, StopFit)
-}  # the strongest last
+# the strongest last
+STOPS_OF_ALL: dict[str, type[Stop]] = {signal.stage: signal for signal in (StopTrain, StopEpoch, StopFit)}
 
 
 def schedules(learn: Learner) -> str:
-    """The values of every schedule at five places of the fit."""
+    """The values of every schedule at five points of the fit."""
     tables = [(name, values) for cb in learn.running if isinstance(cb, ParamScheduler) for _, name, values in cb.tables]
     return "; ".join(
         f"{name} {', '.join(f'{values[int(i * (len(values) - 1) / 4)]:g}' for i in range(5))}"

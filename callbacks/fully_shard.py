@@ -1,4 +1,4 @@
-"""One model spread over many processes: each has its part of the weights, the gradients and the optimizer's state."""
+"""One model sharded over many processes: each has its part of the weights, the gradients and the optimizer's state."""
 
 from __future__ import annotations
 
@@ -20,22 +20,32 @@ from learnkit.hooks import Callback, Run, run_then
 from learnkit.learner import Learner
 
 REFUSED: dict[type[Callback], str] = {
-    AutoMicrobatch: "where memory runs out on one rank, the others wait for its part of the weights. Take a smaller "
-    "batch size and "
-    "Accumulate, activation_checkpointing=True or cpu_offload=True",
+    AutoMicrobatch: "where memory runs out on one rank, the others wait for its part of the weights. Use a smaller "
+    "batch size and Accumulate, activation_checkpointing=True or cpu_offload=True",
 }
 
 
 class FullyShard(Callback):
-    """What `learn.to_fsdp()` adds beside Distributed, where there is more than one process.
+    """Run the passes of a sharded model. `learn.to_fsdp()` adds it together with Distributed, if there is more than one
+    process.
 
-    The model is spread already; this sees to its passes. In training, what the last block's forward has gathered stays
-    for the backward, and batches that wait for a later step (Accumulate) reduce no gradients. In evaluations a rank
-    with fewer batches sends its last one through the model again, as a forward pass needs all ranks; callbacks that
-    call the model more than once a batch must do so on all ranks alike. Afterwards every rank has its part only. The
-    options are those of `Learner.to_fsdp`.
+    In training, the weights that the last block's forward pass has gathered stay for the backward pass, and batches
+    that wait for a later step (Accumulate) reduce no gradients. In evaluations a rank with fewer batches sends its last
+    one through the model again, because a forward pass needs all ranks; callbacks that call the model more than once in
+    a batch must do so on all ranks. After each pass every rank has only its part.
 
-    >>> learn.to_fsdp(blocks=nn.TransformerEncoderLayer, activation_checkpointing=True)  # doctest: +SKIP
+    Args:
+        blocks: as in `Learner.to_fsdp`.
+        activation_checkpointing: as in `Learner.to_fsdp`.
+        cpu_offload: as in `Learner.to_fsdp`.
+        mixed_precision: as in `Learner.to_fsdp`.
+
+    Raises:
+        ValueError: for mixed_precision=torch.float16.
+        TypeError: for another mixed_precision that is neither None, torch.bfloat16 nor a MixedPrecisionPolicy.
+
+    Example:
+        >>> learn.to_fsdp(blocks=nn.TransformerEncoderLayer, activation_checkpointing=True)  # doctest: +SKIP
     """
 
     order = Distributed.order + 5
@@ -56,13 +66,13 @@ class FullyShard(Callback):
             "mixed_precision": mixed_precision,
         }
         as_policy(mixed_precision)  # its errors, before anything else
-        self.keeps = False  # whether what the root's forward has gathered stays
-        self.has_run = False  # whether the model has, since it was spread
-        self.storages: list[tuple[str, Tensor, int]] = []  # of its parameters, at the start of the pass under way
+        self.keeps = False  # whether the weights that the root's forward pass has gathered stay
+        self.has_run = False  # whether the model has run since it was sharded
+        self.storages: list[tuple[str, Tensor, int]] = []  # of its parameters, at the start of the current pass
 
     def around_fit(self, learn: Learner, run: Run) -> None:
-        check_beside(learn)
-        self.forget(learn)  # what an error has left
+        check_combined(learn)
+        self.forget(learn)  # gradients that an error has left
         before = learn.no_sync, learn.reduce_gradients
         learn.no_sync, learn.reduce_gradients = lambda: unreduced(learn), lambda: check_reduced(learn)
         try:
@@ -85,7 +95,9 @@ class FullyShard(Callback):
 
     @contextmanager
     def kept(self, learn: Learner) -> Iterator[None]:
-        """For a pass, the root's weights stay gathered from one forward to its backward, or to the next forward."""
+        """During a pass, keep the root's weights gathered from a forward pass to its backward pass, or to the next
+        forward pass.
+        """
         root: Any = learn.model
         before, self.keeps = self.keeps, True
         storages_before, self.storages = self.storages, storages(root)
@@ -98,13 +110,13 @@ class FullyShard(Callback):
             reshard(root)
 
     def forget(self, learn: Learner) -> None:
-        """Gradients that wait for a step that will not come."""
+        """Discard gradients that wait for a step that will not be done."""
         root: Any = learn.model
         if self.has_run:
             root.reset_iter_state()
 
     def watch(self, root: nn.Module) -> None:
-        """Its state can be reset from the first forward on."""
+        """Note the first forward pass: from then on, the model's state can be reset."""
 
         def note(module: nn.Module, args: Any) -> None:
             self.has_run = True
@@ -115,9 +127,9 @@ class FullyShard(Callback):
 
 @contextmanager
 def unreduced(learn: Learner) -> Iterator[None]:
-    """Gradients of the batches within stay whole on each rank, until one is reduced with them.
+    """Keep the gradients of the batches in this block whole on each rank, until a later batch is reduced with them.
 
-    Of a loader without a length nobody knows which batch is the last: each is reduced.
+    For a loader without a length, the last batch is not known: each batch is reduced.
     """
     root: Any = learn.model
     if n_batches(learn.dl) is None:
@@ -132,31 +144,31 @@ def unreduced(learn: Learner) -> Iterator[None]:
 
 def check_reduced(learn: Learner) -> None:
     if n_batches(learn.dl) is None:
-        return  # each batch's were, see `unreduced`
+        return  # each batch was reduced, see `unreduced`
     raise RuntimeError(
-        "a loader ended before the number of batches that its len() says, with gradients that no rank has reduced: "
-        "make its __len__ tell the truth, or give it none."
+        "a loader ended earlier than its len(), with gradients that no rank has reduced: correct its __len__, or "
+        "remove it."
     )
 
 
 def forward(learn: Learner, batch: Any) -> None:
-    """What the other ranks' forward passes need of this one's, and no more."""
+    """A forward pass whose result is ignored: the other ranks' forward passes need it."""
     moved = to_device(batch, learn.device)
-    learn._see_first(moved)  # of a rank without a batch of its own, the first that it sees
+    learn._see_first(moved)  # on a rank without batches, the first one that it sees
     inputs, target = split_batch(moved)
     if learn._passes_target:
         inputs = {**inputs, learn._passes_target: target}  # type: ignore[dict-item]
     learn.evaluated_model(**inputs) if isinstance(inputs, dict) else learn.evaluated_model(*inputs)
 
 
-# --- what does not go together -----------------------------------------------
-def check_beside(learn: Learner) -> None:
+# --- what cannot be combined -------------------------------------------------
+def check_combined(learn: Learner) -> None:
     for callback in learn.running:
         if type(callback) in REFUSED:
-            raise ValueError(f"{type(callback).__name__} beside to_fsdp: {REFUSED[type(callback)]}.")
+            raise ValueError(f"{type(callback).__name__} cannot be combined with to_fsdp: {REFUSED[type(callback)]}.")
         if isinstance(callback, MixedPrecision) and callback.pure:
             raise ValueError(
-                "pure=True beside to_fsdp: it casts whole weights, of which each rank has a part. Take "
-                "to_fsdp(mixed_precision=torch.bfloat16), which does the same as they are gathered, or pure=False."
+                "pure=True cannot be combined with to_fsdp: it casts whole weights, and each rank has only a part. Use "
+                "to_fsdp(mixed_precision=torch.bfloat16), which casts weights when they are gathered, or pure=False."
             )
     check_optimizer(learn.opt)

@@ -114,7 +114,7 @@ class Communication:
             ddp.register_comm_hook(self.state, hook)
 
     def follow(self, optimizer: Optimizer) -> Callable[[], None]:
-        """Average the weights after this optimizer's steps, if the algorithm does so; returns a function that ethis."""
+        """Average the weights after this optimizer's steps, if the algorithm does so; returns a function to end it."""
         if self.averager is None:
             return lambda: None
         self.n_followed += 1

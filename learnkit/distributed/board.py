@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -121,6 +122,13 @@ class Board:
 
     def all_done(self) -> bool:
         return self.store.check(["all_done"])
+
+    def wait_until_all_done(self) -> None:
+        """Wait until all ranks have left the guarded block; several requests."""
+        pause = 1e-3
+        while not self.store.check(["all_done"]):
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
 
     # --- places --------------------------------------------------------------
     def first_at(self, number: int, place: str) -> tuple[str, str]:

@@ -147,10 +147,7 @@ class Guard:
         """Wait, still guarded, until all ranks have come to the end of the block; then none has to be waited for."""
         with suppress(dist.DistError, RuntimeError):  # the rank that holds the store has seen all others, and has left
             self.board.count_done()
-            pause = 1e-3
-            while not self.board.all_done():
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.05)
+            self.board.wait_until_all_done()
         self.stop()
 
     def come_to(self, place: str, *, wait: bool = False) -> None:

@@ -804,8 +804,11 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
 
     ranks(2, run)
     for match, make in (
-        ("AutoMicrobatch beside to_fsdp: where memory runs out", lambda: learner("fsdp", AutoMicrobatch())),
-        ("pure=True beside to_fsdp", lambda: learner("fsdp").to_bf16(pure=True)),
+        (
+            "AutoMicrobatch cannot be combined with to_fsdp: where memory",
+            lambda: learner("fsdp", AutoMicrobatch()),
+        ),
+        ("pure=True cannot be combined with to_fsdp", lambda: learner("fsdp").to_bf16(pure=True)),
     ):
         with pytest.raises(RankFailed, match=match):
             ranks(2, lambda make=make: fitted(make()))
