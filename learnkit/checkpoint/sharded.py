@@ -20,7 +20,7 @@ from torch import Tensor
 
 from learnkit.checkpoint.files import hash_file, size_of
 from learnkit.checkpoint.snapshot import begin_snapshot, finish_snapshot
-from learnkit.devices.dtensor import is_shard
+from learnkit.devices.dtensor import is_shard, own_part
 from learnkit.devices.nested import map_tensors
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def begin_sharded(
     writes the rest, puts it all in place and returns its path, as `snapshots.write`; it raises where any rank has
     failed.
     """
-    spread = {key: tensor.detach() for key, tensor in leaves_by_key(parts).items() if is_shard(tensor)}
+    spread = in_own_memory({key: tensor.detach() for key, tensor in leaves_by_key(parts).items() if is_shard(tensor)})
     final, hidden = map(
         Path, learn.ranks.from_main(lambda: list(map(str, begin_snapshot(folder, about["step"], size_of(parts)))))
     )
@@ -60,6 +60,19 @@ def begin_sharded(
     return lambda: finish_snapshot(
         final, hidden, rest, about, others=others, error=OSError(failed[0]) if failed else None
     )
+
+
+def in_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with a copy of each whose memory an earlier one has too, such as tied weights: safetensors
+    refuses to write the same memory twice.
+    """
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        part = own_part(tensor)
+        found[key] = tensor.clone() if part.numel() and part.data_ptr() in seen else tensor
+        seen.add(part.data_ptr())
+    return found
 
 
 def save(tensors: dict[str, Tensor], hidden: Path, rank: int) -> dict[str, Any]:

@@ -203,4 +203,16 @@ REGRESSIONS: dict[str, Configuration] = {
     "SaveBest after an epoch without a step": Configuration(
         check="traces", precision="fp16, overflows", callbacks=("SaveBest('train_loss')",), n=36
     ),
+    "tied weights in a sharded checkpoint": Configuration(
+        check="elsewhere",
+        world=2,
+        spread="fsdp",
+        source="DataLoader, shuffle",
+        model="tied",
+        optimizer="Adam",
+        epochs=3,
+        n=30,
+        checkpoint=(("every_n_steps", 3), ("sharded", True)),
+        interruptions=(Interruption(kind="SIGTERM on all", hook="before_epoch", early=True, world=3),),
+    ),
 }
