@@ -85,7 +85,7 @@ class Watcher:
             if not guard.stopping.is_set() and guard.error is None:
                 self.lost_store(error)
         except Exception:  # a mistake in this file: a training must not die of it, nor a rank survive because of it
-            say(f"the guard of rank {self.rank} failed, and guards no longer:\n{traceback.format_exc()}")
+            to_stderr(f"the guard of rank {self.rank} failed, and guards no longer:\n{traceback.format_exc()}")
             if self.reacting and guard.error is None:
                 end()
         self.look_after_clean_up()
@@ -207,7 +207,7 @@ class Watcher:
         """A rank has failed. If it is another one, report that, and end this rank a little later."""
         self.reacting = True
         if self.guard.error is None:
-            say(f"rank {self.rank} of {self.world_size} ends: {culprit.reason}")
+            to_stderr(f"rank {self.rank} of {self.world_size} ends: {culprit.reason}")
             if culprit.show_stacks:
                 self.show_stacks()
             self.note(culprit.reason, culprit.rank)
@@ -246,10 +246,10 @@ class Watcher:
             waited = time.monotonic() - guard.reported_at
             if waited > SHOWN and not shown:
                 shown = True
-                say(f"rank {self.rank} failed, and still cleans up\n{full_traceback(guard.error)}")
+                to_stderr(f"rank {self.rank} failed, and still cleans up\n{full_traceback(guard.error)}")
             if waited > CLEAN_UP_GRACE:
                 self.show_stacks()
-                say(f"rank {self.rank} failed, and its clean-up did not end\n{full_traceback(guard.error)}")
+                to_stderr(f"rank {self.rank} failed, and its clean-up did not end\n{full_traceback(guard.error)}")
                 os._exit(1)
 
     def lost_store(self, error: BaseException) -> None:
@@ -258,7 +258,7 @@ class Watcher:
         reason = f"the store that the ranks share is gone, and the launcher with it ({one_line(error)})"
         if not agent_serves():
             reason = f"rank 0 is gone, and with it the store that the ranks share{self.stage_of_rank_0()}"
-        say(f"rank {self.rank} of {self.world_size} ends: {reason}")
+        to_stderr(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.note(reason)
         time.sleep(LINGER)
         end()
@@ -281,7 +281,7 @@ class Watcher:
     def silent_store(self) -> None:
         holder = "the launcher" if agent_serves() else f"rank 0{self.stage_of_rank_0()}"
         reason = f"the store that the ranks share has not answered for {self.hang_timeout:g} s; it is held by {holder}"
-        say(f"rank {self.rank} of {self.world_size} ends: {reason}")
+        to_stderr(f"rank {self.rank} of {self.world_size} ends: {reason}")
         self.show_stacks()
         self.note(reason)
         if not agent_serves() and 0 in self.peers and self.peers[0].is_local:
@@ -301,7 +301,7 @@ class Watcher:
         for thread in (*(t for t in threading.enumerate() if t not in (self.thread, self.watchdog, main)), main):
             name = "" if thread is main else f", thread {thread.name},"
             if stack := stack_of(thread):
-                say(f"rank {self.rank}{self.guard.place()}{name} is here:\n{stack}")
+                to_stderr(f"rank {self.rank}{self.guard.place()}{name} is here:\n{stack}")
 
 
 @dataclass
@@ -353,7 +353,7 @@ def where_main_is() -> tuple[str, bool]:
     return f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?", waits
 
 
-def say(text: str) -> None:
+def to_stderr(text: str) -> None:
     """Write straight to standard error: the main thread may hold the stream's lock for ever."""
     os.write(2, f"[learnkit] {text}\n".encode())
 
