@@ -765,7 +765,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
             lambda: learner(model=(m := net()), opt_func=SGD(m.parameters(), lr=0.1, fused=True)),
         )
         refused(
-            r"SGD\(fused=True\) beside",
+            r"SGD\(fused=True\) cannot be combined with to_fsdp",
             lambda: learner(model=(m := net()), opt_func=Together(SGD(m.parameters(), lr=0.1, fused=True))),
         )
         refused("batch_size_find lets each rank try by itself", lambda: learner().batch_size_find())
