@@ -32,7 +32,7 @@ class CSVLogger(Callback):
     def __init__(self, path: str | Path = "history.csv", *, every_n_steps: int | None = None) -> None:
         self.columns: list[str] = []
         self.lines, self.journal = (
-            Lines(as_path(path), step_of_row, lambda line: is_epoch_row(line, self.columns)),
+            Lines(as_path(path), step_of_row, lambda line: epoch_of_row(line, self.columns)),
             Journal(every_n_steps),
         )
 
@@ -58,7 +58,7 @@ class CSVLogger(Callback):
     # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
         self.columns = ["step", *names]
-        if not self.lines.open(after, amid=self.journal.amid):
+        if not self.lines.open(after, epoch=self.journal.epoch_continued):
             self.lines.add(as_row(self.columns))
 
     def config(self, values: dict[str, Any]) -> None:
@@ -83,5 +83,6 @@ def step_of_row(line: str) -> int | None:
     return None if first == "step" else int(first)
 
 
-def is_epoch_row(line: str, columns: list[str]) -> bool:
-    return line.rstrip("\n").split(",")[columns.index("epoch")] != ""
+def epoch_of_row(line: str, columns: list[str]) -> int | None:
+    cell = line.rstrip("\n").split(",")[columns.index("epoch")]
+    return int(float(cell)) if cell else None

@@ -31,7 +31,7 @@ class JSONLogger(Callback):
     per_rank = True
 
     def __init__(self, path: str | Path = "history.jsonl", *, every_n_steps: int | None = None) -> None:
-        self.lines, self.journal = Lines(as_path(path), step_of_record, is_epoch_record), Journal(every_n_steps)
+        self.lines, self.journal = Lines(as_path(path), step_of_record, epoch_of_record), Journal(every_n_steps)
         self.after: int | None = None
 
     def around_fit(self, learn: Learner, run: Run) -> None:
@@ -55,7 +55,7 @@ class JSONLogger(Callback):
 
     # --- the sink ------------------------------------------------------------
     def open(self, after: int | None, names: list[str]) -> None:
-        self.lines.open(after, amid=self.journal.amid)
+        self.lines.open(after, epoch=self.journal.epoch_continued)
         self.after = after
 
     def config(self, values: dict[str, Any]) -> None:
@@ -72,5 +72,5 @@ def step_of_record(line: str) -> int | None:
     return json.loads(line)["step"]
 
 
-def is_epoch_record(line: str) -> bool:
-    return "epoch" in json.loads(line)
+def epoch_of_record(line: str) -> int | None:
+    return json.loads(line).get("epoch")

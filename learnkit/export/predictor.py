@@ -108,7 +108,7 @@ def there_and_back(run: RunModel, device: torch.device) -> RunModel:
 
 def from_pt2(path: Path, _: nn.Module | None, device: torch.device) -> tuple[RunModel, Any]:
     from learnkit.export import pt2
-    from learnkit.export.write import ABOUT
+    from learnkit.export.format import ABOUT
 
     program, extra = pt2.read_archive(path, device)
     if ABOUT not in extra:
@@ -137,7 +137,7 @@ def from_onnx(path: Path, _: nn.Module | None, device: torch.device) -> tuple[Ru
 
 def from_safetensors(path: Path, model: nn.Module | None, device: torch.device) -> tuple[RunModel, Any]:
     from learnkit.export import safetensors as tensor_file
-    from learnkit.export.write import Predicts
+    from learnkit.export.format import Predicts
 
     assert model is not None
     state, info = tensor_file.read_safetensors(path)

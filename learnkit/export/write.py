@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,32 +24,17 @@ from torch import Tensor, nn
 
 from learnkit.checkpoint.files import Damaged, as_path, explained_os_error, size_of, sync_folder, write_bytes
 from learnkit.checkpoint.snapshot import copied_to_host
-from learnkit.data.batch import Inputs, prediction, split_batch
+from learnkit.data.batch import Inputs, split_batch
 from learnkit.data.fork_rng import unmoved
 from learnkit.data.loaders import first_batch
 from learnkit.devices.dtensor import is_shard
 from learnkit.devices.nested import describe, tensors_in
 from learnkit.devices.wrappers import plain_state
+from learnkit.export.format import ABOUT, EXPORT_FORMAT, Predicts
 from learnkit.hooks import add_note
 
 if TYPE_CHECKING:
     from learnkit.learner import Learner
-
-EXPORT_FORMAT = 1
-ABOUT = "learnkit.json"  # the name under which a file says what it is
-
-
-class Predicts(nn.Module):
-    """The model as a function of tensors by position, which gives what metrics see of its output."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, list(names)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return prediction(
-            self.model(**dict(zip(self.names, inputs, strict=True))) if self.names else self.model(*inputs)
-        )
 
 
 def export_model(learn: Learner, path: str | Path, stats: Any = None) -> Path:

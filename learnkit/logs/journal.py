@@ -69,7 +69,7 @@ class Journal:
         self.total: Any = 0.0  # of the losses since the last time, each by its samples
         self.count: Any = 0.0  # these samples
         self.place: int | None = None  # the step after which a log goes on; None: it begins
-        self.amid = False  # whether the epoch was under way there
+        self.epoch_continued: int | None = None  # the epoch within which that is
         self.told: dict[str, Any] | None = None  # what the fit is, as it was at its first step
         self.begin: Callable[[], None] | None = None  # opens the sink, in a fit that has not said a word
         self.in_fit = False
@@ -87,7 +87,8 @@ class Journal:
         self.writes, self.total, self.count = learn.rank == 0, 0.0, 0.0
         self.n_done, self.next_step = learn.step, learn.step + (self.every or 0)
         self.place = self.n_before + learn.step if learn.resumed is not None else (self.n_before or None)
-        self.amid = learn.resumed is not None and learn.n_items_done > 0 and learn.step > 0
+        within = learn.resumed is not None and learn.n_items_done > 0 and learn.step > 0
+        self.epoch_continued = learn.epoch if within else None
         self.begin, self.told = partial(self.open, learn, sink), None
         self.in_fit, self.due, self.readings = True, None, []
         failed = True

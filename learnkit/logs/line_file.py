@@ -13,21 +13,21 @@ from learnkit.checkpoint.files import explained_os_error, sync_folder
 class Lines:
     """A text file to which lines are added, each in it when `add` returns.
 
-    `step_of`: the step that a line is of; None: of none, it stays; ValueError: it is no whole line. `is_epochs`:
-    whether it is an epoch's.
+    `step_of` returns the step of a line, None for a line that stays in any case; it raises ValueError for an incomplete
+    line. `epoch_of` returns the epoch of an epoch's line, None for other lines.
     """
 
-    def __init__(self, path: Path, step_of: Callable[[str], int | None], is_epochs: Callable[[str], bool]) -> None:
-        self.path, self.step_of, self.is_epochs = path, step_of, is_epochs
+    def __init__(self, path: Path, step_of: Callable[[str], int | None], epoch_of: Callable[[str], int | None]) -> None:
+        self.path, self.step_of, self.epoch_of = path, step_of, epoch_of
         self.file: IO[str] | None = None
 
-    def open(self, after: int | None, *, amid: bool = False) -> bool:
-        """`after`: None to begin the file anew; a step to keep the lines up to it, `amid` an epoch, whose own line is
-        not kept. Returns whether it has any.
+    def open(self, after: int | None, *, epoch: int | None = None) -> bool:
+        """Open the file: a new one with `after=None`, else with the lines up to this step, except that of an `epoch`
+        which is continued. Returns whether any line was kept.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if after is None or not self.path.exists() else self.lines_until(after, amid)
+            kept = [] if after is None or not self.path.exists() else self.lines_until(after, epoch)
             part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, self.path)
@@ -37,7 +37,7 @@ class Lines:
             raise explained_os_error(error, self.path, 0) from error
         return bool(kept)
 
-    def lines_until(self, step: int, amid: bool) -> list[str]:
+    def lines_until(self, step: int, epoch: int | None) -> list[str]:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
@@ -46,7 +46,7 @@ class Lines:
                 continue
             if not line.endswith("\n"):
                 continue
-            if own is None or own < step or (own == step and not (amid and self.is_epochs(line))):
+            if own is None or own < step or (own == step and (epoch is None or self.epoch_of(line) != epoch)):
                 kept.append(line)
         return kept
 

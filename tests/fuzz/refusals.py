@@ -74,8 +74,13 @@ CONFLICTS: dict[str, dict[str, Any]] = {
         "callbacks": ("ReduceLROnPlateau('train_loss', patience=1, min_delta=0.05)",),
         "fits": ("fit_one_cycle",),
     },
-    "an unused parameter": {"model": "unused", "spread": "to_distributed", "world": 2},
-    "CutMix without pictures": {"model": "MLP", "callbacks": ("CutMix()",), "spread": "to_distributed"},
+    "an unused parameter": {"source": "from_tensors", "model": "unused", "spread": "to_distributed", "world": 2},
+    "CutMix without pictures": {
+        "source": "from_tensors",
+        "model": "MLP",
+        "callbacks": ("CutMix()",),
+        "spread": "to_distributed",
+    },
     "sharded and async_write": {"checkpoint": (("sharded", True), ("async_write", True))},
     "two of a kind": {
         "callbacks": ("EMA(decay=0.8)", "EMA(decay=0.8)"),

@@ -215,4 +215,9 @@ REGRESSIONS: dict[str, Configuration] = {
         checkpoint=(("every_n_steps", 3), ("sharded", True)),
         interruptions=(Interruption(kind="SIGTERM on all", hook="before_epoch", early=True, world=3),),
     ),
+    "the row of an epoch before one that a signal interrupts within its first window": Configuration(
+        callbacks=("CSVLogger('log.csv')", "Accumulate(3)"),
+        epochs=2,
+        interruptions=(Interruption(kind="SIGTERM", hook="before_train"),),
+    ),
 }
