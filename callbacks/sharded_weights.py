@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from learnkit.callbacks.fully_shard import FullyShard
+from collections.abc import Callable
+
+from torch import Tensor
+
 from learnkit.callbacks.one_model import OneModel
 from learnkit.distributed.fully_shard import reshard
 from learnkit.distributed.replicas import listed_names
@@ -15,14 +18,14 @@ class ShardedWeights(Callback):
     a pass.
 
     Raises RuntimeError where the `data` of a weight was replaced within a pass: for a sharded weight PyTorch ignores
-    that, or crashes (2.15).
+    that, or crashes (2.15). `storages` returns those of the weights at the start of the current pass.
     """
 
     order = OneModel.order - 1
     unique = True
 
-    def __init__(self, sharded: FullyShard) -> None:
-        self.sharded = sharded
+    def __init__(self, storages: Callable[[], list[tuple[str, Tensor, int]]]) -> None:
+        self.storages = storages
 
     def around_train(self, learn: Learner, run: Run) -> None:
         run_then(run, lambda: self.end(learn))
@@ -39,7 +42,7 @@ class ShardedWeights(Callback):
         self.look()
 
     def look(self) -> None:
-        replaced = [name for name, p, storage in self.sharded.storages if p.untyped_storage()._cdata != storage]
+        replaced = [name for name, p, storage in self.storages() if p.untyped_storage()._cdata != storage]
         if replaced:
             raise RuntimeError(
                 f"the data of {len(replaced)} parameters was replaced: {listed_names(replaced)}. After to_fsdp each "

@@ -698,8 +698,8 @@ class Learner:
         launcher's variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown
         option.
         """
+        from learnkit.callbacks.join import attach_distributed
         from learnkit.distributed.algorithms import as_algorithm
-        from learnkit.loop.join import attach_distributed
 
         chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
         return attach_distributed(
@@ -741,7 +741,7 @@ class Learner:
         are those of a plain model. Besides fits, `validate` and `get_preds`, all ranks have to call `predict`, `save`,
         `load` and `summary`.
         """
-        from learnkit.loop.join import attach_fully_sharded
+        from learnkit.callbacks.join import attach_fully_sharded
 
         return attach_fully_sharded(
             self,

@@ -104,7 +104,8 @@ def attach_fully_sharded(
         load_optimizer(optimizer_of(learn), opt)
     learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, (FullyShard, ShardedWeights))]
     callback.watch(learn.model)
-    return install(learn, Distributed(replicas=False, hang_timeout=hang_timeout), callback, ShardedWeights(callback))
+    innermost = ShardedWeights(lambda: callback.storages)
+    return install(learn, Distributed(replicas=False, hang_timeout=hang_timeout), callback, innermost)
 
 
 def join_ranks(learn: Learner, local_rank: int | str | None, timeout: float | None, *, apart: bool = False) -> bool:
