@@ -6,7 +6,7 @@ another rank has raised an error and will never come. So each rank has a thread 
 share:
 
     a rank raises         it writes the reason under one key, which the first writer wins, and waits until the others
-                          have seen it; then its error is raised further, and its traceback comes last
+                          have seen it; then its error ends it, and its traceback comes last
     the others            print in one line why they end, and end a little later, so that launchers see the culprit
                           first
     stuck clean-up        a rank that has failed and still runs after CLEAN_UP_GRACE seconds is ended by its own thread
@@ -177,7 +177,7 @@ class Guard:
         self.awaited = ""
 
     def fail(self, error: BaseException) -> None:
-        """Report an error before it is raised further. If it only shows that another rank is gone, wait for that one's
+        """Report an error before it leaves the block. If it only shows that another rank is gone, wait for that one's
         reason.
         """
         lost = is_lost_connection(error)
@@ -192,7 +192,11 @@ class Guard:
                 self.watcher.thread.join()  # which ends the process too: the store is gone
 
     def report(self, error: BaseException) -> None:
-        """Report to the other ranks that this one fails, before its clean-up; the first report counts."""
+        """Report to the other ranks that this one fails, before its clean-up that may hang.
+
+        Args:
+            error: the reason; of several reports the first one counts.
+        """
         if self.world_size == 1 or not self.reports_first(error):
             return
         note_failure(error)
