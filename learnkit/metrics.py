@@ -165,7 +165,7 @@ class Metric(ABC):
 
     >>> metric = as_metric(accuracy)
     >>> metric.update(torch.eye(3), torch.tensor([0, 1, 0]), n=3)
-    >>> read(metric.compute())
+    >>> read_values(metric.compute())
     {'accuracy': 0.6666666666666666}
     """
 
@@ -205,7 +205,7 @@ class FunctionMetric(Metric):
 
     >>> metric = FunctionMetric(lambda pred, target: pred.mean())
     >>> metric.update(torch.zeros(3), None, n=3); metric.update(torch.ones(1), None, n=1)
-    >>> read(metric.compute())
+    >>> read_values(metric.compute())
     {'metric': 0.25}
     """
 

@@ -19,7 +19,7 @@ from tests.pages import ROOT, Block, Page
 from tests.test_examples import small_pictures
 
 PAGE = Page("docs/coming-from.md")
-ON_A_CPU = ((".cuda()", ""), ("torch.cuda.set_device(", "int("), ("'nccl'", "'gloo'"))  # what a block is changed in
+ON_A_CPU = ((".cuda()", ""), ("torch.cuda.set_device(", "int("), ('"nccl"', '"gloo"'))  # what a block is changed in
 SECTIONS = {"NVIDIA Apex": 3, "Bagua": 3, "BMTrain": 3, "fastai v1": 3, "Ray Train": 3}  # and how many blocks it has
 
 

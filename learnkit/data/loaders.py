@@ -21,18 +21,10 @@ from learnkit.data.generators import unmoved_loaders
 from learnkit.data.order import EpochSampler, PrivateGenerator, permutation
 from learnkit.data.prefetch import ahead
 from learnkit.data.random import BatchTransform, transform_batch
+from learnkit.data.shares import global_batch_size_at, n_rank_batches, share_of_rank
 from learnkit.devices.accelerator import accelerator, can_pin
 from learnkit.devices.nested import describe
 from learnkit.devices.transfer import mover, sent
-
-
-def share_of_rank(n: int, rank: int, world_size: int) -> tuple[int, int]:
-    """(start, stop) of the contiguous part of n samples that a rank has; parts differ by one at most, the first have
-    more.
-    """
-    size, n_larger = divmod(n, world_size)
-    start = rank * size + min(rank, n_larger)
-    return start, start + size + (rank < n_larger)
 
 
 class TensorLoader:
@@ -121,11 +113,11 @@ class TensorLoader:
 
     def global_batch_size(self, k: int) -> int:
         """The number of samples of all ranks in the k-th batch."""
-        return min(self.items_per_batch, self.n_samples - self.n_left_out - k * self.items_per_batch)
+        return global_batch_size_at(k, self.n_samples - self.n_left_out, self.items_per_batch)
 
     def __len__(self) -> int:
-        whole, rest = divmod(max(0, self.n_samples - self.n_left_out), self.items_per_batch)
-        return whole + (not self.drop_last and rest >= (self.world_size if self.even else self.rank + 1))
+        n = max(0, self.n_samples - self.n_left_out)
+        return n_rank_batches(n, self.batch_size, self.rank, self.world_size, drop_last=self.drop_last, even=self.even)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         sampler, epoch, order = self.sampler, self.sampler.next_epoch(), None

@@ -11,6 +11,10 @@ import sys as _sys
 
 import torch as torch  # older scripts write `from … import *` and then torch.cuda.set_device
 
+from learnkit.data.shares import dataset_order as dataset_order
+from learnkit.data.shares import global_batches as global_batches
+from learnkit.data.shares import rank_batches as rank_batches
+from learnkit.data.shares import shard_batch as shard_batch
 from learnkit.distributed import world as _world
 from learnkit.distributed.batchnorm import GlobalBatchNorm as GlobalBatchNorm
 from learnkit.distributed.batchnorm import restore_batchnorm as restore_batchnorm
@@ -38,12 +42,8 @@ from learnkit.distributed.reduce import rank0_first as rank0_first
 from learnkit.distributed.shard import ShardedBatchSampler as ShardedBatchSampler
 from learnkit.distributed.shard import ShardedLoader as ShardedLoader
 from learnkit.distributed.shard import ShardedStream as ShardedStream
-from learnkit.distributed.shard import dataset_order as dataset_order
-from learnkit.distributed.shard import global_batches as global_batches
 from learnkit.distributed.shard import prepare_data_loader as prepare_data_loader
-from learnkit.distributed.shard import rank_batches as rank_batches
 from learnkit.distributed.shard import set_epoch as set_epoch
-from learnkit.distributed.shard import shard_batch as shard_batch
 from learnkit.distributed.world import destroy_process_group as destroy_process_group
 from learnkit.distributed.world import get_device as get_device
 from learnkit.distributed.world import get_local_rank as get_local_rank

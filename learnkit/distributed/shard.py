@@ -1,21 +1,12 @@
-"""Who gets which samples. One rule: the k-th global batch is the same at every world size, and each rank has its part
-of it.
-
-With b samples a rank and a step, and W ranks, the k-th global batch is `order[k*b*W : (k+1)*b*W]`, and rank r has its
-r-th contiguous part. Parts, joined in rank order, are the global batch again. So 2 ranks of b samples see what one of
-2b sees, step by step.
-
-Training keeps all ranks in step: a last, smaller global batch is divided as evenly as possible (parts differ by at most
-one sample; weigh their losses by their sizes), left out with `drop_last`, and left out too where it has fewer samples
-than there are ranks. Evaluation sees each sample exactly once: nothing is padded, and ranks may have unequal numbers of
-batches, or none.
+"""Loaders of one rank's part: any sampler, batch sampler, iterable of batches or stream, sharded by the rule of
+learnkit.data.shares.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -47,68 +38,12 @@ from learnkit.data.order import (
     rest_of,
     set_seed_and_epoch,
 )
+from learnkit.data.shares import global_batch_size_at, global_batches, n_rank_batches, rank_batches
 from learnkit.devices.transfer import Moved
 from learnkit.distributed.reduce import agree, broadcast_from_main
 from learnkit.distributed.world import get_rank, get_world_size
 
 T = TypeVar("T")
-
-
-# --- the rule, on plain lists ------------------------------------------------
-
-
-def global_batches(order: Iterable[T], global_batch_size: int, *, drop_last: bool = False) -> Iterator[list[T]]:
-    """`order` cut into lists of `global_batch_size`; the last one may be smaller, unless `drop_last`."""
-    samples = iter(order)
-    while batch := list(islice(samples, global_batch_size)):
-        if len(batch) == global_batch_size or not drop_last:
-            yield batch
-
-
-def shard_batch(batch: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """The contiguous part of a global batch that `rank` has. Sizes differ by at most one, the first ranks have more."""
-    size, n_larger = divmod(len(batch), world_size)
-    start = rank * size + min(rank, n_larger)
-    return batch[start : start + size + (rank < n_larger)]
-
-
-def rank_batches(
-    order: Iterable[T], batch_size: int, rank: int, world_size: int, *, drop_last: bool = False, even: bool = True
-) -> Iterator[Sequence[T]]:
-    """The batches that `rank` has of `order`, `batch_size` samples each.
-
-    `even`, for training: all ranks have equally many. Else each sample is somebody's, and ranks may have one batch
-    less.
-    """
-    for batch in global_batches(order, batch_size * world_size, drop_last=drop_last):
-        if even and len(batch) < world_size:
-            return
-        if own := shard_batch(batch, rank, world_size):
-            yield own
-
-
-def n_rank_batches(
-    n_samples: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool = False, even: bool = True
-) -> int:
-    """How many batches `rank_batches` gives."""
-    n_whole, rest = divmod(n_samples, batch_size * world_size)
-    has_rest = not drop_last and rest >= (world_size if even else rank + 1)
-    return n_whole + has_rest
-
-
-def dataset_order(n_samples: int, batch_size: int, world_size: int) -> torch.Tensor:
-    """The index that puts rows gathered after an evaluation, all of rank 0, all of rank 1 …, into the order of the
-    data.
-
-    int64 (n_samples,): `gather_for_metrics(own_rows)[dataset_order(n, batch_size, get_world_size())]`.
-    """
-    positions = [
-        i
-        for rank in range(world_size)
-        for batch in rank_batches(range(n_samples), batch_size, rank, world_size, even=False)
-        for i in batch
-    ]
-    return torch.argsort(torch.tensor(positions, dtype=torch.int64))
 
 
 # --- samplers ----------------------------------------------------------------
@@ -194,7 +129,7 @@ class ShardedBatchSampler(EpochOrder):
             n = self.n_items
         except TypeError:
             n = self.n_drawn
-        return min(self.items_per_batch, n - k * self.items_per_batch)
+        return global_batch_size_at(k, n, self.items_per_batch)
 
     def __len__(self) -> int:
         per_rank = self.batch_size or 1  # of a batch sampler, batches are dealt out as if each were one sample

@@ -18,6 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from learnkit.data.shares import n_rank_batches, rank_batches
 from learnkit.distributed import (
     ShardedBatchSampler,
     ShardedLoader,
@@ -28,7 +29,6 @@ from learnkit.distributed import (
     prepare_data_loader,
     set_epoch,
 )
-from learnkit.distributed.shard import n_rank_batches, rank_batches
 
 SIZES, BATCH_SIZES, WORLDS = range(1, 34), range(1, 7), range(1, 4)
 
