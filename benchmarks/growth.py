@@ -48,7 +48,7 @@ class Law(NamedTuple):
 
 
 def looks(w: int) -> float:
-    """Return the looks of a guard per second, as in learnkit.distributed.guard.pause_between_looks."""
+    """Return the looks of a guard per second, as in learnkit.distributed.watcher.pause_between_looks."""
     return 5 / min(4, max(1, w / 256))
 
 

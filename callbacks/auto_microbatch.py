@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from learnkit.callbacks.compiled import Compiled
 from learnkit.callbacks.distributed import Distributed
 from learnkit.devices.nested import describe, map_tensors, tensors_in
-from learnkit.hooks import Callback, ControlFlow, Run, add_note
+from learnkit.hooks import Callback, Deferred, Run, add_note
 from learnkit.learner import Learner
 from learnkit.loop.loss import not_zero, weighted
 from learnkit.loop.memory import forget_tensors, free_cached, is_out_of_memory, stage_of
@@ -181,23 +181,18 @@ class AutoMicrobatch(Callback):
         ddp = ddp_of(learn)
         with by_itself(learn, ddp):
             start = State(learn)
-            try:
+            with Deferred() as deferred:
                 while (error := self.attempt(learn, n, part)) is not None:
                     start.put_back(learn)
                     if part == 1:
                         raise error
                     self.size = part = part // 2
-            except ControlFlow as raised:
-                signal: ControlFlow | None = raised
-            else:
-                signal = None
-        if signal is None:
+        if deferred.signal is None:
             self.remember(learn, part)
         start.add_gradients()
         if ddp is not None and any(p.grad is not None for p in start.parameters):
             self.join(learn, ddp, n, part)
-        if signal is not None:
-            raise signal
+        deferred.release()
 
     def attempt(self, learn: Learner, n: int, part: int) -> BaseException | None:
         """Run the forward and backward passes of all parts; return the error when memory runs out."""

@@ -38,7 +38,8 @@ from learnkit.checkpoint.snapshot import (
 from learnkit.checkpoint.weights import snapshot_from_main
 from learnkit.data.loaders import n_batches
 from learnkit.devices.transfer import Enqueued
-from learnkit.hooks import Callback, ControlFlow, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
+from learnkit.distributed.request import SAVE, Request
+from learnkit.hooks import Callback, ControlFlow, Deferred, Interrupted, Run, SkipBatch, StopBatch, StopEpoch, StopFit
 from learnkit.learner import Learner
 from learnkit.optim.groups import has_modes
 
@@ -122,24 +123,23 @@ class Checkpoint(Callback):
         if learn.resume:
             self.find(learn)
         learn.runs[learn.n_fits] = self.run
-        stop: StopFit | None = None
+        stop = Deferred(StopFit)
         with handlers(learn):
             try:
-                run()
-            except StopFit as raised:
-                stop = raised
+                with stop:
+                    run()
             except BaseException:
                 self.wait_for_writer()  # until the current write has ended; an error of its own is not raised
                 raise
             learn.ranks.on_main(self.end_writing, f"write a checkpoint to {self.dir}")
             # A signal may have arrived when the ranks agree on nothing any more: here all get to know it. Then rank 0,
             # which may hold the store, can exit.
-            signalled = next((w for w in learn.ranks.gather(learn.wanted) if w and w != "save"), None)
-        learn.agreed = signalled or learn.agreed
-        if (learn.agreed or "").startswith("signal"):
-            self.leave(learn)
-        if stop is not None:
-            raise stop
+            numbers = learn.ranks.gather(0 if learn.wanted is None else learn.wanted.number)
+        if number := next(filter(None, numbers), 0):
+            learn.agreed = Request("signal", number)
+        if learn.agreed is not None and learn.agreed.kind == "signal":
+            self.leave(learn, learn.agreed.number)
+        stop.release()
 
     def prepare(self) -> None:
         """Check before training that the folder can be written to; remove unfinished files of killed processes."""
@@ -209,7 +209,7 @@ class Checkpoint(Callback):
             # Save here when the pass ends early: afterwards weights that differ between ranks are averaged.
             if learn.agreed is not None or (n is not None and learn.step % n == 0 and not learn.n_held):
                 self.save(learn)
-            if learn.agreed == "save":
+            if learn.agreed == SAVE:
                 learn.agreed = None
             elif learn.agreed is not None:
                 raise Interrupted
@@ -217,11 +217,9 @@ class Checkpoint(Callback):
             raise own
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        stop: StopFit | StopEpoch | None = None
-        try:
+        with Deferred(StopFit, StopEpoch) as deferred:
             run()
-        except (StopFit, StopEpoch) as raised:
-            stop = raised
+        stop = deferred.signal
         if learn.world_size == 1 and learn.wanted is not None:
             learn.agreed, learn.wanted = learn.wanted, None
         ends = isinstance(stop, StopFit) and not isinstance(stop, Interrupted)  # also when a signal has arrived, too
@@ -232,14 +230,13 @@ class Checkpoint(Callback):
             due = self.every_n_epochs is not None and (learn.epoch + 1) % self.every_n_epochs == 0
             if due or last or learn.agreed is not None:
                 self.save(learn, epoch_over=True, over=last)
-        if learn.agreed == "save":
+        if learn.agreed == SAVE:
             learn.agreed = None
         if isinstance(stop, StopFit):
             raise stop
         if learn.agreed is not None:
             raise Interrupted
-        if stop is not None:
-            raise stop
+        deferred.release()
 
     # --- saving --------------------------------------------------------------
     def save(self, learn: Learner, *, epoch_over: bool = False, over: bool = False) -> None:
@@ -329,9 +326,7 @@ class Checkpoint(Callback):
         self.copy = None
 
     # --- leaving -------------------------------------------------------------
-    def leave(self, learn: Learner) -> None:
-        assert learn.agreed is not None
-        number = int(learn.agreed.split()[1])
+    def leave(self, learn: Learner, number: int) -> None:
         if learn.rank == 0:
             print(
                 f"stopped by {signal.Signals(number).name}; saved {self.written[-1]}, from which resume=True continues",
@@ -367,9 +362,9 @@ def handlers(learn: Learner) -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         if number != SAVING:
-            learn.wanted = f"signal {number}"
+            learn.wanted = Request("signal", number)
         elif learn.wanted is None:
-            learn.wanted = "save"
+            learn.wanted = SAVE
         if number != SAVING:
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         if before[number] not in (signal.SIG_DFL, signal.default_int_handler, None):

@@ -374,6 +374,29 @@ def run_then(run: RunStage, action: Run) -> None:
     action()
 
 
+class Deferred:
+    """Defer a Stop* or Skip* that ends the block: `signal` has it, and `release` raises it, once the work that must
+    come before is done. Errors are raised as they are.
+    """
+
+    def __init__(self, *kinds: type[ControlFlow]) -> None:
+        self.kinds = kinds or (ControlFlow,)
+        self.signal: ControlFlow | None = None
+
+    def __enter__(self) -> Deferred:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if not isinstance(error, self.kinds):
+            return False
+        self.signal = error
+        return True
+
+    def release(self) -> None:
+        if self.signal is not None:
+            raise self.signal
+
+
 def run_within(stage: str, around: Callable[[Learner, Run], None], run: RunStage, learn: Learner) -> Run:
     """`run` in the hands of an around_ hook, whose own errors are blamed on it."""
 

@@ -39,6 +39,7 @@ from learnkit.schedule import Schedule, cyclic, flat_cos, one_cycle, one_cycle_m
 
 if TYPE_CHECKING:
     from learnkit.callbacks.recorder import Recorder
+    from learnkit.distributed.request import Request
     from learnkit.loop.decorator import Handle
     from learnkit.trials.lr_find import RateFinder
     from learnkit.vision.interpretation import Interpretation
@@ -137,8 +138,8 @@ class Learner:
         self.runs: dict[int, str] = {}  # the names that checkpoints have for these fits, by their numbers
         self.resume = False  # whether this fit was asked to go on from a checkpoint
         self.resumed: dict[str, Any] | None = None  # the place that it went on from
-        self.wanted: str | None = None  # after this batch, by this rank: "save", or "signal 15"
-        self.agreed: str | None = None  # after this batch, by all ranks
+        self.wanted: Request | None = None  # after this batch, by this rank: to save, or to leave for a signal
+        self.agreed: Request | None = None  # after this batch, by all ranks
         self.epochs_trained = 0  # in this learner's life: decides the order of samples
         self.training = False
         self.training_model = model  # what training batches go through: the model, or a wrapper for a fit's length
@@ -697,7 +698,7 @@ class Learner:
         launcher's variables are incomplete, ValueError where the ranks have different models, TypeError for an unknown
         option.
         """
-        from learnkit.callbacks.distributed import attach_distributed
+        from learnkit.callbacks.join import attach_distributed
         from learnkit.distributed.algorithms import as_algorithm
 
         chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
@@ -740,7 +741,7 @@ class Learner:
         are those of a plain model. Besides fits, `validate` and `get_preds`, all ranks have to call `predict`, `save`,
         `load` and `summary`.
         """
-        from learnkit.callbacks.fully_shard import attach_fully_sharded
+        from learnkit.callbacks.join import attach_fully_sharded
 
         return attach_fully_sharded(
             self,

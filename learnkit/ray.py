@@ -15,7 +15,7 @@ from learnkit.checkpoint.files import as_path
 from learnkit.checkpoint.resume import begin_at, order_states, place_of, restore_training, training_state
 from learnkit.checkpoint.snapshot import newest_snapshot, next_name, write_snapshot
 from learnkit.checkpoint.weights import snapshot_from_main
-from learnkit.hooks import Callback, Run, StopFit
+from learnkit.hooks import Callback, Deferred, Run, StopFit
 from learnkit.learner import Learner
 
 
@@ -61,14 +61,10 @@ class RayReport(Callback):
             restore_training(learn, self, parts)
 
     def around_epoch(self, learn: Learner, run: Run) -> None:
-        stop: StopFit | None = None
-        try:
+        with Deferred(StopFit) as stop:
             run()
-        except StopFit as raised:
-            stop = raised
-        self.report(learn, over=stop is not None or learn.epoch + 1 == learn.n_epochs)
-        if stop is not None:
-            raise stop
+        self.report(learn, over=stop.signal is not None or learn.epoch + 1 == learn.n_epochs)
+        stop.release()
 
     def report(self, learn: Learner, *, over: bool) -> None:
         """Report to Ray. All ranks must call this, because Ray waits for them; rank 0 provides the checkpoint."""

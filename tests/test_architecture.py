@@ -35,8 +35,7 @@ DOORS = {
     "learner": {
         "callbacks.channels_last",
         "callbacks.compiled",
-        "callbacks.distributed",
-        "callbacks.fully_shard",
+        "callbacks.join",
         "callbacks.mixed_precision",
         "callbacks.progress",
         "callbacks.recorder",

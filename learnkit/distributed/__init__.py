@@ -1,4 +1,4 @@
-"""Ranks and worlds: the same numbers on one process, on many, and on many machines. Everything is a no-op when alone.
+"""Training on one process, on many, and on many machines, with the same numbers. In a world of one nothing is done.
 
 from learnkit.distributed import *
 
@@ -9,7 +9,7 @@ loader = prepare_data_loader(loader, seed=42)
 
 import sys as _sys
 
-import torch as torch  # scripts of old write `from … import *` and then torch.cuda.set_device
+import torch as torch  # older scripts write `from … import *` and then torch.cuda.set_device
 
 from learnkit.data.shares import dataset_order as dataset_order
 from learnkit.data.shares import global_batches as global_batches

@@ -1,4 +1,4 @@
-"""How ranks come to the same weights: DDP's communication hooks, and averages of weights, all of them PyTorch's own."""
+"""How ranks get the same weights: DDP's communication hooks, and averages of weights, all of them PyTorch's own."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ ABSENT = {
 
 
 class Algorithm(NamedTuple):
-    """What `to_distributed(algorithm=…)` was told.
+    """The options of `to_distributed(algorithm=…)`.
 
-    period          steps between two averages of the weights, of those that average; None: 4
-    warmup_steps    of plain all-reduce before it begins; None: 100 for local_sgd and hierarchical, 10 for powersgd,
-                    else 0
-    rank            of powersgd's matrices
+    Args:
+        name: one of NAMES, or "hook".
+        hook: a DDP communication hook, if `name` is "hook".
+        period: steps between two averages of the weights, for algorithms that average.
+        warmup_steps: steps of plain all-reduce before it begins.
+        rank: the rank of powersgd's matrices.
     """
 
     name: str = "allreduce"
@@ -48,15 +50,15 @@ class Algorithm(NamedTuple):
 
     @property
     def keeps_own(self) -> bool:
-        """Whether ranks have something for themselves from one step to the next."""
+        """Whether ranks keep something that differs between them from one step to the next."""
         return self.averages or self.name == "powersgd"
 
 
 def as_algorithm(
     algorithm: str | Hook, *, period: int | None = None, warmup_steps: int | None = None, rank: int | None = None
 ) -> Algorithm:
-    """Check what was given; raises ValueError for a name that is not there, with those that are, and for options of
-    others.
+    """Check the options; raises ValueError for an unknown name, with the known ones, and for options of other
+    algorithms.
     """
     if not isinstance(algorithm, str):
         if not callable(algorithm):
@@ -70,7 +72,7 @@ def as_algorithm(
         raise ValueError(f"algorithm={name!r}: PyTorch has no engine for {ABSENT[name]}. It has {', '.join(NAMES)}.")
     if hook is None and name not in NAMES:
         raise ValueError(
-            f"algorithm={name!r} is not there: expected one of {', '.join(NAMES)}, or a DDP communication hook."
+            f"algorithm={name!r} is unknown: expected one of {', '.join(NAMES)}, or a DDP communication hook."
         )
     for option, value, takers in (
         ("period", period, AVERAGING),
@@ -93,12 +95,12 @@ def as_algorithm(
 
 
 class Communication:
-    """An algorithm at work on one model that is wrapped in DistributedDataParallel: the state of its hook, the averager
-    of its weights.
+    """An algorithm applied to one model in DistributedDataParallel: the state of its hook, and the averager of its
+    weights.
     """
 
     def __init__(self, algorithm: Algorithm, ddp: DistributedDataParallel, *, step: int = 0) -> None:
-        """`step`: steps that were done before, as by one rank alone, count as its warm-up."""
+        """`step`: steps that were done before, for example by one rank alone; they count as warm-up."""
         self.algorithm, self.parameters = algorithm, list(ddp.module.parameters())
         self.state = algorithm_state(algorithm)
         self.averager = averager_of(algorithm) if algorithm.averages else None
@@ -112,15 +114,15 @@ class Communication:
             ddp.register_comm_hook(self.state, hook)
 
     def follow(self, optimizer: Optimizer) -> Callable[[], None]:
-        """Average the weights after this optimizer's steps, where the algorithm does so; returns what ends it."""
+        """Average the weights after this optimizer's steps, if the algorithm does so; returns a function to end it."""
         if self.averager is None:
             return lambda: None
         self.n_followed += 1
-        # torch averages what has a gradient, so before they are let go.
+        # torch averages weights that have a gradient, so before gradients are set to None.
         return optimizer.register_step_post_hook(self.after_step).remove
 
     def close(self) -> None:
-        """Let go of the groups of some ranks that were made for it, which PyTorch would keep as long as that of all."""
+        """Destroy the groups of some ranks that were made for it, which PyTorch would keep as long as all ranks'."""
         levels = getattr(self.averager, "period_process_group_dict", None) or {}  # of the hierarchical one alone
         for group in (getattr(self.state, "subgroup", None), *levels.values()):
             if group is not None and group is not dist.group.WORLD:
@@ -138,15 +140,17 @@ class Communication:
 
     @torch.no_grad()
     def average_now(self) -> None:
-        """One model on all ranks, as an evaluation or a file needs it. Of other algorithms it is one already."""
+        """Put the mean of the weights on all ranks, for an evaluation or a file. With algorithms that do not average,
+        they are the same already.
+        """
         if self.averager is None:
             return
         for p, value in zip(self.parameters, means(self.parameters), strict=True):
             p.copy_(value)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """What this rank keeps from step to step, PowerSGD's errors or its own weights and optimizer state: of each
-        rank another.
+        """What this rank keeps from step to step: PowerSGD's errors, or its own weights and optimizer state. It differs
+        between ranks.
         """
         if isinstance(self.state, PowerSGD):
             return {"powersgd": self.state.state_dict(self.parameters)}
@@ -207,8 +211,7 @@ def algorithm_state(algorithm: Algorithm) -> Any:
         return None
     from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
-    # Not of hierarchical: its averages within the machine would be of weights that are equal already, and bytes for
-    # nothing.
+    # Not for hierarchical: its averages within the machine would be of weights that are equal already.
     groups = machine_group() if algorithm.name == "local_sgd" else None
     return PostLocalSGDState(
         process_group=None,
@@ -219,7 +222,7 @@ def algorithm_state(algorithm: Algorithm) -> Any:
 
 
 def averager_of(algorithm: Algorithm) -> Any:
-    """What averages the weights, every so many steps."""
+    """What averages the weights every `period` steps."""
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.algorithms.model_averaging.hierarchical_model_averager import HierarchicalModelAverager
 
@@ -231,7 +234,7 @@ def averager_of(algorithm: Algorithm) -> Any:
 
 
 def machine_group() -> Any:
-    """This machine's ranks, whose gradients are averaged in every step; None where there is one machine, or one rank a
+    """This machine's ranks, whose gradients are averaged in every step; None with one machine, or with one rank on each
     machine.
     """
     n_local, n = get_local_world_size(), get_world_size()
@@ -241,7 +244,7 @@ def machine_group() -> Any:
 
 
 def each_waited_for(hook: Hook) -> Hook:
-    """Hooks of several collectives hang or abort on gloo with more than one bucket, unless each is waited for."""
+    """Wait for each bucket's hook: hooks of several collectives hang or abort on gloo with more than one bucket."""
 
     def waiting(state: Any, bucket: GradBucket) -> Any:
         future = hook(state, bucket)
@@ -253,16 +256,16 @@ def each_waited_for(hook: Hook) -> Hook:
 
 
 class PowerSGD:
-    """torch's PowerSGD, whose memory can be saved: by parameter, as DDP lays its buckets out anew after a fit's first
-    step.
+    """torch's PowerSGD with a memory that can be saved: by parameter, because DDP changes its buckets after a fit's
+    first step.
 
-    Each rank has its own errors; the matrices are the same on all.
+    Each rank has its own errors; the matrices are the same on all ranks.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-        # 0, the default, makes NaN of a layer whose gradient is 0.
+        # With 0, the default, a layer with gradient 0 gets NaN.
         self.state = PowerSGDState(
             None,
             matrix_approximation_rank=algorithm.rank,
@@ -270,8 +273,8 @@ class PowerSGD:
             orthogonalization_epsilon=1e-8,  # type: ignore[arg-type]
         )
         self.compress = each_waited_for(powerSGD_hook)
-        self.layouts: dict[int, Sequence[Tensor]] = {}  # bucket -> its parameters, in the memory as it is now
-        self.errors: dict[int, Tensor] = {}  # by id of the parameter, of layouts that are gone
+        self.layouts: dict[int, Sequence[Tensor]] = {}  # bucket -> its parameters, in the current memory
+        self.errors: dict[int, Tensor] = {}  # by id of the parameter, of earlier layouts
         self.qs: dict[int, Tensor] = {}
         self.hook = self.hook_of_ddp()
 
@@ -286,7 +289,7 @@ class PowerSGD:
         return hook
 
     def lay_out(self, bucket: GradBucket, parameters: Sequence[Tensor]) -> None:
-        """Bring the memory into the order of a bucket that is new, or another than before."""
+        """Bring the memory into the order of a bucket that is new or has changed."""
         self.take_apart()
         self.layouts[bucket.index()] = parameters
         if any(id(p) in self.errors for p in parameters):
@@ -301,7 +304,7 @@ class PowerSGD:
             )
 
     def take_apart(self) -> None:
-        """What the buckets remember, by parameter."""
+        """Store the memory of all buckets by parameter."""
         for index, parameters in self.layouts.items():
             if index in self.state.error_dict:
                 parts = self.state.error_dict[index].split([p.numel() for p in parameters])
@@ -314,7 +317,7 @@ class PowerSGD:
                 self.qs |= {id(p): part.clone() for p, part in zip(compressed, parts, strict=True)}
 
     def compressed(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Those that it compresses, in the order of its memory: by shape, as they first come."""
+        """The parameters that it compresses, in the order of its memory: grouped by shape, in order of first use."""
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _should_compress
 
         by_shape: dict[Any, list[Tensor]] = defaultdict(list)

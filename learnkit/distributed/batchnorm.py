@@ -16,27 +16,42 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sync_batchnorm(model: M) -> M:
-    """Every batch normalization of the model, over the global batch while training; the weights stay the same objects.
+    """Make every batch normalization of the model use the global batch during training.
 
-    torch's SyncBatchNorm on devices that have its kernels (CUDA, XPU), else `GlobalBatchNorm`. `restore_batchnorm`
-    turns it back.
+    It becomes torch's SyncBatchNorm on devices that have its kernels (CUDA, XPU), else `GlobalBatchNorm`; the weights
+    stay the same objects.
+
+    Args:
+        model: changed in place, unless it is itself a batch normalization.
+
+    Returns:
+        The model. `restore_batchnorm` undoes the change.
     """
     return replaced(model, synchronized)
 
 
 def restore_batchnorm(model: M) -> M:
-    """Undoes `sync_batchnorm`: the original modules again, with the weights and statistics as they are now."""
+    """Undo `sync_batchnorm`: put the original modules back, with the current weights and statistics.
+
+    Args:
+        model: changed in place, unless it is itself a batch normalization.
+
+    Returns:
+        The model.
+    """
     return replaced(model, restored)
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch normalization over the global batch, on any backend, with any number of samples a rank.
+    """Batch normalization over the global batch, on any backend, with any number of samples on each rank.
 
-    One collective forward and one backward. Equals BatchNorm on the joined batch; the gradients of its inputs are those
-    of the sum of the ranks' losses, as torch's SyncBatchNorm has them.
+    It needs one collective in the forward and one in the backward pass. The result equals BatchNorm on the joined
+    batch; the gradients of the inputs are those of the sum of the ranks' losses, as with torch's SyncBatchNorm. Inputs
+    have the shape `(batch, channels, …)`.
 
-    >>> GlobalBatchNorm(3)(torch.randn(4, 3, 2, 2)).shape
-    torch.Size([4, 3, 2, 2])
+    Example:
+        >>> GlobalBatchNorm(3)(torch.randn(4, 3, 2, 2)).shape
+        torch.Size([4, 3, 2, 2])
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -62,7 +77,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def update(self, n: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Running statistics, of the unbiased variance, as BatchNorm keeps them."""
+        """Update the running statistics with the unbiased variance, as BatchNorm does."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
@@ -72,9 +87,9 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, mean, variance) per channel over all ranks, float64 (float32 on a device without it), in one collective.
+    """(n, mean, variance) for each channel over all ranks, float64 (float32 on a device without it), in one collective.
 
-    Each rank sums about its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
+    Each rank sums around its own mean and shifts the sums in float64: plain float32 sums of squares would cancel.
     """
     dims, n_channels, n_own = [d for d in range(x.dim()) if d != 1], x.shape[1], x.numel() // x.shape[1]
     wide = widest_float(x.device)
@@ -89,7 +104,7 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """A differentiable all-reduce: gradients are summed over the ranks too, as each rank's loss depends on all
+    """A differentiable all-reduce: gradients are summed over the ranks too, because each rank's loss depends on all
     inputs.
     """
 

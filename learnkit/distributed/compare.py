@@ -1,5 +1,5 @@
-"""What must be equal on all ranks is compared before the first step: a rank with another rate trains on, quietly
-wrong.
+"""What must be equal on all ranks is compared before the first step: with another learning rate on one rank, training
+would continue with wrong results, and without an error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ MISSING = "(not there)"
 
 
 def check_same(facts: Mapping[str, Fact]) -> None:
-    """Raises ValueError on every rank where the facts of the ranks differ, naming each odd rank, the entry and the
-    values.
+    """Check that the ranks have the same facts. All ranks must call it.
 
-    All ranks must call it. The value that most ranks have is taken for the right one; rank 0's, where none has a
-    majority. Where all is equal two numbers travel; the facts themselves only where it is not.
+    If all are equal only two numbers are sent, the facts only if they differ.
+
+    Args:
+        facts: this rank's values by name.
+
+    Raises:
+        ValueError: on every rank, when facts differ. It names the entry, the ranks that differ from most ranks (from
+            rank 0, if no value has a majority), and the values.
     """
     own = digest_of_facts(facts)
     largest, negative = agree_all([own, -own])
@@ -34,22 +39,22 @@ def check_same(facts: Mapping[str, Fact]) -> None:
 
 
 def digest_of_facts(facts: Mapping[str, Fact]) -> int:
-    """The same number where the facts are the same, in whatever order."""
+    """The same number for the same facts, in any order."""
     return hashed(sorted((name, repr(value)) for name, value in facts.items()))
 
 
 def differing(by_rank: Sequence[Mapping[str, Fact]]) -> list[str]:
-    """One line an entry that is not the same on all ranks."""
+    """One line for each entry that is not the same on all ranks."""
     names = dict.fromkeys(name for facts in by_rank for name in facts)
     shown = {name: [repr(facts[name]) if name in facts else MISSING for facts in by_rank] for name in names}
     return [sentence(name, values) for name, values in shown.items() if len(set(values)) > 1]
 
 
 def sentence(name: str, values: Sequence[str]) -> str:
-    """`lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0 differ, nan equals
-    nan.
+    """A line such as `lr: rank 2 has 0.1; ranks 0, 1 have 0.3`. Values are compared as they are shown: 1 and 1.0
+    differ, nan equals nan.
     """
-    usual = Counter(values).most_common(1)[0][0]  # of equally frequent ones the first that was met: rank 0's
+    usual = Counter(values).most_common(1)[0][0]  # of equally frequent ones the first: rank 0's
     odd = {value: [rank for rank, v in enumerate(values) if v == value] for value in values if value != usual}
     told = "; ".join(f"{listed_ranks(ranks)} {value}" for value, ranks in odd.items())
     return f"{name}: {told}; {listed_ranks([rank for rank, v in enumerate(values) if v == usual])} {usual}"

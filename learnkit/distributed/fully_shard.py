@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""A model whose weights, gradients and optimizer states are spread over the ranks: PyTorch's fully_shard, block by
+"""A model whose weights, gradients and optimizer states are sharded over the ranks: PyTorch's fully_shard, block by
 block.
 """
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learnkit.data.order import EpochOrder, set_seed_and_epoch
 from learnkit.devices.accelerator import can_pin
+from learnkit.devices.dtensor import is_shard
 from learnkit.distributed.reduce import agree, broadcast_from_main, gather_objects, needs_group
 from learnkit.distributed.weights import share_weights
 from learnkit.distributed.world import backends, get_device, get_world_size, take_device
@@ -35,30 +36,40 @@ def shard_model(
     mixed_precision: Any = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Spread a model over the ranks in place (ZeRO-3, Rajbhandari et al., 2020); returns it. Alone, it only gets its
-    weights.
+    """Shard a model over the ranks in place (ZeRO-3, Rajbhandari et al., 2020).
 
-    blocks                      what is gathered at a time, while the rest stays spread: a class such as
-                                nn.TransformerEncoderLayer, the name of a module (of a ModuleList or Sequential: each of
-                                its members), or several. (): all at once
-    activation_checkpointing    compute each block's activations anew in the backward pass
-    cpu_offload                 keep weights, gradients and optimizer states in the CPU's memory, and step there
-    mixed_precision             torch.bfloat16: gather and compute in it, batch norm excepted, reduce in float32; or a
-                                MixedPrecisionPolicy
+    All ranks get rank 0's weights. Weights on the meta device are drawn, block by block, by each module's
+    `reset_parameters` from rank 0's random state, so that no rank ever has them all. In a world of one, this is all
+    that is done. Build the optimizer afterwards.
 
-    Rank 0's weights become everybody's; those on the meta device are drawn, block by block, by each module's
-    `reset_parameters` from rank 0's random state, so that no rank ever has them all. Build the optimizer afterwards.
+    Args:
+        model: the same on all ranks.
+        blocks: what is gathered at a time, while the rest stays sharded: a class such as nn.TransformerEncoderLayer,
+            the name of a module (for a ModuleList or Sequential: each of its members), or several. (): all at once.
+        activation_checkpointing: compute each block's activations again in the backward pass.
+        cpu_offload: keep weights, gradients and optimizer states in the CPU's memory, and step there.
+        mixed_precision: torch.bfloat16: gather and compute in it, except batch norm, and reduce in float32; or a
+            torch.distributed.fsdp.MixedPrecisionPolicy.
+        device: None: `get_device()`.
 
-    >>> shard_model(nn.Sequential(nn.Linear(2, 2)), blocks=nn.Linear)
-    Sequential(
-      (0): Linear(in_features=2, out_features=2, bias=True)
-    )
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when the model has no such block, or has parameters that cannot be sharded.
+        TypeError: when the model is sharded or wrapped already.
+
+    Example:
+        >>> shard_model(nn.Sequential(nn.Linear(2, 2)), blocks=nn.Linear)
+        Sequential(
+          (0): Linear(in_features=2, out_features=2, bias=True)
+        )
     """
     device = get_device() if device is None else device
     policy, found = as_policy(mixed_precision), find_blocks(model, blocks)
     if activation_checkpointing and not found:
         raise ValueError(
-            "activation_checkpointing=True has no blocks to compute anew: give blocks=, such as the class of the "
+            "activation_checkpointing=True has no blocks to compute again: give blocks=, such as the class of the "
             "layers."
         )
     if not needs_group():
@@ -92,7 +103,7 @@ def fully_shard(module: nn.Module, *, policy: Any, options: dict[str, Any], root
 
     if is_spared(module, policy):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # Only the outermost casts its outputs: predictions and losses are float32.
+    # Only the outermost module casts its outputs: predictions and losses are float32.
     if root and policy.param_dtype is not None and policy.output_dtype is None:
         policy = replace(policy, output_dtype=torch.float32)
     fully_shard(module, mp_policy=policy, **options)
@@ -103,7 +114,9 @@ def spared(model: nn.Module, policy: Any) -> list[nn.Module]:
 
 
 def is_spared(module: nn.Module, policy: Any) -> bool:
-    """Batch normalization keeps its weights, as its statistics, in float32: torch has it in no other mixture."""
+    """Whether a module is batch normalization, which keeps its weights in float32, like its statistics: torch supports
+    no other combination.
+    """
     return policy.param_dtype is not None and isinstance(module, _BatchNorm) and module.weight is not None
 
 
@@ -118,26 +131,23 @@ def check_shardable(model: nn.Module) -> None:
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise TypeError(
-            "the model is spread over the ranks already, which is for good: build it anew for other blocks or options."
+            "the model is sharded already, which cannot be undone: build it again for other blocks or options."
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("the model is wrapped in DistributedDataParallel: give the model itself.")
     scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
     if scalars:
-        raise ValueError(
-            f"parameters of no dimension cannot be spread over ranks: {', '.join(scalars[:5])}. Give them the shape "
-            f"(1,)."
-        )
+        raise ValueError(f"0-d parameters cannot be sharded: {', '.join(scalars[:5])}. Give them the shape (1,).")
     scattered = [name for name, p in model.named_parameters() if not p.is_contiguous()]
     if scattered:
         raise ValueError(
-            f"parameters that are not contiguous cannot be spread over ranks: {', '.join(scattered[:5])}. "
-            f"to_channels_last() and to_fsdp() do not go together; of other models make p.data contiguous."
+            f"parameters that are not contiguous cannot be sharded: {', '.join(scattered[:5])}. to_channels_last() "
+            f"cannot be combined with to_fsdp(); for other models, make p.data contiguous."
         )
     if getattr(FSDPModule, "reset_iter_state", None) is None:
         raise RuntimeError(
-            f"spreading a model over ranks needs a newer PyTorch than {torch.__version__}: the fully_shard of 2.15 is "
-            f"known to do. to_distributed() works with this one."
+            f"sharding a model needs a newer PyTorch than {torch.__version__}: the fully_shard of 2.15 is known to "
+            f"work. to_distributed() works with this one."
         )
 
 
@@ -154,15 +164,15 @@ def offload_policy(device: torch.device) -> Any:
 
 
 def check_offload() -> None:
-    """Shards in the CPU's memory are gathered, clipped and saved there: refuse a group that sends nothing from the
-    CPU.
+    """Raise RuntimeError when the group sends nothing from the CPU, where offloaded shards are gathered, clipped and
+    saved.
     """
     if "cpu" not in backends():
         given = ",".join(f"{kind}:{backend}" for kind, backend in backends().items())
         raise RuntimeError(
             f"cpu_offload=True keeps weights on the CPU, but the process group was made with backend {given!r}, which "
-            f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), leave it to learnkit, "
-            "which makes such a one, or leave cpu_offload out."
+            f"sends nothing from there. Make it with init_process_group('cpu:gloo,{given}'), let learnkit make it, or "
+            "leave cpu_offload out."
         )
 
 
@@ -176,7 +186,7 @@ def as_policy(mixed_precision: Any) -> Any:
     policy = mixed_precision
     if torch.float16 in (policy, getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
         raise ValueError(
-            "mixed_precision=torch.float16 overflows without a scaled loss: take torch.bfloat16, or learn.to_fp16(), "
+            "mixed_precision=torch.float16 overflows without a scaled loss: use torch.bfloat16, or learn.to_fp16(), "
             "which scales it."
         )
     if not isinstance(policy, MixedPrecisionPolicy):
@@ -189,8 +199,8 @@ def as_policy(mixed_precision: Any) -> Any:
 
 # --- blocks ------------------------------------------------------------------
 def find_blocks(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
-    """The modules that are meant, in the model's order; ValueError or TypeError where one of the blocks is none of
-    its.
+    """The modules that `blocks` names, in the model's order; raises ValueError or TypeError for a block that the model
+    does not have.
     """
     asked = [blocks] if isinstance(blocks, (str, type)) else list(blocks)
     found = {id(module) for block in asked for module in those_of(model, block)}
@@ -203,7 +213,7 @@ def those_of(model: nn.Module, block: Any) -> list[nn.Module]:
         if block not in named:
             near = difflib.get_close_matches(block, named, n=1) or [name for name, _ in model.named_children()][:8]
             raise ValueError(
-                f"blocks={block!r}: the model has no module of this name. Near it, or on its first level: "
+                f"blocks={block!r}: the model has no module of this name. Similar names, or its first level: "
                 f"{', '.join(near)}."
             )
         module = named[block]
@@ -218,14 +228,14 @@ def those_of(model: nn.Module, block: Any) -> list[nn.Module]:
             {type(module).__name__ for module in named.values() if next(module.parameters(), None) is not None}
         )
         raise ValueError(
-            f"blocks={block.__name__}: the model has no such module. Of those with weights it has "
+            f"blocks={block.__name__}: the model has no such module. Its modules with weights are "
             f"{', '.join(kinds[:12])}."
         )
     return modules
 
 
 def prefetch(blocks: list[nn.Module]) -> None:
-    """Each block's weights come while the one before is computed; in the backward pass, those of the one before it."""
+    """Gather each block's weights while the block before it (in the backward pass, after it) is computed."""
     chain: list[Any] = [block for block in blocks if is_fully_sharded(block)]
     for block, following in pairwise(chain):
         block.set_modules_to_forward_prefetch([following])
@@ -240,11 +250,10 @@ def materialize(
     shard: Callable[[nn.Module], None] | None = None,
     made: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Children first, give weights that are on the meta device numbers, and spread each block as soon as it is
-    complete.
+    """Initialize weights on the meta device, children first, and shard each block as soon as it is complete.
 
-    So every parameter is drawn in the order in which most models draw theirs when they are built. Parameters that
-    modules share stay shared. Raises ValueError for a module that has weights and no `reset_parameters`.
+    So parameters are drawn in the order in which most models draw them when they are built. Parameters that modules
+    share stay shared. Raises ValueError for a module that has weights and no `reset_parameters`.
     """
     made = {} if made is None else made
     for child in module.children():
@@ -274,14 +283,14 @@ def reset_of(module: nn.Module) -> Callable[[], None]:
             return reset  # type: ignore[return-value]
     names = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
     raise ValueError(
-        f"{type(module).__name__} has {', '.join(names)} on the meta device, and no reset_parameters() that would give "
-        f"them numbers: write one, or build the model on the CPU."
+        f"{type(module).__name__} has {', '.join(names)} on the meta device, and no reset_parameters() to initialize "
+        f"them: write one, or build the model on the CPU."
     )
 
 
 @contextmanager
 def shared_random_state(device: torch.device) -> Iterator[None]:
-    """Draw what rank 0 draws."""
+    """Put rank 0's random state on every rank; it is not restored."""
     torch.random.set_rng_state(broadcast_from_main(torch.random.get_rng_state()).cpu())
     if device.type != "cpu":
         module = torch.get_device_module(device)
@@ -291,9 +300,7 @@ def shared_random_state(device: torch.device) -> Iterator[None]:
 
 # --- passes ------------------------------------------------------------------
 def reshard(model: nn.Module) -> None:
-    """What a forward pass has left gathered is let go, and the model's parameters are the spread ones again. Sends
-    nothing.
-    """
+    """Free what a forward pass has left gathered: the model's parameters are the sharded ones again. Sends nothing."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -301,12 +308,18 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-class AsManyForwards(EpochOrder):
-    """A rank's batches of an evaluation; where other ranks have more, its last one goes through the model again,
-    unheard.
+def storages(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Each sharded parameter with its name and its storage, which an assignment to its `data` replaces."""
+    return [(name, p, p.untyped_storage()._cdata) for name, p in model.named_parameters() if is_shard(p)]
 
-    A forward pass gathers the weights of all ranks, so all must have equally many. `forward` takes a batch. Ranks
-    without any batch take rank 0's first. Loaders without a length cost one small collective a batch.
+
+class AsManyForwards(EpochOrder):
+    """A rank's batches of an evaluation; if other ranks have more, its last one goes through the model again, and the
+    result is ignored.
+
+    A forward pass gathers weights from all ranks, so all must do the same number of forward passes. `forward` takes a
+    batch. Ranks without any batch use rank 0's first one. Loaders without a length cost one small collective for each
+    batch.
     """
 
     def __init__(self, loader: Iterable[Any], n_own: int | None, forward: Callable[[Any], object]) -> None:
@@ -341,7 +354,7 @@ class AsManyForwards(EpochOrder):
             return bool(agree(has_batch))
         if has_batch and k >= self.n:
             raise ValueError(
-                f"a loader gives more batches than the {self.n} that its len() says, on which the ranks have counted: "
-                f"make its __len__ tell the truth."
+                f"a loader gives more batches than its len(), {self.n}, which the ranks have relied on: correct its "
+                f"__len__."
             )
         return k < self.n

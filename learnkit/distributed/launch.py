@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
-"""Starts ranks on this machine from a notebook or a plain script, and ends them all together."""
+"""Start ranks on this machine from a notebook or a plain script, and end them all together."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from learnkit.distributed.process import (
 )
 from learnkit.distributed.world import destroy_process_group, get_rank, get_world_size, has_group
 
-# seconds in which the others may end by themselves after one has failed, longer than guards take to see it; then
+# seconds in which the others may end by themselves after one has failed, longer than guards need to see it; then
 # SIGTERM
 END_GRACE = 1.0
 KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
-IN_USE = (
-    "{} is in use in this process already, or was asked for in a way that starts it, such as torch.cuda.is_available()"
-)
+IN_USE = "{} is in use in this process already, or was started by a question such as torch.cuda.is_available()"
 
 
 class RankFailed(RuntimeError):
-    """A rank that `launch` started failed; the message ends with its traceback. `rank` is the first one to fail.
+    """Raised when a rank that `launch` started has failed. Its `rank` is the first one to fail; the message ends with
+    that rank's traceback.
 
-    >>> try: raise RankFailed(1, 2, "ValueError: bad", "Traceback …")
-    ... except RankFailed as failure: print(failure.rank)
-    1
+    Example:
+        >>> try: raise RankFailed(1, 2, "ValueError: bad", "Traceback …")
+        ... except RankFailed as failure: print(failure.rank)
+        1
     """
 
     def __init__(self, rank: int, world_size: int, reason: str, stack: str = "") -> None:
@@ -68,13 +68,26 @@ def launch(
     every_rank: bool = False,
     start_method: str | None = None,
 ) -> Any:
-    """Calls `fn(*args)` in `nprocs` new processes, the ranks, and returns what rank 0 returned, its tensors on the CPU.
+    """Call `fn(*args)` in `nprocs` new processes, the ranks.
 
-    `every_rank=True` returns the list of what all returned. In `fn`, `init_process_group()` or
-    `Learner.to_distributed()` joins them; each rank has its share of the cores as threads. nprocs=1 calls `fn` here.
-    Ranks are forked, so `fn` may be a notebook's. Where the accelerator is in use here already, or was asked for by
-    `torch.cuda.is_available()`, they are spawned, and `fn` must be importable. Raises RankFailed with the culprit's
-    traceback, TimeoutError after `timeout` seconds; no rank outlives the call, nor this process.
+    In `fn`, `init_process_group()` or `Learner.to_distributed()` joins them; each rank has its share of the cores as
+    threads. No rank outlives the call, or this process.
+
+    Args:
+        fn: the function. Ranks are forked, so it may be defined in a notebook. If the accelerator is in use here
+            already, or `torch.cuda.is_available()` was called, they are spawned, and `fn` must be importable.
+        nprocs: the number of ranks; 1: `fn` is called in this process.
+        *args: the arguments of `fn`.
+        timeout: seconds until TimeoutError; None: no limit.
+        every_rank: whether to return what every rank has returned.
+        start_method: "fork" or "spawn"; None: as described for `fn`.
+
+    Returns:
+        What rank 0 has returned, or with `every_rank=True` the list of what all ranks have; tensors on the CPU.
+
+    Raises:
+        RankFailed: when a rank fails, with the traceback of the first one.
+        TimeoutError: after `timeout` seconds.
     """
     check_can_launch(fn, nprocs, start_method)
     if nprocs == 1:
@@ -91,8 +104,8 @@ def launch(
 
 
 def open_store() -> dist.TCPStore:
-    """Served by this process, to this machine alone (left to itself, TCPStore listens to all). Port 0: one that is
-    free.
+    """A store that this process serves to this machine alone (by default, TCPStore listens on all interfaces). Port 0
+    is a free one.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -107,15 +120,15 @@ def choose_start_method(fn: Callable[..., Any]) -> str:
     if not can_import(fn):
         why = IN_USE.format(lost) if can_fork else "this system does not fork processes"
         raise RuntimeError(
-            f"launch cannot start {fn!r}: {why}, so ranks must import the function, and one of a notebook, a lambda "
-            "or one that is defined in another function cannot be imported. Restart the kernel and use the accelerator "
-            "only inside the function, or move the function into a .py file."
+            f"launch cannot start {fn!r}: {why}, so ranks must import the function, and a function of a notebook, a "
+            "lambda or a nested function cannot be imported. Restart the kernel and use the accelerator only inside "
+            "the function, or move the function into a .py file."
         )
     return "spawn"
 
 
 def can_import(fn: Callable[..., Any]) -> bool:
-    """Whether a new process finds the function; a script is run there once more, without its main guard's block."""
+    """Whether a new process can import the function; a script is run there again, without its main guard's block."""
     if getattr(fn, "__module__", None) == "__main__" and getattr(sys.modules["__main__"], "__file__", None) is None:
         return False
     try:
@@ -128,12 +141,12 @@ def can_import(fn: Callable[..., Any]) -> bool:
 def lost_by_fork() -> torch.device | None:
     """The accelerator of this machine that a forked child of this process could not use; None: there is none.
 
-    Whoever asks torch for a GPU may have started CUDA, with `torch.cuda.is_available()` too, of which
-    `torch.cuda.is_initialized()` says nothing (torch 2.15). A forked child knows: it takes about 15 ms, and none where
-    there is no driver or torch was built for the CPU alone. The accelerator is asked for only if that child is lost, as
-    the question may be what loses it.
+    A question for a GPU may have started CUDA, `torch.cuda.is_available()` too, and `torch.cuda.is_initialized()` does
+    not show it (torch 2.15). A forked child does: this takes about 15 ms, and no time where there is no driver or torch
+    was built for the CPU alone. The accelerator is asked for only if that child could not use it, because the question
+    may start CUDA.
 
-    MPS is not asked about: a machine has one such device, which ranks cannot share, so theirs is the CPU.
+    MPS is not checked: a machine has one such device, which ranks cannot share, so they use the CPU.
     """
     kind = torch.accelerator.current_accelerator()
     if kind is None or kind.type == "mps" or not hasattr(os, "fork"):
@@ -179,9 +192,9 @@ def check_can_launch(fn: Callable[..., Any], nprocs: int, method: str | None) ->
 class RankProcesses:
     """The processes of one `launch`: started, watched and ended by one thread.
 
-    A thread of its own, for OpenMP's sake: a forked copy of a thread that has run an OpenMP loop hangs in its next one
-    (torch 2.15 with GNU's libgomp: a matmul with two threads before and after, always), the copy of a fresh thread does
-    not. It lives as long as the ranks, as the kernel kills them when the thread that started them ends.
+    It is a new thread because of OpenMP: a forked copy of a thread that has run an OpenMP loop hangs in its next one
+    (torch 2.15 with GNU's libgomp: a matmul with two threads before and after, always), the copy of a new thread does
+    not. It lives as long as the ranks, because the kernel kills them when the thread that started them ends.
     """
 
     def __init__(
@@ -199,17 +212,17 @@ class RankProcesses:
 
     def run(self, timeout: float | None) -> list[Any]:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else each rank prints what is waiting once more
+            stream.flush()  # else each rank prints again what is buffered
         thread = threading.Thread(target=self.supervise, args=(timeout,), name="launch")
         thread.start()
         try:
             self.finished.wait()
-        finally:  # Ctrl-C, say
+        finally:  # for example after Ctrl-C
             self.cancelled.set()
             thread.join()
         if self.error is not None:
             raise self.error
-        return [pickle.loads(self.answers[rank]) for rank in range(self.nprocs)]  # from our own children
+        return [pickle.loads(self.answers[rank]) for rank in range(self.nprocs)]  # pickled by our own child processes
 
     def supervise(self, timeout: float | None) -> None:
         try:
@@ -243,7 +256,7 @@ class RankProcesses:
         self.receivers.append(receiver)
 
     def environment(self, rank: int) -> dict[str, str]:
-        """As torchrun sets it; the store is served by this process, as torchrun's is by its agent."""
+        """The variables that torchrun sets; this process serves the store, as torchrun's agent does."""
         n = str(self.nprocs)
         return {
             "RANK": str(rank),
@@ -265,7 +278,7 @@ class RankProcesses:
         while len(self.answers) < self.nprocs and not self.cancelled.is_set():
             waiting = [r for rank, r in enumerate(self.receivers) if rank not in self.answers]
             connection.wait(waiting, 0.05)
-            # An exit code is asked for first: what a rank sent before it ended is then there to be read.
+            # Exit codes are read first: what a rank has sent before it ended can then be received.
             codes = [process.exitcode for process in self.processes]
             for rank in range(self.nprocs):
                 self.receive(rank)
@@ -282,8 +295,8 @@ class RankProcesses:
             self.answers[rank] = self.receivers[rank].recv_bytes()
 
     def failure(self) -> RankFailed:
-        """Names the first to fail. The others fail because of it, perhaps sooner noticed; a killed one leaves no
-        note.
+        """The error that names the first rank to fail. Others fail because of it, and may be noticed earlier; a killed
+        rank leaves no note.
         """
         deadline = time.monotonic() + 0.5
         while not (culprits := self.culprits()) and time.monotonic() < deadline:
@@ -293,7 +306,7 @@ class RankProcesses:
         return RankFailed(rank, self.nprocs, notes[rank]["message"], notes[rank]["stack"])
 
     def notes(self) -> dict[int, dict[str, Any]]:
-        """What each failed rank left: its note, else how it ended."""
+        """What is known of each failed rank: its note, else how it ended."""
         notes = {rank: read_failure(str(self.note(rank))) for rank in range(self.nprocs)}
         for rank, process in enumerate(self.processes):
             if notes[rank] is not None or process.exitcode is None:
@@ -314,10 +327,10 @@ class RankProcesses:
         late = [rank for rank in range(self.nprocs) if rank not in self.answers]
         for rank in late:
             os.kill(self.processes[rank].pid, signal.SIGUSR1)  # shows where it is, on standard error
-            time.sleep(0.2)  # written piece by piece: two at a time would mix
+            time.sleep(0.2)  # written in pieces: those of two ranks would mix
         return TimeoutError(
             f"launch: ranks {late} of {self.nprocs} were still running after {timeout:g} s; "
-            "where they were stands on standard error."
+            "standard error shows where they were."
         )
 
     def end(self) -> None:
@@ -339,7 +352,7 @@ def forking() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()  # see run_rank
     try:
-        with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads; ours only waits
+        with warnings.catch_warnings():  # Python 3.12 warns of a fork with other threads; ours only waits
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
@@ -357,13 +370,13 @@ def run_rank(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """What each new process does."""
+    """The main function of each new process."""
     die_with_parent(parent)
-    # The store's thread asks for the name of each rank that connects; a copy made meanwhile has the resolver's lock
-    # held for ever, and hangs in its own TCPStore (glibc, torch 2.15: 1 of 700 launches of 3 ranks).
+    # The store's thread looks up the name of each rank that connects; a process that is forked during this has the
+    # resolver's lock held for ever, and hangs in its own TCPStore (glibc, torch 2.15: 1 of 700 launches of 3 ranks).
     all_started.wait()
-    # What came along from the parent is never collected here: objects that own a thread there, such as a store of an
-    # earlier group in a cycle of garbage, have none here, and their destructors crash (torch 2.15: segmentation fault).
+    # The parent's objects are never collected here: those with a thread there, such as a store of an earlier group in a
+    # cycle of garbage, have none here, and their destructors crash (torch 2.15: segmentation fault).
     gc.freeze()
     if collecting:
         gc.enable()
@@ -381,7 +394,7 @@ def run_rank(
 
 
 def result_of(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A function written like a script may end with sys.exit(0)."""
+    """Return what the function returns; None if it ends with sys.exit(0), as a script may."""
     try:
         return fn(*args)
     except SystemExit as leave:
@@ -403,8 +416,8 @@ def as_answer(result: Any) -> bytes:
 
 
 class Answer(pickle.Pickler):
-    """What a rank returns, with the tensors of its device on the CPU: else the parent would use each rank's device, and
-    could then not fork ranks that do.
+    """Pickle what a rank returns with its device's tensors on the CPU: else the parent would use each rank's device,
+    and could then not fork ranks that use it.
     """
 
     def reducer_override(self, obj: Any) -> Any:
@@ -427,7 +440,7 @@ def exit_reason(code: int) -> str:
 
 
 def loopback() -> str:
-    """The interface for ranks of one machine: the one of the host's name may be slow, or firewalled."""
+    """The interface for ranks of one machine: that of the host's name may be slow, or blocked by a firewall."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 

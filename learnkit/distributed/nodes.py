@@ -1,4 +1,4 @@
-"""How many nodes torchrun was told that a job may have, and whether more can come."""
+"""How many nodes torchrun allows a job to have, and whether more can join."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from learnkit.distributed.process import parent_arguments, parent_is_torchrun
 
 NO_NODE_CAN_JOIN = (
     "torchrun was started with --nnodes={nodes}, but torch (2.15) does not tell a node that joins later where the "
-    "job's store is: all of it would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun."
+    "job's store is: the whole job would end a minute after. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each "
+    "torchrun."
 )
 
 
 def warn_where_no_node_can_join() -> None:
-    """Where the number of nodes may change, torchelastic must not share its store: only the first to start tells others
-    where it is.
+    """Warn when the number of nodes may change and torchelastic shares its store: only nodes of the first start get to
+    know where it is.
     """
     nodes = os.environ.get("PET_NNODES") or (elastic_nodes(parent_arguments()) if parent_is_torchrun() else "")
     if is_range(nodes):
@@ -25,7 +26,7 @@ def warn_where_no_node_can_join() -> None:
 
 
 def elastic_nodes(arguments: Sequence[str]) -> str:
-    """The value of torchrun's --nnodes, or "".
+    """Return the value of torchrun's --nnodes, or "".
 
     >>> elastic_nodes(["torchrun", "--nnodes=1:4", "train.py"])
     '1:4'

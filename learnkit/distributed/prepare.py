@@ -1,4 +1,4 @@
-"""A model and an optimizer for a loop of one's own: what `learn.to_distributed` does to them, with the same options."""
+"""A model and an optimizer for your own training loop, prepared as by `learn.to_distributed`, with the same options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from learnkit.distributed.weights import reduce_after_backward, share_weights
 from learnkit.distributed.world import get_device, take_device
 
 UNPREPARED = (
-    "algorithm={name!r} averages the weights after the optimizer's steps, and knows no optimizer of this model yet: "
+    "algorithm={name!r} averages the weights after the optimizer's steps, and has no optimizer of this model yet: "
     "write optimizer = prepare_optimizer(optimizer, model) before the loop."
 )
 
@@ -40,21 +40,34 @@ def prepare_model(
     gradient_order: Sequence[str] = (),
     **ddp_options: Any,
 ) -> nn.Module:
-    """The model on this rank's device, wrapped in DistributedDataParallel unless alone; rank 0's weights and buffers
-    become everybody's.
+    """Move the model to this rank's device, and wrap it in DistributedDataParallel, unless in a world of one.
 
-    device          another one than `get_device(local_rank)`
-    algorithm, period, warmup_steps, rank, sync_bn      as in `Learner.to_distributed`; those that average weights need
-                                                        `prepare_optimizer`
-    delay_allreduce one reduction of all gradients when a backward pass is over, of which a step may have several; the
-    model is not wrapped mixed_precision torch.bfloat16 or torch.float16: forward passes by autocast, outputs in
-    float32; float16 needs a torch.amp.GradScaler
-    gradient_order  what `gradient_order_of` has said of the model in an earlier run, from which this one resumes
-    ddp_options     DistributedDataParallel's; gradients are views into its buckets unless you say otherwise
+    All ranks get rank 0's weights and buffers. Build the optimizer from the model afterwards. A model without trainable
+    weights is not wrapped. For a model that is too large for one rank, use `shard_model`. What the algorithm keeps from
+    step to step is in `communication_of(model).state_dict(optimizer)`.
 
-    Build the optimizer from the model afterwards. A model without trainable weights is not wrapped. For a model that no
-    rank can hold, `shard_model`. What the algorithm keeps from step to step is in
-    `communication_of(model).state_dict(optimizer)`.
+    Args:
+        model: the same on all ranks.
+        local_rank: this process's number on its machine; None: `get_local_rank()`.
+        device: None: `get_device(local_rank)`.
+        algorithm: as in `Learner.to_distributed`; those that average weights need `prepare_optimizer`.
+        period: as in `Learner.to_distributed`.
+        warmup_steps: as in `Learner.to_distributed`.
+        rank: as in `Learner.to_distributed`.
+        sync_bn: as in `Learner.to_distributed`.
+        delay_allreduce: one reduction of all gradients after each backward pass, of which a step may have several; the
+            model is not wrapped.
+        mixed_precision: torch.bfloat16 or torch.float16: forward passes with autocast, outputs in float32; float16
+            needs a torch.amp.GradScaler.
+        gradient_order: what `gradient_order_of` returned for the model in the earlier run that this one resumes.
+        **ddp_options: DistributedDataParallel's; gradient_as_bucket_view is True by default.
+
+    Returns:
+        The model, or DistributedDataParallel.
+
+    Raises:
+        ValueError: for options that do not fit together, or when the ranks have different models.
+        TypeError: when the model is wrapped already.
     """
     chosen = as_algorithm(algorithm, period=period, warmup_steps=warmup_steps, rank=rank)
     if delay_allreduce and chosen.name != "allreduce":
@@ -93,11 +106,11 @@ def prepare_model(
 
 
 class InOrder(DistributedDataParallel):
-    """DistributedDataParallel whose buckets are from its first step on what they are otherwise from the second one on.
+    """DistributedDataParallel that uses, from its first step on, the buckets that it otherwise uses from the second on.
 
-    It collects gradients in buckets in the order in which they are ready, which it learns in its first step. Where a
-    gradient lies in its bucket decides in which order three or more ranks add it up: of a fit that is resumed, the
-    first step would round in another way.
+    DDP collects gradients in buckets in the order in which they are ready, which it learns in its first step. The place
+    of a gradient in its bucket decides the order in which three or more ranks add it up: without this, the first step
+    of a resumed fit would round differently.
     """
 
     def __init__(self, model: nn.Module, gradient_order: Sequence[str], **options: Any) -> None:
@@ -114,9 +127,15 @@ class InOrder(DistributedDataParallel):
 
 
 def gradient_order_of(model: nn.Module) -> list[str]:
-    """The names of the parameters of a model that `prepare_model` has wrapped, in the order in which their gradients
-    are collected from its second step on; [] before that is known (with static_graph=True after the second step), or
-    where it is always the same. All ranks must call it, between two steps.
+    """Return the names of the parameters in the order in which DDP collects their gradients from its second step on.
+
+    All ranks must call it, between two steps.
+
+    Args:
+        model: as `prepare_model` returned it.
+
+    Returns:
+        [] before the order is known (with static_graph=True, after the second step), or if it is always the same.
     """
     if not isinstance(model, DistributedDataParallel) or model.logger is None:
         return []
@@ -136,15 +155,25 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, which algorithm={name!r} has none of: take one."
+ONE_REDUCTION = "delay_allreduce is one all-reduce of all gradients, and algorithm={name!r} has none: use one of them."
 
 
 def prepare_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-    """The same optimizer, after whose steps the weights are averaged where the `algorithm` of `prepare_model` does so;
-    else as it is.
+    """Average the weights after the optimizer's steps, if the `algorithm` of `prepare_model` does so.
 
-    >>> model = prepare_model(nn.Linear(2, 2), algorithm="local_sgd")
-    >>> optimizer = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    Args:
+        optimizer: built from the parameters of `model`.
+        model: as `prepare_model` returned it.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        ValueError: when the optimizer has none of the model's parameters.
+
+    Example:
+        >>> model = prepare_model(nn.Linear(2, 2), algorithm="local_sgd")
+        >>> optimizer = prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
     """
     communication = communication_of(model)
     if communication is not None:
@@ -159,15 +188,15 @@ def prepare_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
 
 
 def communication_of(model: nn.Module) -> Communication | None:
-    """The algorithm at work on a model that `prepare_model` has wrapped; None where gradients are all-reduced, or
-    alone.
+    """Return the algorithm of a model that `prepare_model` has wrapped; None if gradients are all-reduced, or in a
+    world of one.
     """
     found = model.__dict__.get("communication")
     return found if isinstance(found, Communication) else None
 
 
 def communicate(ddp: DistributedDataParallel, communication: Communication) -> None:
-    """Keep the algorithm with its model; a training loop that never told it its optimizer hears of it before its second
+    """Keep the algorithm with its model; without a call of `prepare_optimizer`, an error is raised before the second
     step.
     """
     object.__setattr__(ddp, "communication", communication)  # no module, and no part of its state
@@ -187,7 +216,7 @@ def communicate(ddp: DistributedDataParallel, communication: Communication) -> N
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Let the model's forward run by autocast, and give float32."""
+    """Make the model's forward run with autocast, and return float32."""
     forward: Callable[..., Any] = model.forward
 
     @wraps(forward)
@@ -200,9 +229,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """What DistributedDataParallel wraps; any other model as it is.
+    """Return the model that DistributedDataParallel wraps; any other model is returned unchanged.
 
-    For evaluation and for saving: DDP's own forward waits for the other ranks (it shares buffers), which may have fewer
-    batches, and its state_dict says `module.` before every name.
+    Use it for evaluation and for saving: DDP's forward waits for the other ranks (it shares buffers), which may have
+    fewer batches, and its state_dict has `module.` before every name.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model

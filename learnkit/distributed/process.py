@@ -1,4 +1,4 @@
-"""Processes of this machine: whether they live, dying with the parent, and the note that a failed one leaves."""
+"""Processes of this machine: whether they run, how they end with their parent, and the note of a failed one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable in which torchrun names t
 
 @functools.cache
 def machine_id() -> str:
-    """The same for two processes if they share a machine and see each other: boot, process namespace, host name."""
+    """The same text for two processes that share a machine and see each other: boot, process namespace, host name."""
     seen = [platform.node()]
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -36,7 +36,7 @@ def machine_id() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that has ended but was not yet reaped does not."""
+    """Whether a process of this machine runs; a process that has ended but was not yet reaped does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -53,12 +53,12 @@ def is_alive(pid: int) -> bool:
 
 
 def die_with_parent(parent: int) -> bool:
-    """Lets the kernel kill this process when the thread that started it ends; returns whether it will (Linux only)."""
+    """Make the kernel kill this process when the thread that started it ends; returns whether it will (Linux only)."""
     if sys.platform != "linux":
         return False
     done = ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before this call
     return done
 
 
@@ -74,7 +74,7 @@ def parent_is_torchrun() -> bool:
 
 
 def parent_arguments() -> list[str]:
-    """Of the command that started this process's parent, as far as that can be seen."""
+    """The command line of this process's parent; [] where it cannot be read."""
     try:
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
             return file.read().decode(errors="replace").split("\0")
@@ -83,9 +83,9 @@ def parent_arguments() -> list[str]:
 
 
 def record_failure(message: str, stack: str, *, dragged_along: bool = False, delay: float = 0.0) -> None:
-    """Leaves the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest.
+    """Write the note that a launcher reads, as torchrun's `record` does. Of several, torchrun shows the earliest.
 
-    `delay` dates it later, in seconds: for a rank that only ends because another one failed.
+    `delay` dates it later, in seconds, for a rank that ends only because another one has failed.
     """
     path = os.environ.get(ERROR_FILE)
     if not path:
@@ -100,7 +100,7 @@ def record_failure(message: str, stack: str, *, dragged_along: bool = False, del
 
 
 def note_failure(error: BaseException, *, dragged_along: bool = False) -> None:
-    """The note of an error that is on its way out; of one that it was raised from there is a note already."""
+    """Write the note of an error that is being raised, unless there is one of an error that it was raised from."""
     global _noted
     seen: BaseException | None = error
     while seen is not None:
@@ -112,7 +112,7 @@ def note_failure(error: BaseException, *, dragged_along: bool = False) -> None:
 
 
 def discard_failure() -> None:
-    """Takes the note back."""
+    """Remove the note."""
     with suppress(OSError):
         os.unlink(os.environ.get(ERROR_FILE, ""))
 
@@ -135,12 +135,12 @@ def read_failure(path: str) -> dict[str, Any] | None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether this error only says that another rank, or the way to it, is gone."""
+    """Whether this error only shows that another rank, or the connection to it, is gone."""
     return isinstance(error, (RuntimeError, ConnectionError)) and LOST.search(str(error)) is not None
 
 
 def stack_of(thread: threading.Thread) -> str:
-    """Where a thread is, innermost last, without what `launch` and `multiprocessing` put around it; "" if it has
+    """A thread's stack, innermost frame last, without the frames of `launch` and `multiprocessing`; "" if it has
     ended.
     """
     frame = sys._current_frames().get(thread.ident or -1)

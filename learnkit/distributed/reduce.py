@@ -1,13 +1,13 @@
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
-"""What ranks tell each other: sums, rows, plain objects and flags.
+"""What ranks send to each other: sums, rows, plain objects and flags.
 
-Sums and counts travel, never means; lengths travel before rows. Nothing here unpickles what another process sent:
-objects travel as JSON together with the raw bytes of their tensors.
+Sums and counts are sent, never means; lengths are sent before rows. Nothing here unpickles what another process has
+sent: objects are sent as JSON, together with the raw bytes of their tensors.
 
-One rule says where tensors travel, the same on all ranks, as a collective on the CPU never meets one on a device: on
-the CPU, unless a rank has something to send that is on its device, which then all use; ranks that have nothing to send,
-or have it on the CPU, follow. A group that has a backend for one of the two alone leaves no choice. Flags, counts and
-texts are on the host.
+All ranks must send from the same kind of device, because a collective on the CPU never meets one on a device. The rule:
+tensors are sent from the CPU, unless a rank has one on its device; then all ranks send from their devices, also those
+that have nothing to send, or have it on the CPU. If the group has a backend for only one of the two, that one is used.
+Flags, counts and texts are sent from the CPU.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from learnkit.devices.staging import is_dense, packed
 from learnkit.distributed.process import is_alive, machine_id
 from learnkit.distributed.world import COMMAND, backends, get_rank, get_store, get_world_size, has_group, own_device
 
-HEADER = 1024  # bytes that always travel first: most descriptions fit, and then need no second round
-BUCKET = 64 * 2**20  # bytes of tensors that are sent as one: a model is not held twice while it is shared
-_n_turns = 0  # of rank0_first, the same on every rank
-_n_collectives = 0  # of those below that this rank has come to: at one place of a program the same on every rank
-_turns: dict[str, tuple[int, int]] = {}  # of on_main, by name: (collectives before it, turns since the last of them)
+HEADER = 1024  # bytes that are always sent first: most descriptions fit, and then need no second collective
+BUCKET = 64 * 2**20  # bytes of tensors that are sent as one: no second copy of a model is made to send it
+_n_turns = 0  # calls of rank0_first, the same on every rank
+_n_collectives = 0  # of this module, on this rank: at one place of a program the same on every rank
+_turns: dict[str, tuple[int, int]] = {}  # of on_main, by name: (collectives before it, calls since the last of them)
 _machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> (rank, pid) of this machine's first
 
 
@@ -42,16 +42,16 @@ _machines: dict[tuple[int, int], tuple[int, int]] = {}  # (rank, world size) -> 
 
 
 def agree(flag: int) -> int:
-    """The largest `flag` of all ranks (for bools: whether any is true), the same on every rank.
+    """Return the largest `flag` of all ranks (for bools: whether any is true), the same on every rank.
 
-    One number in one collective, on the CPU where the group has a CPU backend, so no device is waited for. Signal
-    handlers run while it waits.
+    One number in one collective, on the CPU if the group has a CPU backend, so it waits for no device. Signal handlers
+    run while it waits.
     """
     return type(flag)(agree_all([int(flag)])[0])
 
 
 def agree_all(numbers: Sequence[int]) -> list[int]:
-    """Of each number the largest that a rank gave, in one collective; all give equally many."""
+    """The largest of all ranks for each number, in one collective; all ranks give equally many."""
     if not needs_group():
         return list(numbers)
     values = torch.tensor(numbers, dtype=torch.int64, device=host())
@@ -60,17 +60,23 @@ def agree_all(numbers: Sequence[int]) -> list[int]:
 
 
 def barrier() -> None:
-    """Waits until every rank is here. Ctrl-C and other signals are still heard."""
+    """Wait until every rank is here. Ctrl-C and other signals are still handled."""
     agree(0)
 
 
 def all_sum(tensors: Any) -> Any:
-    """The sums over all ranks of a tensor, a number, or a nested list, tuple or dict of them, in the same structure.
+    """Return the sums over all ranks of a tensor, a number, or a nested list, tuple or dict of them.
 
-    One collective for the sums however many there are, and one number on the CPU before it where the group has backends
-    for the CPU and for a device: a rank may have on the CPU what others have on their device. As float64 (float32 on a
-    device without it), or exactly as int64 if all are whole numbers or bools. What was given stays as it is; results
-    have its shapes, devices and dtypes (bools count as int64, half precision as float32).
+    One collective for all sums; before it one number on the CPU, if the group has backends for the CPU and for a
+    device, because a rank may have on the CPU what others have on their device. Sums are computed in float64 (float32
+    on a device without it), or exactly in int64 if all are whole numbers or bools.
+
+    Args:
+        tensors: not changed.
+
+    Returns:
+        The same structure, with the shapes, devices and dtypes that were given (int64 for bools, float32 for half
+        precision).
     """
     leaves = list(leaves_of(tensors))
     if not leaves:
@@ -110,12 +116,17 @@ def as_given(total: Tensor, given: Tensor, leaf: Any) -> Any:
 
 
 def gather_for_metrics(tensors: Any) -> Any:
-    """The rows of all ranks, in rank order, of a tensor or a nested list, tuple or dict of them, on every rank.
+    """Return the rows of all ranks, in rank order, of a tensor or a nested list, tuple or dict of them, on every rank.
 
-    Ranks may hold different numbers of rows, or none; a rank without any batch gives None. Where each rank holds its
-    contiguous part of a global batch (see `shard_batch`) the result is the global batch in order. Numbers and 0-d
-    tensors become one row a rank. Two collectives, whatever the structure. Raises ValueError on all ranks where rows do
-    not fit.
+    If each rank has its contiguous part of a global batch (see `shard_batch`), the result is the global batch in order.
+    Two collectives, whatever the structure.
+
+    Args:
+        tensors: of shape `(rows, …)`; ranks may have different numbers of rows, or none. A rank without any batch gives
+            None. Numbers and 0-d tensors become one row for each rank.
+
+    Raises:
+        ValueError: on all ranks, when shapes differ beyond the first dimension, or dtypes differ.
     """
     shares = [share for share in gather_objects(tensors) if share is not None]
     if not shares:
@@ -128,7 +139,7 @@ def gather_for_metrics(tensors: Any) -> Any:
 
 
 def joined(rows: Sequence[Tensor]) -> Tensor:
-    """Concatenates; a rank without rows need not know the others' shape or dtype."""
+    """Concatenate; a rank without rows need not know the others' shape or dtype."""
     rows = [t.reshape(1) if t.ndim == 0 else t for t in rows]
     filled = [t for t in rows if len(t)] or [rows[0]]
     device = next(
@@ -142,11 +153,16 @@ def joined(rows: Sequence[Tensor]) -> Tensor:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """What each rank gave, in rank order, on every rank: None, bools, numbers, strings, tensors, and lists, tuples or
-    dicts of them, nested at will.
+    """Return every rank's object, in rank order, on every rank.
 
-    Tensors of a device arrive on the receiver's own. Other types raise TypeError, on all ranks.
-    (`torch.distributed.all_gather_object` takes anything, by pickle.)
+    (`torch.distributed.all_gather_object` takes any object, by pickle.)
+
+    Args:
+        obj: None, a bool, number, string or tensor, or a nested list, tuple or dict of them. Tensors on a device arrive
+            on the receiver's device.
+
+    Raises:
+        TypeError: on all ranks, when a rank gives another type.
     """
     if not needs_group():
         return [obj]
@@ -159,8 +175,9 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def gather_on_main(obj: Any) -> list[Any]:
-    """As `gather_objects`, for rank 0 alone; [] on the others. All ranks come here. Tensors arrive on the CPU, where
-    the group has it.
+    """Return every rank's object on rank 0, as `gather_objects` does, and [] on the others. All ranks must call it.
+
+    Tensors arrive on the CPU, if the group has a backend for it.
     """
     if not needs_group():
         return [obj]
@@ -183,8 +200,8 @@ def gather_on_main(obj: Any) -> list[Any]:
 
 
 def broadcast_from_main(obj: Any = None) -> Any:
-    """Rank 0's object on every rank; what the others give is ignored. For the types that `gather_objects` takes, which
-    arrive as there.
+    """Return rank 0's object on every rank; the other ranks' objects are ignored. It takes the types that
+    `gather_objects` takes.
     """
     if not needs_group():
         return obj
@@ -203,11 +220,10 @@ def broadcast_from_main(obj: Any = None) -> Any:
 
 
 def broadcast_into(tensors: Sequence[Tensor]) -> None:
-    """Puts rank 0's values in the place of these tensors' on every rank, in buckets of up to `BUCKET` bytes.
+    """Copy rank 0's values into these tensors on every rank, in buckets of up to `BUCKET` bytes.
 
-    Two numbers travel before them, by which ranks know that all have the same shapes, dtypes and devices; where devices
-    alone differ, each tensor travels as the rule above says. Raises ValueError on all ranks where shapes or dtypes
-    differ.
+    Two numbers are sent before, which show whether all ranks have the same shapes, dtypes and devices; if only devices
+    differ, each tensor is sent by the rule above. Raises ValueError on all ranks if shapes or dtypes differ.
     """
     if not needs_group() or not tensors:
         return
@@ -218,7 +234,7 @@ def broadcast_into(tensors: Sequence[Tensor]) -> None:
 
 
 def devices_of_all(tensors: Sequence[Tensor]) -> list[bool]:
-    """Of each tensor whether it is on a device on any rank, and so travels between devices."""
+    """For each tensor, whether it is on a device on any rank, and so is sent between devices."""
     always = "cpu" not in backends()
     own = [[str(t.dtype).removeprefix("torch."), list(t.shape), always or on_device(t)] for t in tensors]
     found = hashed(own)
@@ -241,7 +257,7 @@ def in_words(row: Sequence[Any] | None) -> str:
 
 
 def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator[tuple[list[Tensor], torch.device]]:
-    """The tensors in order, those that are sent as one together, and the device on which they are sent."""
+    """The tensors in order, in lists that are sent as one, and the device from which each list is sent."""
     for places in (True, False):
         bucket: list[Tensor] = []
         chosen = [t for t, on in zip(tensors, on_device, strict=True) if on is places and t.numel()]
@@ -256,7 +272,7 @@ def in_buckets(tensors: Sequence[Tensor], on_device: Sequence[bool]) -> Iterator
 
 
 def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
-    if len(tensors) == 1 and tensors[0].device == device and is_dense(tensors[0]):  # perhaps a large one: in place
+    if len(tensors) == 1 and tensors[0].device == device and is_dense(tensors[0]):  # it may be large: in place
         finish_collective(dist.broadcast(packed(tensors[0]), 0, async_op=True), device)
         return
     payload = as_payload(tensors, device)
@@ -269,12 +285,14 @@ def broadcast_bucket(tensors: list[Tensor], device: torch.device) -> None:
 
 
 def hashed(value: Any) -> int:
-    """A number of 63 bits: the same where the value, of plain types, is the same."""
+    """A number of 63 bits, the same for equal values of plain types."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def raise_for(descriptions: Sequence[Mapping[str, Any]]) -> None:
-    """A rank that cannot describe its object says so to all: raising alone would leave the others waiting."""
+    """Raise the errors of ranks that cannot describe their objects, on all ranks: else the others would wait for
+    ever.
+    """
     errors = [f"rank {rank}: {d['error']}" for rank, d in enumerate(descriptions) if "error" in d]
     if errors:
         raise TypeError("; ".join(errors))
@@ -295,7 +313,9 @@ def described(obj: Any) -> tuple[str, list[Tensor]]:
 
 
 def encoded(obj: Any, tensors: list[Tensor]) -> Any:
-    """JSON-able; tensors are put aside. Containers become [kind, ...], so that tuples and whole-number keys survive."""
+    """A value that JSON takes; tensors are appended to `tensors`. Containers become [kind, ...], so that tuples and
+    whole-number keys are kept.
+    """
     if obj is None or isinstance(obj, (bool, int, float, str)):
         return obj
     if isinstance(obj, Tensor) and obj.is_meta:
@@ -317,7 +337,7 @@ def encoded(obj: Any, tensors: list[Tensor]) -> Any:
 
 
 def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The tensors' bytes in one row, uint8 (bytes,), on `device`: what is on another device comes by one copy."""
+    """The tensors' bytes as one uint8 tensor (bytes,) on `device`; what is on another device is copied at once."""
     rows: list[Tensor] = []
     for source, group in groupby(tensors, lambda t: t.device):
         parts = [packed(t) for t in group]
@@ -330,8 +350,8 @@ def as_payload(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def unpacked(description: Mapping[str, Any], payload: Tensor, land: torch.device | None = None) -> Any:
-    """What `described` has put aside, from its bytes. `land`: where all tensors come to; None: each to what it was sent
-    from.
+    """The structure that `described` has described, from its bytes. `land`: the device of all tensors; None: each is on
+    the kind of device that it was sent from.
     """
     offset = 0
 
@@ -368,7 +388,7 @@ def tensor_of_bytes(part: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tens
 
 
 def gather_texts(text: str) -> list[str]:
-    """Every rank's text. One collective for up to HEADER - 8 bytes, two beyond."""
+    """Every rank's text. One collective for up to HEADER - 8 bytes, two for longer texts."""
     data = text.encode()
     heads = [bytes(head.tolist()) for head in all_gather(as_header(data))]
     lengths = [int.from_bytes(head[:8], "big") for head in heads]
@@ -390,7 +410,9 @@ def broadcast_text(text: str) -> str:
 
 
 def gather_bytes(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Every rank's bytes, `lengths` of which all ranks know: unequal all-gathers would yield uninitialised memory."""
+    """Every rank's bytes; all ranks know their `lengths`. All-gathers of unequal lengths would return uninitialised
+    memory.
+    """
     longest = max(lengths)
     if not longest:
         return [own.new_empty(0) for _ in lengths]
@@ -413,7 +435,7 @@ def byte_tensor(data: bytes) -> Tensor:
 
 
 def needs_group() -> bool:
-    """False in a world of one; RuntimeError where the launcher started several ranks that have no group yet."""
+    """Whether there are other ranks. Raises RuntimeError if the launcher has started several that have no group yet."""
     if has_group():
         return get_world_size() > 1
     if get_world_size() > 1:
@@ -425,14 +447,14 @@ def needs_group() -> bool:
 
 
 def host() -> torch.device:
-    """Where flags, counts and texts travel: on the CPU, so that no device is waited for; on the device where the group
-    has that alone.
+    """The device from which flags, counts and texts are sent: the CPU, to wait for no device, unless the group has a
+    backend only for the device.
     """
     return torch.device("cpu") if "cpu" in backends() else own_device()
 
 
 def agreed_device(tensors: Sequence[Tensor]) -> torch.device:
-    """Where these tensors travel: see the rule above. One number on the CPU, where the group leaves a choice."""
+    """The device from which these tensors are sent, by the rule above. One number on the CPU, if the group has both."""
     able = backends()
     if len(able) == 1:
         return device_if("cpu" not in able, tensors)
@@ -440,22 +462,22 @@ def agreed_device(tensors: Sequence[Tensor]) -> torch.device:
 
 
 def device_for(descriptions: Sequence[Mapping[str, Any]], tensors: Sequence[Tensor]) -> torch.device:
-    """As `agreed_device`, where the ranks have told already what they send."""
+    """As `agreed_device`, if the ranks know already what is sent."""
     return device_if(any(d["on_device"] for d in descriptions) or "cpu" not in backends(), tensors)
 
 
 def device_if(on: bool, tensors: Sequence[Tensor]) -> torch.device:
-    """The CPU, or if `on` the device on which this rank's tensors are, else this rank's own."""
+    """The CPU, or if `on` the device of this rank's tensors, else this rank's own."""
     return next((t.device for t in tensors if on_device(t)), own_device()) if on else torch.device("cpu")
 
 
 def on_device(tensor: Tensor) -> bool:
-    """Whether a tensor is where the group has a backend other than the CPU's."""
+    """Whether a tensor is on a device for which the group has a backend."""
     return tensor.device.type != "cpu" and tensor.device.type in backends()
 
 
 def wait_for_key(store: dist.Store, key: str) -> None:
-    """Until some rank has set it; signal handlers run meanwhile."""
+    """Wait until a rank has set the key; signal handlers run while it waits."""
     pause = 1e-4
     while not store.check([key]):
         time.sleep(pause)
@@ -463,7 +485,7 @@ def wait_for_key(store: dist.Store, key: str) -> None:
 
 
 def finish_collective(work: Any, device: torch.device) -> None:
-    """Waits for a collective; on the CPU by looking again and again: signal handlers do not run in a blocking one."""
+    """Wait for a collective; on the CPU by polling, because signal handlers do not run in a blocking wait."""
     global _n_collectives
     n_looks, _n_collectives = 0, _n_collectives + 1
     while device.type == "cpu" and not work.is_completed():
@@ -476,7 +498,7 @@ def finish_collective(work: Any, device: torch.device) -> None:
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
-    """The tensors and numbers of a nested structure, in order; None holds none."""
+    """The tensors and numbers of a nested structure, in order; None has none."""
     if tree is None:
         return
     if isinstance(tree, (Tensor, int, float)):
@@ -511,10 +533,13 @@ def rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
 
 @contextmanager
 def rank0_first() -> Iterator[None]:
-    """Runs the block on one rank of each machine first (rank 0 on its own), then on the others: downloads, caches.
+    """Run the block on one rank of each machine first (rank 0 on its machine), then on the others: downloads, caches.
 
-    Works before the process group exists too. Where the first one fails, the others raise RuntimeError that says so:
-    there is no collective that they could be left in. All ranks must come by, equally often.
+    It also works before the process group exists. All ranks must enter the block, equally often. There is no collective
+    in which ranks could wait for a rank that has failed.
+
+    Raises:
+        RuntimeError: on the other ranks of the machine, when the first one fails.
     """
     global _n_turns
     _n_turns += 1
@@ -525,26 +550,26 @@ def rank0_first() -> Iterator[None]:
     leader, pid = first_on_this_machine(store)
     key = f"rank0_first/{_n_turns}/{leader}"
     if get_rank() == leader:
-        outcome = "left without a word"
-        try:
+        with outcome_under(key, store):
             yield
-            outcome = ""
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            store.set(key, outcome)
     else:
         wait_for_turn(store, key, leader, pid)
         yield
 
 
 def on_main(action: Callable[[], object], name: str) -> None:
-    """Does `action` on rank 0 only; the others wait for it, and raise RuntimeError where it fails.
+    """Do `action` on rank 0 only; the other ranks wait for it.
 
-    No collective: where rank 0 alone comes here (`if is_main(): …`), nobody hangs. `name` says what is done. Its turns
-    are counted from the last collective of this module, which all ranks came to: what rank 0 did alone before a
-    `barrier()`, an epoch or a sum is not taken for what all do after it.
+    It needs no collective: if only rank 0 calls it (`if is_main(): …`), no rank hangs. Calls are counted from the last
+    collective of this module, which all ranks have called: what rank 0 did alone before a `barrier()`, an epoch or a
+    sum is not mistaken for what all do after it.
+
+    Args:
+        action: called without arguments.
+        name: what is done, in words, the same on all ranks.
+
+    Raises:
+        RuntimeError: on the other ranks, when `action` fails on rank 0.
     """
     store = get_store()
     if store is None:
@@ -554,20 +579,26 @@ def on_main(action: Callable[[], object], name: str) -> None:
     _turns[name] = _n_collectives, n_before + 1 if since == _n_collectives else 1
     key = "/".join(map(str, ("on_main", name, *_turns[name])))
     if get_rank() == 0:
-        outcome = "left without a word"
-        try:
+        with outcome_under(key, store):
             action()
-            outcome = ""
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            store.set(key, outcome)
     else:
         while not store.check([key]):
             time.sleep(0.01)
         if outcome := store.get(key).decode():
             raise RuntimeError(f"rank 0 failed to do this: {name}: {outcome}")
+
+
+@contextmanager
+def outcome_under(key: str, store: dist.Store) -> Iterator[None]:
+    """Write under `key` how the block has ended: "", or its error, which is raised."""
+    outcome = ""
+    try:
+        yield
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        store.set(key, outcome)
 
 
 def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:
@@ -581,7 +612,9 @@ def wait_for_turn(store: dist.Store, key: str, leader: int, pid: int) -> None:
 
 
 def first_on_this_machine(store: dist.Store) -> tuple[int, int]:
-    """(rank, pid) of the lowest rank here; by asking, as LOCAL_RANK may be missing or hold for a container."""
+    """(rank, pid) of the lowest rank of this machine, from what all ranks write: LOCAL_RANK may be missing, or be that
+    of a container.
+    """
     place = (get_rank(), get_world_size())
     if place not in _machines:
         own = machine_id()

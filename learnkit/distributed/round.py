@@ -1,9 +1,9 @@
 # pyright: reportPrivateImportUsage=false
-"""One round of ranks, from a start to the next restart: a name that its ranks agree on, and no others have.
+"""One round of ranks, from a start to the next restart: a name that its ranks agree on, and no other ranks have.
 
-Over torchelastic's own store many rounds meet, one after the other, and what dead ranks have written stays in it.
-Nothing that torchelastic says tells rounds apart: each agent counts its own restarts, a node that joins later begins at
-0, and a change of membership is counted by none.
+Many rounds use torchelastic's store, one after the other, and what dead ranks have written stays in it. Nothing in
+torchelastic distinguishes rounds: each agent counts its own restarts, a node that joins later begins at 0, and none
+counts a change of membership.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 
 def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that all ranks return, once all have come. Raises TimeoutError, which says who has not.
+    """Return the same name on all ranks, once all have come. Raises TimeoutError, which names the missing ranks.
 
-    Rank 0 thinks of it and waits for the others' answers, random too, which it publishes: who finds its own among them
-    was meant.
+    Rank 0 chooses a random name, and waits for the others' answers, which are random too. It publishes the answers: a
+    rank that finds its own among them belongs to this round.
     """
     own = secrets.token_hex(8)
     if rank != 0:
@@ -35,7 +35,7 @@ def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timede
 
 
 def heard_name(store: dist.Store, rank: int, own: str, timeout: timedelta) -> str:
-    """The name of the round that rank 0 begins now. One that an earlier rank 0 has left lies there until then."""
+    """The name of the round that rank 0 begins now. Until then the store may have the name of an earlier round."""
     answered = ""
 
     def is_meant() -> bool:
@@ -53,7 +53,7 @@ def heard_name(store: dist.Store, rank: int, own: str, timeout: timedelta) -> st
 
 
 def wait_until(condition: Callable[[], bool], timeout: timedelta) -> bool:
-    """Asked seldom after a while: a thousand ranks may ask one store."""
+    """Whether the condition became true in time. Checked less and less often: a thousand ranks may use one store."""
     deadline, pause = time.monotonic() + timeout.total_seconds(), 1e-3
     while not condition():
         if time.monotonic() > deadline:

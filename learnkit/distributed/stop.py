@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false
-"""One rank wants to stop in the middle of an epoch: all stop after the same step, without a collective per step."""
+"""One rank stops in the middle of an epoch: all stop after the same step, without a collective per step."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import time
 
 import torch.distributed as dist
 
-_numbers = itertools.count()  # of all that there were, the same on every rank
+_numbers = itertools.count()  # of all StopTogether objects, the same on every rank
 LOOK = 0.005  # seconds between two looks into the store, while this rank waits for the others' answers
 STOP_PATIENCE = 4.0  # seconds that a rank waits for the others to stop where it did
 
 
 class StoppedAlone(Exception):
-    """A rank left a step in which others wait for it."""
+    """Raised when a rank has left a step in which others wait for it."""
 
 
 class StopTogether:
-    """Agrees on the step after which all ranks stop, through the store that they share.
+    """Agree on the step after which all ranks stop, through the store that they share.
 
-    The rank that wants to stop says so under one key, and waits where it is. Each other rank promises not to pass its
-    next step; its guard's thread does so for it, as its main thread may wait in a collective for the one that has
-    stopped. The latest promise is the step after which all stop. Ranks that want to stop at the same step have promised
-    that step themselves, so they stop there exactly; else it is a step later, within two of the guard's looks.
+    The rank that wants to stop writes this under one key, and waits where it is. Each other rank promises not to pass
+    its next step; its guard's thread promises for it, because its main thread may wait in a collective for the rank
+    that has stopped. All stop after the latest step that was promised. Ranks that want to stop at the same step have
+    promised that step themselves, so they stop exactly there; else it is a step later, within two of the guard's looks.
 
     Steps are counted by `passed`, which costs a lock and a comparison.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.number = next(_numbers)  # several fits may follow each other in one guard, which has one store
+        self.number = next(_numbers)  # several fits may run in one guard, which has one store
         self.lock = threading.Lock()
         self.n_done = 0  # steps, the same on all ranks when they stop
         self.round = 0  # stops agreed so far, the same on all ranks
@@ -43,10 +43,11 @@ class StopTogether:
         return self.promised is not None
 
     def passed(self, wish: str | None, *, complete: bool = True) -> str | None:
-        """After each step, with what this rank wants, if anything; returns what all ranks now do, or None: go on.
+        """Call it after each step, with what this rank wants, if anything; returns what all ranks now do, or None, to
+        continue.
 
-        A rank that left its step before the others had got from it what they wait for, says that it is not `complete`:
-        then all have to want to stop there. Raises StoppedAlone where they do not within PATIENCE seconds.
+        `complete` is False on a rank that has left its step before the others received what they wait for: then all
+        must want to stop there. Raises StoppedAlone if they do not within STOP_PATIENCE seconds.
         """
         with self.lock:
             self.n_done += 1
@@ -65,13 +66,13 @@ class StopTogether:
         return agreed
 
     def look(self, store: dist.Store) -> None:
-        """Called by the guard's thread again and again, with its own connection: answers for the main thread."""
+        """Answer for the main thread; the guard's thread calls it again and again, with its own connection."""
         wish = self.key("wish")
         if self.promised is not None or not store.check([wish]):
             return
         with self.lock:
             if wish == self.key("wish"):
-                self.promise(store, self.n_done + 1)  # else that stop has happened meanwhile
+                self.promise(store, self.n_done + 1)  # else that stop has already happened
 
     def promise(self, store: dist.Store, step: int) -> None:
         if self.promised is not None:
@@ -96,7 +97,7 @@ class StopTogether:
         return max(int(value) for value in self.store.multi_get(keys))
 
     def end(self) -> None:
-        """The stop has happened, or is no longer wanted; all ranks call it at the same step."""
+        """Call it when the stop has happened, or is no longer wanted; on all ranks at the same step."""
         with self.lock:
             self.round, self.promised = self.round + 1, None
 

@@ -1,4 +1,4 @@
-"""One model on all ranks: rank 0's weights for each, and the mean of all ranks' gradients."""
+"""The same model on all ranks: rank 0's weights for all, and the mean of all ranks' gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from learnkit.distributed.world import get_world_size
 
 
 def share_weights(model: nn.Module) -> None:
-    """Rank 0's weights and buffers on every rank; raises ValueError where the ranks have different models."""
+    """Put rank 0's weights and buffers on every rank; raises ValueError when the ranks have different models."""
     check_same(
         {
             "the torch version": torch.__version__,
@@ -40,12 +40,11 @@ def model_in_words(model: nn.Module) -> str:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """What DDP does during the backward pass, afterwards and in one collective a dtype: the mean of all ranks'
-    gradients, on all.
+    """Put the mean of all ranks' gradients on all ranks, after the backward pass, in one collective for each dtype.
 
-    As DDP it divides before it adds, in the gradients' own dtype, and sends them from where they are, which is each
-    rank's device. A parameter without a gradient counts as 0 where another rank has one; with one number each the ranks
-    tell which have. Only a rank that lacks one reads that.
+    Like DDP, this divides before it adds, in the gradients' own dtype, and sends gradients from the device that they
+    are on. A parameter without a gradient counts as 0 if another rank has one; one number for each parameter shows
+    which ranks have one. Only a rank without a gradient reads these numbers.
     """
     if not needs_group():
         return
@@ -70,8 +69,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def means(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of each tensor the mean over all ranks, in memory of its own. What all ranks have is its own mean, to the last
-    bit: rank 0's, and the mean of the differences from it. Two collectives a dtype.
+    """Return each tensor's mean over all ranks, in new memory, by two collectives for each dtype. It is rank 0's value
+    plus the mean of the differences from it: where all ranks have the same value, the mean equals it to the last bit.
     """
     found = [t.detach().clone() for t in tensors]
     if not needs_group():
@@ -93,9 +92,7 @@ def kind_of(tensor: Tensor) -> tuple[str, str]:
 
 
 def reduce_after_backward(model: nn.Module) -> None:
-    """Whenever a backward pass through the model is over, make its gradients the mean of all ranks' (Apex's
-    delay_allreduce).
-    """
+    """After each backward pass through the model, average its gradients over all ranks (Apex's delay_allreduce)."""
     parameters, under_way = [p for p in model.parameters() if p.requires_grad], [False]
 
     def reduce() -> None:
@@ -104,7 +101,7 @@ def reduce_after_backward(model: nn.Module) -> None:
 
     def note(_: Tensor) -> None:
         if not under_way[0]:
-            # when all gradients are there
+            # after all gradients are computed
             Variable._execution_engine.queue_callback(reduce)  # type: ignore[attr-defined]
         under_way[0] = True
 

@@ -1,5 +1,5 @@
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
-"""Who am I among how many: rank, world, device and process group, read from the group, else from the environment."""
+"""Rank, world size, device and process group of this process, read from the group, else from the environment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OUTSIDE = "192.0.2.1"  # reserved for documentation (RFC 5737): whatever leads t
 SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's address
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring ranks get seeds that are far apart
 
-# Whether the group is ours (and may be destroyed), the stores opened, and how many groups were made over them.
+# Whether learnkit made the group (and may destroy it), the stores opened, and how many groups were made over them.
 _owns_group = False
 _stores: dict[tuple[str, int, int, int], dist.Store] = {}
 _n_groups = 0
@@ -40,24 +40,24 @@ _n_groups = 0
 
 
 def has_group() -> bool:
-    """Whether a default process group exists, whoever made it."""
+    """Whether a default process group exists, made by learnkit or not."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's rank among all: of the group if there is one, else of the launcher's environment, else 0."""
+    """Return this process's rank: from the group if there is one, else from the launcher's environment, else 0."""
     return dist.get_rank() if has_group() else _integer("RANK", 0)
 
 
 def get_world_size() -> int:
-    """How many processes train together: of the group if there is one, else of the launcher's environment, else 1."""
+    """Return how many processes train together: from the group, else from the launcher's environment, else 1."""
     return dist.get_world_size() if has_group() else _integer("WORLD_SIZE", 1)
 
 
 def get_local_rank() -> int:
-    """This process's number on its machine.
+    """Return this process's number on its machine.
 
-    `LOCAL_RANK`, else `--local-rank` or `--local_rank` on the command line, else SLURM's, else 0.
+    From `LOCAL_RANK`, else `--local-rank` or `--local_rank` on the command line, else SLURM's, else 0.
     """
     if not os.environ.get("LOCAL_RANK"):
         from_command_line = _local_rank_in(sys.argv[1:])
@@ -67,9 +67,9 @@ def get_local_rank() -> int:
 
 
 def get_local_world_size() -> int:
-    """How many processes of this training run on this machine: `LOCAL_WORLD_SIZE`, else SLURM's, else 1."""
+    """Return how many processes of this training run on this machine: `LOCAL_WORLD_SIZE`, else SLURM's, else 1."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if not given and _n_slurm_tasks(os.environ) > 1:  # such as 2(x3),1: of a mixed one, the first machines'
+    if not given and _n_slurm_tasks(os.environ) > 1:  # such as 2(x3),1: where machines differ, the first ones'
         given = re.split(
             r"\D", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
         )[0]
@@ -77,14 +77,18 @@ def get_local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that prints, draws and writes."""
+    """Return whether this is rank 0, which prints, draws and writes."""
     return get_rank() == 0
 
 
 def get_device(local_rank: int | str | None = None) -> torch.device:
-    """The device of this rank: its accelerator if the machine has any, else the CPU.
+    """Return the device of this rank: its accelerator if the machine has any, else the CPU.
 
-    Raises ValueError where the machine has no accelerator of that number.
+    Args:
+        local_rank: this process's number on its machine; None: `get_local_rank()`.
+
+    Raises:
+        ValueError: when the machine has no accelerator of that number, or the number is not this process's.
     """
     check_local_rank(local_rank)  # a wrong one is an error without GPUs too
     kind = accelerator()
@@ -105,9 +109,9 @@ def own_device() -> torch.device:
 
 
 def take_device(device: torch.device) -> None:
-    """Make `device` this process's current one, as collectives, streams and compiled code of a device go by that.
+    """Make `device` this process's current one, which collectives, streams and compiled code of a device use.
 
-    Raises RuntimeError where the process group cannot send what is on it, or is bound to another one.
+    Raises RuntimeError when the process group cannot send what is on it, or is bound to another device.
     """
     check_backend(device)
     check_bound(device)
@@ -116,7 +120,7 @@ def take_device(device: torch.device) -> None:
 
 
 def check_backend(device: torch.device) -> None:
-    """Refuse a group that cannot send what is on `device`: raises RuntimeError that says how to make one that can."""
+    """Raise RuntimeError when the group cannot send what is on `device`, with how to make one that can."""
     pairs = backends_of_group()
     if device.type in pairs and can_send(pairs[device.type], device):
         return
@@ -127,35 +131,35 @@ def check_backend(device: torch.device) -> None:
         wanted, advice = f"cpu:gloo,{kind}:{backend}", f"put the model on the device, with Learner(…, device={kind!r})"
     raise RuntimeError(
         f"the process group was made with backend {dist.get_backend_config()!r}, which sends nothing that is on "
-        f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), leave it to learnkit, which "
-        f"makes such a one, or {advice}."
+        f"{device.type}, where this model is. Make it with init_process_group({wanted!r}), let learnkit make it, or "
+        f"{advice}."
     )
 
 
 def default_backend(device: torch.device) -> str:
-    """gloo for what is on the CPU, so that flags and counts are agreed without waiting for a device, and the device's
-    own backend.
+    """Return gloo for what is on the CPU, so that ranks agree on flags and counts without waiting for a device, and the
+    device's own backend.
 
-    Raises RuntimeError where PyTorch has no backend for this kind of device, as for MPS.
+    Raises RuntimeError when PyTorch has no backend for this kind of device, as for MPS.
     """
     if device.type == "cpu":
         return "gloo"
     backend = dist.Backend.default_device_backend_map.get(device.type)
     if backend is None or not can_send(backend, device):
         raise RuntimeError(
-            f"PyTorch {torch.__version__} has no backend by which processes could send what is on {device.type}: train "
+            f"PyTorch {torch.__version__} has no backend that sends what is on {device.type} to other processes: train "
             f"on one process, or on the CPU, with Learner(…, device='cpu')."
         )
     return f"cpu:gloo,{device.type}:{backend}"
 
 
 def can_send(backend: str, device: torch.device) -> bool:
-    """Whether a backend takes tensors of such a device; PyTorch lists gloo for MPS too, which it does not send."""
+    """Whether a backend takes tensors of such a device; PyTorch lists gloo for MPS too, but gloo cannot send those."""
     return device.type in dist.Backend.backend_capability.get(backend, [device.type])
 
 
 def check_bound(device: torch.device) -> None:
-    """Refuse a group that is bound to another device than the one on which this rank trains."""
+    """Raise RuntimeError when the group is bound to another device than the one on which this rank trains."""
     bound = dist.distributed_c10d._get_default_group().bound_device_id
     if bound is not None and device.type == bound.type and device != bound:
         raise RuntimeError(
@@ -171,12 +175,12 @@ def backends_of_group() -> dict[str, str]:
 
 def backends() -> dict[str, str]:
     """{device type: backend} of the process group, such as {"cpu": "gloo", "cuda": "nccl"}, without devices that this
-    machine lacks.
+    machine does not have.
 
-    A device whose backend is gloo counts only where the CPU has none: gloo sends its tensors by way of the CPU anyway.
+    A device whose backend is gloo counts only if the CPU has none: gloo sends its tensors through the CPU anyway.
     """
     pairs = backends_of_group()
-    kind = torch.accelerator.current_accelerator()  # the one that PyTorch was built for: asks no device
+    kind = torch.accelerator.current_accelerator()  # the one that PyTorch was built for: uses no device
     there = ("cpu",) if kind is None else ("cpu", kind.type)
     return {
         kind: name
@@ -188,7 +192,7 @@ def backends() -> dict[str, str]:
 def as_local_rank(local_rank: int | str | None) -> int | None:
     """`local_rank` as a number; None for None and for -1, the default that older scripts give their `--local_rank`.
 
-    Raises ValueError where it is no such number, or not the one that the launcher gave this process.
+    Raises ValueError when it is not a number of a process.
     """
     if local_rank is None or local_rank in (-1, "-1"):
         return None
@@ -201,8 +205,8 @@ def as_local_rank(local_rank: int | str | None) -> int | None:
 
 
 def check_local_rank(local_rank: int | str | None) -> None:
-    """Refuse a `local_rank` that is not this process's: two processes would share a device, and wait for each other for
-    ever.
+    """Raise ValueError when `local_rank` is not this process's: two processes would share a device, and wait for each
+    other for ever.
     """
     given = as_local_rank(local_rank)
     if given is None or get_world_size() == 1:
@@ -236,9 +240,9 @@ def _local_rank_in(arguments: list[str]) -> int | None:
 
 
 def accept_both_spellings() -> None:
-    """Lets parsers that know `--local_rank` take `--local-rank`, and the other way round, in this process.
+    """Let parsers in this process that know `--local_rank` accept `--local-rank`, and the other way round.
 
-    `torch.distributed.launch` passes the one, and scripts of old declare the other: argparse would end them.
+    `torch.distributed.launch` passes one spelling, and older scripts declare the other: argparse would end them.
     """
     add_argument = argparse._ActionsContainer.add_argument
 
@@ -265,13 +269,13 @@ def _device_index(local_rank: int | None) -> int:
         return 0
     raise ValueError(
         f"local_rank={index}, but this machine shows {n_devices} device(s), 0 to {n_devices - 1}: start as many "
-        f"processes a machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the "
+        f"processes on a machine as it has devices (--nproc-per-node), or train on the CPU, with device='cpu' for the "
         f"Learner and its data."
     )
 
 
 def _shows_each_process_its_own_device() -> bool:
-    """SLURM's --gpus-per-task and containers hide the other processes' devices: number 0 is then everybody's own."""
+    """SLURM's --gpus-per-task and containers hide the other processes' devices: each process then uses number 0."""
     names = (
         "CUDA_VISIBLE_DEVICES",
         "HIP_VISIBLE_DEVICES",
@@ -282,11 +286,11 @@ def _shows_each_process_its_own_device() -> bool:
     return any(os.environ.get(name) and "," not in os.environ[name] for name in names)
 
 
-# --- what the launcher said --------------------------------------------------
+# --- the launcher's environment ----------------------------------------------
 
 
 def launch_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: a launcher's, else derived from SLURM's variables."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: the launcher's, else from SLURM's variables."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = {name: environment[name] for name in names if environment.get(name)}
     launched_by_slurm = "RANK" not in given and "WORLD_SIZE" not in given and _n_slurm_tasks(environment) > 1
@@ -294,7 +298,7 @@ def launch_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
 
 
 def _n_slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Tasks of this `srun` step; 1 in a batch script or shell, which see SLURM's variables too."""
+    """Tasks of this `srun` step; 1 in a batch script or shell, where SLURM's variables are set too."""
     if not environment.get("SLURM_PROCID"):
         return 1
     of_job = "" if environment.get("ENVIRONMENT") == "BATCH" else environment.get("SLURM_NTASKS", "")
@@ -317,7 +321,7 @@ def _slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _slurm_port(job_id: int, step_id: str) -> str:
-    """A port that a step's tasks agree on: below Linux's ephemeral range, apart for neighbouring jobs and steps."""
+    """A port that a step's tasks agree on: below Linux's ephemeral range, different for neighbouring jobs and steps."""
     return str(20_000 + (job_id * 8 + (int(step_id) % 8 if step_id.isdigit() else 0)) % 10_000)
 
 
@@ -337,7 +341,7 @@ def _integer(name: str, default: int) -> int:
 
 
 def _check_environment() -> None:
-    """One error for all that is missing or contradictory, so that it is repaired in one go."""
+    """Raise one error for all that is missing or contradictory, so that it can be corrected at once."""
     given = launch_environment()
     if not (given.get("RANK") or _integer("WORLD_SIZE", 1) > 1):
         return
@@ -365,13 +369,23 @@ def init_process_group(
     timeout: float | timedelta | None = None,
     local_rank: int | str | None = None,
 ) -> bool:
-    """Joins this process to the others that the launcher started; returns whether a group was made.
+    """Join this process to the others that the launcher started.
 
-    Makes none where one exists (it is used and left alone) or in a world of one. `backend`: by default gloo for tensors
-    on the CPU and the accelerator's own (NCCL on CUDA) for those on a device. `timeout` in seconds, for joining and for
-    every collective; by default PyTorch's. `seed` seeds every rank alike, so that models built afterwards have equal
-    weights; `seed_by_rank` then makes dropout differ. Raises RuntimeError that names all missing variables and the
-    command to use.
+    If a process group exists, it is used and never destroyed. In a world of one there is no group.
+
+    Args:
+        backend: None: gloo for tensors on the CPU, and the accelerator's own (NCCL on CUDA) for those on a device.
+        seed: seeds every rank alike, so that models built afterwards have equal weights; `seed_by_rank` then makes
+            dropout differ.
+        timeout: seconds for joining and for every collective; None: PyTorch's.
+        local_rank: this process's number on its machine; None: `get_local_rank()`.
+
+    Returns:
+        Whether a group was made.
+
+    Raises:
+        RuntimeError: when variables of the launcher are missing (it names all of them, and the command to use), or the
+            other ranks cannot be reached.
     """
     global _owns_group
     if seed is not None:
@@ -394,7 +408,9 @@ def init_process_group(
 
 
 def destroy_process_group() -> bool:
-    """Leaves the group that `init_process_group` made; returns whether it did. A group made by others is left alone."""
+    """Destroy the group that `init_process_group` has made; returns whether there was one. Other groups are not
+    destroyed.
+    """
     global _owns_group
     owned, _owns_group = _owns_group and has_group(), False
     if owned:
@@ -403,7 +419,7 @@ def destroy_process_group() -> bool:
 
 
 def get_store() -> dist.Store | None:
-    """The key-value store that the ranks share, before a group exists too; None in a world of one."""
+    """Return the key-value store that the ranks share, also before a group exists; None in a world of one."""
     if has_group():
         return None if get_world_size() == 1 else dist.distributed_c10d._get_default_store()
     _check_environment()
@@ -411,15 +427,15 @@ def get_store() -> dist.Store | None:
 
 
 def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None:
-    """Once in hundreds of times, on a busy machine, gloo's ranks do not connect although all are there: then they try
-    again.
+    """Make the group. On a busy machine, once in hundreds of times, gloo's ranks do not connect although all are there:
+    then they try again.
     """
     global _n_groups
     choose_interface()
     bound = None if device.type == "cpu" else device
     place = {"rank": get_rank(), "world_size": get_world_size()}
     for attempt in range(N_ATTEMPTS):
-        _n_groups += 1  # a second group of the same processes must not meet the first one's keys
+        _n_groups += 1  # a second group of the same processes must not find the first one's keys
         store, start, error = dist.PrefixStore(f"group_{_n_groups}", _rendezvous(timeout)), time.monotonic(), None
         try:
             dist.init_process_group(backend, store=store, timeout=timeout, device_id=bound, **place)
@@ -442,9 +458,9 @@ def _join(backend: str, device: torch.device, timeout: timedelta | None) -> None
 
 
 def choose_interface() -> None:
-    """Lets gloo use the network by which this host reaches the first one, unless GLOO_SOCKET_IFNAME says otherwise.
+    """Make gloo use the network through which this host reaches the first one, unless GLOO_SOCKET_IFNAME is set.
 
-    Left to itself it takes the address that this host's own name has: often 127.0.1.1, where no other host reaches it.
+    By default gloo uses the address of this host's own name: often 127.0.1.1, where no other host reaches it.
     """
     address = launch_environment()["MASTER_ADDR"]
     one_host = get_local_world_size() >= get_world_size() or re.fullmatch(r"localhost|127\..*|::1", address)
@@ -458,8 +474,8 @@ def choose_interface() -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches an IPv4 address or name; None where it does not, or cannot
-    tell.
+    """The network interface through which this machine reaches an IPv4 address or name; None where it does not, or the
+    interface cannot be found.
     """
     if sys.platform != "linux":
         return None
@@ -476,10 +492,10 @@ def interface_to(address: str) -> str | None:
 
 
 def _rendezvous(timeout: timedelta | None) -> dist.Store:
-    """The store of this launch, opened once: torchelastic's if it runs one, else rank 0's.
+    """Return the store of this launch, opened once: torchelastic's if it serves one, else rank 0's.
 
-    torchelastic keeps its store over restarts, and a gloo group that reads a dead one's addresses there fails (4 of 4
-    with --master-port, torch 2.15): the ranks of each start have a part of their own in it.
+    torchelastic keeps its store over restarts, and a gloo group that reads the addresses of dead ranks there fails (4
+    of 4 with --master-port, torch 2.15): the ranks of each start use a separate part of it.
     """
     given = launch_environment()
     place = (given["MASTER_ADDR"], _integer("MASTER_PORT", 0), get_rank(), get_world_size())
@@ -491,7 +507,7 @@ def _rendezvous(timeout: timedelta | None) -> dist.Store:
 
 def _own_part(store: dist.Store, timeout: timedelta) -> dist.Store:
     if not agent_serves():
-        return dist.PrefixStore("learnkit", store)  # it begins and ends with these ranks
+        return dist.PrefixStore("learnkit", store)  # it starts and ends with these ranks
     try:
         name = name_of_round(dist.PrefixStore("learnkit/rounds", store), get_rank(), get_world_size(), timeout)
     except (dist.DistError, RuntimeError, TimeoutError) as error:
@@ -500,7 +516,7 @@ def _own_part(store: dist.Store, timeout: timedelta) -> dist.Store:
 
 
 def agent_serves() -> bool:
-    """Whether the launcher's process serves the store, else rank 0's."""
+    """Whether the launcher's process serves the store; else rank 0's does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -555,7 +571,7 @@ def _as_timedelta(seconds: float | timedelta | None) -> timedelta | None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds torch (all devices), `random`, and numpy where it is loaded: alike on every rank."""
+    """Seed torch (all devices), `random`, and numpy if it is loaded, with the same seed on every rank."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -563,9 +579,15 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_by_rank(seed: int) -> int:
-    """Seeds like `seed_everything`, but differently on each rank (rank 0: `seed` itself); returns the seed used.
+    """Seed torch (all devices), `random`, and numpy if it is loaded, differently on each rank.
 
-    For after the model is built: the same seed everywhere would drop the same units on every rank.
+    Call it after the model is built: with the same seed everywhere, dropout would drop the same units on every rank.
+
+    Args:
+        seed: the seed of rank 0; the same number on all ranks.
+
+    Returns:
+        The seed that this rank uses.
     """
     own = (seed + get_rank() * GOLDEN_RATIO) % 2**63
     seed_everything(own)

@@ -549,7 +549,7 @@ REFUSED: list[tuple[Callable[[], Learner], type[Exception], str]] = [
     (
         lambda: learner(Accumulate(2), static_graph=True),
         ValueError,
-        "static_graph=True, with which .* beside .*: Accumulate, AutoMicrobatch or",
+        "static_graph=True, with which .* cannot be combined .*: Accumulate, AutoMicrobatch or",
     ),
     (
         lambda: learner(static_graph=True, delay_allreduce=True),

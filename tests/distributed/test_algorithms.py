@@ -18,6 +18,7 @@ from learnkit import Callback, DataBunch, Learner
 from learnkit.callbacks import Accumulate, Checkpoint
 from learnkit.distributed import communication_of, gather_objects, get_rank, get_world_size, prepare_model
 from learnkit.distributed.algorithms import NAMES, as_algorithm
+from learnkit.distributed.request import SAVE
 
 ALL = [
     ("fp16", {}),
@@ -323,7 +324,7 @@ class Kill(Callback):
 
     def before_batch(self, learn):
         if learn.training and learn.epoch == 1 and learn.batch_index == 3:
-            learn.wanted = "save"
+            learn.wanted = SAVE
         if learn.training and learn.epoch == 1 and learn.batch_index == 4:
             raise Killed
 
@@ -355,7 +356,7 @@ def test_a_fit_that_was_resumed_within_an_epoch_equals_the_one_that_never_stoppe
 @pytest.mark.parametrize(
     "given, error, message",
     [
-        (dict(algorithm="powersdg"), ValueError, "is not there: expected one of allreduce, fp16"),
+        (dict(algorithm="powersdg"), ValueError, "is unknown: expected one of allreduce, fp16"),
         (dict(algorithm="qadam"), ValueError, "PyTorch has no engine for quantized Adam"),
         (dict(algorithm="async"), ValueError, "no engine for asynchronous"),
         (

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from learnkit import Callback, DataBunch, Learner, accuracy
 from learnkit.callbacks import EMA, Accumulate, Checkpoint, ClipGradients, MixedPrecision
 from learnkit.data.order import permutation
+from learnkit.distributed.request import SAVE
 
 N, BATCH, EPOCHS, SEED, LR, NORM, DECAY = 31, 12, 2, 5, 0.3, 0.1, 0.8  # steps of 12, 12 and 7 samples
 FULL = os.environ.get("RELIABILITY") == "full"  # without, half of the compiled cells
@@ -107,7 +108,7 @@ class Kill(Callback):
         if learn.training and learn.epoch == 1 and learn.batch_index == self.at + 1:
             raise Killed
         if learn.training and learn.epoch == 1 and learn.batch_index == self.at:
-            learn.wanted = "save"
+            learn.wanted = SAVE
 
     at = 1
 

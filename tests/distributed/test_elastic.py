@@ -100,7 +100,7 @@ def test_a_rank_whose_others_never_come_says_so(rank, start, store):
     )
 
 
-WHERE_THE_STORE_IS = "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside each torchrun"
+WHERE_THE_STORE_IS = "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun"
 
 
 def test_where_a_node_that_joined_would_end_the_job_it_is_told_how_it_would_not():

@@ -35,6 +35,7 @@ from learnkit.callbacks import (
 )
 from learnkit.devices.dtensor import is_shard, own_part, whole
 from learnkit.distributed import RankFailed, ShardedStream, get_rank, get_world_size, init_process_group, shard_model
+from learnkit.distributed.request import SAVE
 from learnkit.trials.trial import unchanged
 
 N, N_VALID, GLOBAL = 41, 13, 12  # three whole global batches and one of 5 samples
@@ -549,7 +550,7 @@ def test_a_save_that_is_asked_for_within_a_window_comes_at_its_end_and_the_resum
                 and self.asked < 0
                 and learn.rank == 1
             ):
-                learn.wanted = "save"
+                learn.wanted = SAVE
             if self.dies and learn.training and learn.epoch == 1 and learn.n_held == 1 and self.asked < 0:
                 self.asked = learn.batch_index
 
@@ -760,27 +761,27 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
 
     def run() -> None:
         refused(
-            r"SGD\(fused=True\) beside to_fsdp",
+            r"SGD\(fused=True\) cannot be combined with to_fsdp",
             lambda: learner(model=(m := net()), opt_func=SGD(m.parameters(), lr=0.1, fused=True)),
         )
         refused(
-            r"SGD\(fused=True\) beside",
+            r"SGD\(fused=True\) cannot be combined with to_fsdp",
             lambda: learner(model=(m := net()), opt_func=Together(SGD(m.parameters(), lr=0.1, fused=True))),
         )
         refused("batch_size_find lets each rank try by itself", lambda: learner().batch_size_find())
-        refused("is spread over the ranks already", lambda: learner().to_fsdp())
+        refused("is sharded already", lambda: learner().to_fsdp())
         refused(
             r"export needs the whole model, and this one is sharded: call learn\.save",
             lambda: learner().export("model.pt2"),
         )
-        refused("is spread over the ranks already", lambda: learner().to_distributed())
+        refused("is sharded already", lambda: learner().to_distributed())
         refused(
             "float16 overflows without a scaled loss",
             lambda: Learner(data(), net()).to_fsdp(mixed_precision=torch.float16),
         )
         refused("expected None, torch.bfloat16 or", lambda: Learner(data(), net()).to_fsdp(mixed_precision="bf16"))
         refused(
-            "blocks=Conv2d: the model has no such module. Of those with weights it has",
+            "blocks=Conv2d: the model has no such module. Its modules with weights are",
             lambda: Learner(data(), net()).to_fsdp(blocks=nn.Conv2d),
         )
         refused(
@@ -794,19 +795,20 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
         )
         conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         refused(
-            r"not contiguous cannot be spread over ranks: weight\. to_channels_last",
+            r"not contiguous cannot be sharded: weight\. to_channels_last",
             lambda: Learner(data(), conv).to_fsdp(),
         )
         scalar = net()
         scalar.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
-        refused(
-            "parameters of no dimension cannot be spread over ranks: scale", lambda: Learner(data(), scalar).to_fsdp()
-        )
+        refused("0-d parameters cannot be sharded: scale", lambda: Learner(data(), scalar).to_fsdp())
 
     ranks(2, run)
     for match, make in (
-        ("AutoMicrobatch beside to_fsdp: where memory runs out", lambda: learner("fsdp", AutoMicrobatch())),
-        ("pure=True beside to_fsdp", lambda: learner("fsdp").to_bf16(pure=True)),
+        (
+            "AutoMicrobatch cannot be combined with to_fsdp: where memory",
+            lambda: learner("fsdp", AutoMicrobatch()),
+        ),
+        ("pure=True cannot be combined with to_fsdp", lambda: learner("fsdp").to_bf16(pure=True)),
     ):
         with pytest.raises(RankFailed, match=match):
             ranks(2, lambda make=make: fitted(make()))

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from learnkit.distributed import barrier, get_rank, guard
-
-guards: Any = import_module("learnkit.distributed.guard")  # the package's own `guard` is the function
+from learnkit.distributed import barrier, get_rank, guard, watcher
 
 
 @pytest.fixture
@@ -31,25 +29,25 @@ def test_counts_on_3_ranks_are_those_of_the_laws(growth, monkeypatch):
 
 
 def test_a_store_of_1024_ranks_is_asked_no_more_often_by_their_guards_than_one_of_256(growth):
-    assert [guards.pause_between_looks(w) for w in (2, 256, 512, 1024, 4096)] == pytest.approx(
+    assert [watcher.pause_between_looks(w) for w in (2, 256, 512, 1024, 4096)] == pytest.approx(
         [0.2, 0.2, 0.4, 0.8, 0.8]
     )
     assert (
-        guards.pause_between_looks(4096) < guards.MISSED * guards.LIFE / 2
+        watcher.pause_between_looks(4096) < watcher.MISSED * watcher.LIFE / 2
     )  # two signs of life before one is taken for gone
-    assert [1 / guards.pause_between_looks(w) for w in (2, 512, 4096)] == pytest.approx(
+    assert [1 / watcher.pause_between_looks(w) for w in (2, 512, 4096)] == pytest.approx(
         [growth.looks(w) for w in (2, 512, 4096)]
     )
 
 
 def test_a_guard_reads_the_signs_of_life_of_rank_0_and_its_own_machine_alone_and_rank_0_all(ranks, monkeypatch):
-    monkeypatch.setattr(guards, "machine_id", lambda: f"machine {get_rank() // 2}")
+    monkeypatch.setattr(watcher, "machine_id", lambda: f"machine {get_rank() // 2}")
 
     def fn():
         with guard() as watch:
-            while not watch.met:
+            while not watch.watcher.met:
                 time.sleep(0.01)
             barrier()
-            return sorted(watch.peers)
+            return sorted(watch.watcher.peers)
 
     assert ranks(4, fn) == [[1, 2, 3], [0], [0, 3], [0, 2]]

@@ -251,8 +251,7 @@ def test_after_somebody_has_asked_torch_for_a_gpu_ranks_are_spawned_and_can_use_
     chosen, *errors = asked(ask, two_gpus)
     assert chosen == "spawn [False, False] 5"
     assert (
-        "cuda is in use in this process already, or was asked for in a way that starts it" in errors[0]
-        and "a lambda" in errors[0]
+        "cuda is in use in this process already, or was started by a question" in errors[0] and "a lambda" in errors[0]
     )
     assert errors[1].startswith("launch cannot fork: cuda is in use") and len(errors) == 2
 

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from learnkit import Callback, DataBunch, Learner
-from learnkit.distributed import RankFailed, get_rank, get_world_size, guard
+from learnkit.distributed import RankFailed, get_rank, get_world_size, guard, watcher
 from learnkit.distributed.stop import StopTogether
 from learnkit.hooks import SkipStep, StopEpoch, StopFit, StopTrain
 
-guards: Any = importlib.import_module("learnkit.distributed.guard")  # as an attribute it is the function
 POLLS = (
-    guards.POLL,
+    watcher.POLL,
     0.01,
     0.003,
     0.01,
@@ -77,7 +76,7 @@ def fits(moments: Any, times: int = TIMES, **options) -> list[tuple[Any, ...]]:
     """What each of so many fits came to: (steps, epochs, validations, weights)."""
     found = []
     for i in range(times):
-        guards.POLL = POLLS[i % len(POLLS)]
+        watcher.POLL = POLLS[i % len(POLLS)]
         random.seed(i * 10 + get_rank())
         torch.manual_seed(i)
         data = DataBunch.from_tensors(

@@ -15,6 +15,7 @@ from learnkit import Callback, DataBunch, Learner, StopBatch, StopEpoch, StopFit
 from learnkit.callbacks import EMA, SAM, SWA, Accumulate, Checkpoint, Lookahead
 from learnkit.devices.dtensor import whole
 from learnkit.distributed import gather_objects, get_world_size
+from learnkit.distributed.request import SAVE
 
 N, GLOBAL = 72, 12  # 6 steps an epoch
 
@@ -251,7 +252,7 @@ class Interrupted(Callback):
         if not learn.training or learn.epoch != 1:
             return
         if self.how == "killed" and learn.batch_index == 2:
-            learn.wanted = "save"
+            learn.wanted = SAVE
         if self.how == "killed" and learn.batch_index == 4:
             raise Own
         if self.how == "SIGTERM" and learn.batch_index == 2 and learn.rank == 1:

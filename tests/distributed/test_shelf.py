@@ -30,6 +30,7 @@ from learnkit.callbacks import (
     Timer,
 )
 from learnkit.distributed import get_world_size
+from learnkit.distributed.request import Request
 
 N, GLOBAL = 44, 12  # three whole global batches and one of 8 samples
 
@@ -117,7 +118,7 @@ class Terminated(Callback):
 
     def after_step(self, learn: Learner) -> None:
         if learn.step == 5 and learn.rank == learn.world_size - 1:
-            learn.wanted = "signal 15"
+            learn.wanted = Request("signal", 15)
 
 
 def test_rank_0_logs_what_one_process_would_and_goes_on_after_a_resume(ranks, tmp_path):

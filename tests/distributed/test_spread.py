@@ -207,7 +207,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_of_whole_matrices_are_refused(name, ranks):
-    message = f"{name} beside to_fsdp: it computes with whole matrices"
+    message = f"{name} cannot be combined with to_fsdp: it computes with whole matrices"
 
     def fn() -> None:
         model = Net()
@@ -299,10 +299,11 @@ def test_what_only_ddp_can_do_is_refused_beside_to_fsdp_whichever_came_first_alo
 
     def fn() -> None:
         with pytest.raises(
-            ValueError, match=rf"to_fsdp after to_distributed\({name}=.*\): fully_shard reduces gradients by itself"
+            ValueError,
+            match=rf"to_fsdp after to_distributed\({name}=.*\): fully_shard reduces gradients in its own",
         ):
             learner("alone").to_distributed(**options).to_fsdp()
-        with pytest.raises(TypeError, match="spread over the ranks already, by to_fsdp"):
+        with pytest.raises(TypeError, match="sharded already, by to_fsdp"):
             learner("to_fsdp").to_distributed(**options)
         fit(learner("alone").to_distributed(**options).to_distributed().to_fsdp(), 1)
 

@@ -185,8 +185,8 @@ def test_where_ddp_cannot_be_made_anew_they_are_named_at_once(callbacks, options
         learn = learner(*callbacks(), **options)
         with pytest.raises(
             ValueError,
-            match=r"2 parameters were frozen or thawed during the fit: b\.weight, b\.bias.*(do it between two "
-            r"fits|Within a batch DDP hears nothing)",
+            match=r"2 parameters were frozen or unfrozen during the fit: b\.weight, b\.bias.*(do it between two "
+            r"fits|Within a batch DDP does not notice it)",
         ):
             fit(learn)
         assert learn.step == 0
