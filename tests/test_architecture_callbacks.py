@@ -21,8 +21,8 @@ PLACED = {
     ("sam", "MixedPrecision"): "float16 is refused: the gradients of the first pass overflow at times",
     ("sam", "ReduceAfterwards"): "it is refused: the first pass needs the gradients of all ranks",
 }
-# What these modules import is part of what to_distributed and to_fsdp do with the other callbacks.
-ALLOWED_ANYTHING = {"distributed", "fully_shard"}
+# It is how a Learner joins the other ranks: it adds the callbacks of to_distributed and to_fsdp.
+ALLOWED_ANYTHING = {"join"}
 
 
 def imported_callbacks(tree: ast.Module) -> Iterator[tuple[str, str]]:
