@@ -585,4 +585,4 @@ def test_several_backward_passes_through_the_same_weights_without_a_delay_say_wh
         return " ".join(raised.value.__notes__)
 
     for notes in ranks(2, fn):
-        assert "For several, as with a loss after the other, use learn.to_distributed(delay_allreduce=True)." in notes
+        assert "For several, such as one for each loss, use learn.to_distributed(delay_allreduce=True)." in notes

@@ -785,7 +785,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(ranks):
             lambda: Learner(data(), net()).to_fsdp(blocks=nn.Conv2d),
         )
         refused(
-            r"blocks='block': the model has no module of this name\. Near it.* blocks",
+            r"blocks='block': the model has no module of this name\. Similar names.* blocks",
             lambda: Learner(data(), net()).to_fsdp(blocks="block"),
         )
         refused("blocks: 3 is int, expected a class or", lambda: Learner(data(), net()).to_fsdp(blocks=[3]))

@@ -142,7 +142,7 @@ def test_delay_allreduce_begins_from_rank_0s_weights_and_refuses_another_algorit
             return flat(model), str(error)
 
     (first, error), (second, _) = ranks(2, fn)
-    assert torch.equal(first, second) and "one all-reduce of all gradients, which algorithm='fp16' has none of" in error
+    assert torch.equal(first, second) and "one all-reduce of all gradients, and algorithm='fp16' has none" in error
 
 
 # --- precision ---------------------------------------------------------------
