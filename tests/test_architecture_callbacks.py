@@ -21,8 +21,8 @@ PLACED = {
     ("sam", "MixedPrecision"): "float16 is refused: the gradients of the first pass overflow at times",
     ("sam", "ReduceAfterwards"): "it is refused: the first pass needs the gradients of all ranks",
 }
-# "join" is how a Learner joins the other ranks: it adds the callbacks of to_distributed and to_fsdp. "distributed" shows
-# the loss of all ranks in the bar; "fully_shard" refuses other callbacks by their class.
+# "join" is how a Learner joins the other ranks: it adds the callbacks of to_distributed and to_fsdp. "distributed"
+# shows the loss of all ranks in the bar; "fully_shard" refuses other callbacks by their class.
 ALLOWED_ANYTHING = {"join", "distributed", "fully_shard"}
 
 
