@@ -45,6 +45,7 @@ from learnkit.distributed.stop import StopTogether
 from learnkit.distributed.watcher import CLEAN_UP_GRACE, Watcher
 from learnkit.distributed.world import get_rank, get_world_size, has_group
 
+EXIT_GRACE = 3.0  # seconds that the interpreter of a failed rank has at least to end (0.3 s on a free machine)
 SEEN = 0.7  # seconds that a failing rank waits until the others have seen why
 # seconds in which another rank's death must be found to explain a lost connection: MISSED * LIFE, and two looks
 SILENT = 4.0
@@ -241,9 +242,11 @@ class Guard:
         self.stopping.set()
         self.watcher.thread.join(2.0)
         if self.error is not None and sys.platform != "win32":
-            # The rest of the clean-up must end too, and no thread can end it any more.
+            # The rest of the clean-up must end too, and no thread can end it any more. A rank that is late here, on a
+            # busy machine, still has the time to exit with its own code, 1.
+            left = CLEAN_UP_GRACE - (time.monotonic() - self.reported_at)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, max(0.1, CLEAN_UP_GRACE - (time.monotonic() - self.reported_at)))
+            signal.setitimer(signal.ITIMER_REAL, max(EXIT_GRACE, left))
 
     def stop_together(self) -> StopTogether:
         """For a loop that one rank may want to leave: see StopTogether. Replaces an earlier one."""
