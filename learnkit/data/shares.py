@@ -57,8 +57,9 @@ def rank_batches(
     for batch in global_batches(order, batch_size * world_size, drop_last=drop_last):
         if even and len(batch) < world_size:
             return
-        if own := shard_batch(batch, rank, world_size):
-            yield own
+        start, stop = share_of_rank(len(batch), rank, world_size)
+        if start < stop:
+            yield batch[start:stop]
 
 
 def n_rank_batches(

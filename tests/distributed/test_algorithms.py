@@ -382,7 +382,7 @@ def test_one_reduction_afterwards_and_another_algorithm_exclude_each_other(ranks
         except ValueError as error:
             return str(error)
 
-    assert all("take one" in text for text in ranks(2, fn))
+    assert all("use one" in text for text in ranks(2, fn))
 
 
 def test_alone_every_name_is_accepted_and_does_nothing():
