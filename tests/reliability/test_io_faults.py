@@ -161,7 +161,7 @@ def test_whichever_call_fails_the_fit_raises_and_a_resume_is_exact(call, asynchr
 
 
 def test_what_is_not_an_error_of_the_disk_stays_what_it_is():
-    with pytest.raises(TypeError, match="cannot keep"):
+    with pytest.raises(TypeError, match="cannot be saved"):
         snapshots.write_snapshot(Path("kept"), "000001-step-1", {"model": {"x": object()}}, {})
     with pytest.raises(TypeError, match="not JSON serializable"):
         snapshots.write_snapshot(Path("kept"), "000001-step-1", {}, {"x": object()})
