@@ -112,6 +112,7 @@ def test_the_bar_shows_the_losses_so_far_without_waiting():
     assert "train_loss" in screen.getvalue() and {wait.place.split(":")[0] for wait in seen} <= {
         "callbacks/recorder.py",
         "learnkit/callbacks/recorder.py",
+        "learnkit/logs/trace.py",
         "learnkit/metrics.py",
         "learnkit/loop/loss.py",
     }
