@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -251,7 +252,7 @@ def ray_workers(config: dict[str, Any]) -> None:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": variables},
     )
     # imported by its module's name, under which the workers can import it, too
