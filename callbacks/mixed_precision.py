@@ -151,13 +151,13 @@ class MixedPrecision(Callback):
     def overflows(self, learn: Learner) -> bool:
         """Whether some unscaled gradients are not finite, on any rank; reads from the device, once."""
         scaler: Any = self.scaler
-        found = [flag.to(learn.device) for flag in scaler._found_inf_per_device(learn.opt).values()]
-        *flags, scale = torch.stack([*found, scaler._scale]).tolist()
+        found = scaler._found_inf_per_device(learn.opt).values()
+        *flags, scale = torch.stack([*(flag.to(learn.device) for flag in found), scaler._scale]).tolist()
         self.scales.append(scale)
         overflow = any(flags)
         if learn.ranks.apart and learn.ranks.agree(overflow) != overflow:
             overflow = True  # another rank's own gradients: all skip the step, and lower the scale
-            for flag in scaler._found_inf_per_device(learn.opt).values():
+            for flag in found:
                 flag.fill_(1.0)
         if not overflow:
             return False
